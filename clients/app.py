@@ -1,0 +1,61 @@
+"""The Flower ClientApp: four message types, each answered by the site that lives on this node."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+
+from confide.clients.site import Site
+from confide.errors import SealingError
+from confide.protocol.flower import from_records, to_records
+
+__all__ = ["make_client_app"]
+
+_log = logging.getLogger(__name__)
+_NOT_AUTHENTIC, _FAULT = 200, 201
+
+
+def make_client_app(find_site: Callable[[Context], Site]) -> ClientApp:
+    """The app that an agent runs.
+
+    Args:
+        find_site: The site of a Flower context; a deployed agent has one only.
+    """
+    app = ClientApp()
+
+    def answer(step: str, message: Message, context: Context) -> Message:
+        try:
+            return Message(to_records(find_site(context).handle(step, from_records(message.content))), reply_to=message)
+        except SealingError as error:
+            _log.warning("an unauthentic %s request was dropped: %s", step, error.what)
+            return Message(Error(code=_NOT_AUTHENTIC, reason="not authentic"), reply_to=message)
+        except Exception as error:
+            # An exception's text may hold data: it stays in the operator's log, by type only, and never travels.
+            _log.error(
+                "a %s request failed with %s",
+                step,
+                type(error).__name__,
+                exc_info=_log.isEnabledFor(logging.DEBUG),
+            )
+            return Message(Error(code=_FAULT, reason="fault at the site"), reply_to=message)
+
+    @app.query("join")
+    def join(message: Message, context: Context) -> Message:
+        return answer("join", message, context)
+
+    @app.train("train")
+    def train(message: Message, context: Context) -> Message:
+        return answer("train", message, context)
+
+    @app.train("seal")
+    def seal(message: Message, context: Context) -> Message:
+        return answer("seal", message, context)
+
+    @app.query("release")
+    def release(message: Message, context: Context) -> Message:
+        return answer("release", message, context)
+
+    return app

@@ -1,0 +1,122 @@
+"""A site's records, grouped by privacy unit. `gather` is the one door through which records are read.
+
+A *unit* is what differential privacy protects: a subject with all her records, or (unit = record) one record. A
+*person* is a subject; consent and roles are per person whatever the unit is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from confide.clients.data.preprocess import features, labels, require_columns
+from confide.config import LabelConfig, SchemaConfig
+from confide.errors import DataError
+from confide.privacy.consent import canonical_subject
+
+__all__ = ["Batch", "SiteRecords"]
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Records of some units.
+
+    Attributes:
+        x: float32 [records, inputs].
+        y: float32 [records].
+        owner: int64 [records]: position of the record's unit in `units`.
+        records_of: float32 [units]: number of records of each unit.
+        units: int64 [units].
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    owner: torch.Tensor
+    records_of: torch.Tensor
+    units: Ints
+
+
+class SiteRecords:
+    """All records of one site, in memory, sorted by unit.
+
+    Args:
+        x: Features, float32 [records, inputs].
+        y: Labels, float32 [records].
+        unit_of: Unit of each record, int64 [records], sorted ascending, without gaps.
+        person_of: Person of each unit, int64 [units].
+        persons: Identifier of each person.
+    """
+
+    def __init__(
+        self,
+        x: NDArray[np.float32],
+        y: NDArray[np.float32],
+        unit_of: Ints,
+        person_of: Ints,
+        persons: list[str],
+    ) -> None:
+        self._x, self._y = torch.from_numpy(x), torch.from_numpy(y)
+        self._starts = np.searchsorted(unit_of, np.arange(len(person_of) + 1))
+        self.person_of, self.persons = person_of, persons
+
+    @classmethod
+    def build(
+        cls,
+        table: pd.DataFrame,
+        *,
+        schema: SchemaConfig,
+        label: LabelConfig,
+        subject: str,
+        unit: str,
+        where: str,
+    ) -> SiteRecords:
+        """Encode and group a site's table.
+
+        Raises:
+            DataError: A column or value is missing or unreadable (row and column named).
+        """
+        require_columns(table, [subject], where)
+        anonymous = table[subject].isna()
+        if anonymous.any():
+            raise DataError("the subject is missing, so nobody's consent covers the row",
+                            where=f"{where}, row {anonymous.idxmax()}, column {subject!r}",
+                            hint="leave such rows out of the table")  # fmt: skip
+        codes, uniques = pd.factorize(table[subject].map(canonical_subject), sort=True)
+        order = np.argsort(codes, kind="stable")
+        person_of_record = codes[order].astype(np.int64)
+        x = np.ascontiguousarray(features(table, schema, where)[order])
+        y = np.ascontiguousarray(labels(table, label, where)[order])
+        if unit == "subject":
+            return cls(x, y, person_of_record, np.arange(len(uniques), dtype=np.int64), [str(u) for u in uniques])
+        units = np.arange(len(order), dtype=np.int64)
+        return cls(x, y, units, person_of_record, [str(u) for u in uniques])
+
+    @property
+    def inputs(self) -> int:
+        """Number of encoded features."""
+        return int(self._x.shape[1])
+
+    def units_of(self, persons: NDArray[np.bool_]) -> Ints:
+        """Units whose person is marked; `persons` is a mask over `self.persons`."""
+        return np.flatnonzero(persons[self.person_of]).astype(np.int64)
+
+    def gather(self, units: Ints) -> Batch:
+        """The records of these units."""
+        starts, ends = self._starts[units], self._starts[units + 1]
+        counts = ends - starts
+        owner = np.repeat(np.arange(len(units)), counts)
+        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows = torch.from_numpy(np.repeat(starts, counts) + within)
+        return Batch(
+            x=self._x[rows],
+            y=self._y[rows],
+            owner=torch.from_numpy(owner),
+            records_of=torch.from_numpy(counts.astype(np.float32)),
+            units=units,
+        )

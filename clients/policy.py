@@ -1,0 +1,81 @@
+"""What a site allows. Default deny: a policy that names nothing admits nothing. The coordinator is not trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from confide.errors import PolicyError
+from confide.protocol.manifest import Manifest
+
+__all__ = ["SitePolicy"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SitePolicy:
+    """One site's policy.
+
+    Attributes:
+        coordinator: The only coordinator listened to, by name.
+        coordinator_key: Its Ed25519 public key.
+        federation: The only federation taken part in.
+        purposes: Purposes allowed.
+        profiles: Sealing profiles allowed; `open` hands the coordinator every update.
+        data_are_public: May ε = ∞ and readable updates be asked for at all?
+        min_sites: Smallest sum this site's update may hide in.
+        min_subjects: Fewest consenting persons with which this site takes part.
+        population: Declared population: the public normaliser that a run must name.
+        epsilon_limit: The most ε that a single run may ask for.
+        delta: The ledger's δ.
+        release: May this site hand out the trained model?
+    """
+
+    coordinator: str
+    coordinator_key: bytes
+    federation: str
+    purposes: frozenset[str] = frozenset()
+    profiles: frozenset[str] = frozenset()
+    data_are_public: bool = False
+    min_sites: int = 3
+    min_subjects: int = 20
+    population: int = 0
+    epsilon_limit: float = 0.0
+    delta: float = 0.0
+    release: bool = False
+
+    def check(self, manifest: Manifest, site: str) -> None:
+        """Compare a run with the policy.
+
+        Raises:
+            PolicyError: Names the line of policy, what it allows and what was asked.
+        """
+        member = manifest.member(site)
+        asked = manifest.privacy
+        lines = [
+            ("federation", manifest.federation == self.federation, self.federation, manifest.federation),
+            ("coordinator_key", manifest.coordinator_key == self.coordinator_key.hex(), "its pinned key", "another"),
+            ("purposes", manifest.purpose in self.purposes, sorted(self.purposes), manifest.purpose),
+            ("profiles", manifest.sealing.profile in self.profiles, sorted(self.profiles), manifest.sealing.profile),
+            ("min_sites", manifest.min_sites >= self.min_sites, f">= {self.min_sites}", manifest.min_sites),
+            ("population", member is not None and member.population == self.population, self.population,
+             member.population if member else "not in the roster"),
+            ("delta", asked.delta == self.delta, self.delta, asked.delta),
+            ("unit", asked.unit == "subject" or self.data_are_public, "subject", asked.unit),
+        ]  # fmt: skip
+        if asked.is_private:
+            noisy = manifest.noise_multiplier > 0 and manifest.metrics_noise_multiplier > 0
+            lines.append(("epsilon_limit", asked.epsilon <= self.epsilon_limit and noisy, f"<= {self.epsilon_limit:g}",
+                          f"{asked.epsilon:g}" if noisy else "no noise"))  # fmt: skip
+        else:
+            lines.append(("data_are_public", self.data_are_public, "a finite epsilon", "epsilon = inf"))
+        for name, holds, allowed, got in lines:
+            if not holds:
+                raise PolicyError(
+                    f"{name} allows {allowed}, the run asks for {got}",
+                    where=f"policy of site {site}",
+                    hint="change the run, or have the site's operator change the policy",
+                )
+        if len(manifest.members) < manifest.min_sites:
+            raise PolicyError(
+                f"the roster has {len(manifest.members)} sites, fewer than min_sites = {manifest.min_sites}",
+                where=f"policy of site {site}",
+            )

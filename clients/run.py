@@ -1,0 +1,142 @@
+"""One run at one site: the objects made from its manifest, kept while the agent lives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from confide.clients.data.preprocess import encoded_width
+from confide.clients.data.records import SiteRecords
+from confide.clients.store import ModelState
+from confide.clients.training.admission import admit_model
+from confide.clients.training.models import build_model, layout_of
+from confide.clients.training.trainer import LocalTrainer, TrainingPlan, choose_device
+from confide.errors import PolicyError, SealingError
+from confide.privacy.dp import PrivacyEvent, Role, SecureRandom
+from confide.privacy.dp.metrics import SENSITIVITY
+from confide.privacy.sealing import make_profile
+from confide.protocol.digest import digest
+from confide.protocol.manifest import Manifest
+from confide.protocol.messages import SumReference
+from confide.strategies import StepInput, make_strategy
+
+__all__ = ["SiteRun", "model_digest", "state_digest"]
+
+Floats = NDArray[np.float64]
+
+
+class SiteRun:
+    """Everything a site derives from the manifest. Holds no state that a restart must keep."""
+
+    def __init__(self, manifest: Manifest, site: str, records: SiteRecords, rng: SecureRandom, device: str) -> None:
+        self.manifest, self.site, self._rng = manifest, site, rng
+        self.profile, self.strategy = make_profile(manifest.sealing), make_strategy(manifest.strategy)
+        self.address_fields = {
+            "federation": manifest.federation,
+            "roster_version": manifest.roster_version,
+            "run": manifest.run,
+            "manifest": manifest.digest,
+            "key_epoch": 0,
+        }
+        inputs, outputs = encoded_width(manifest.schema_), manifest.label.outputs
+        model = build_model(manifest.model, inputs, outputs)
+        if layout_of(model) != manifest.layout or records.inputs != inputs:
+            raise PolicyError("the manifest's model is not the one this site builds from it", where=f"site {site}",
+                              hint="install the same version of confide and of the model's package")  # fmt: skip
+        admit_model(model, inputs, outputs)
+        member = manifest.member(site)
+        if member is None:
+            raise PolicyError("this site is not in the roster", where=f"site {site}")
+        plan = TrainingPlan(
+            training=manifest.training,
+            task=manifest.label.task,
+            noise_multiplier=manifest.noise_multiplier,
+            sample_rate=manifest.privacy.sample_rate,
+            max_grad_norm=manifest.privacy.max_grad_norm,
+            population=member.population,
+        )
+        self.trainer = LocalTrainer(model, records, plan, choose_device(device), rng)
+
+    def charges(self, round_: int) -> list[PrivacyEvent]:
+        """What a round costs each role; empty for ε = ∞ on public data."""
+        manifest = self.manifest
+        if not manifest.privacy.is_private:
+            return []
+        found = []
+        if self.manifest.trains_in(round_):
+            found.append(
+                PrivacyEvent(
+                    role=Role.TRAIN,
+                    unit=manifest.privacy.unit,
+                    noise_multiplier=manifest.noise_multiplier,
+                    sample_rate=manifest.privacy.sample_rate,
+                    steps=manifest.training.local_steps,
+                    max_grad_norm=manifest.privacy.max_grad_norm,
+                )
+            )
+        if self.manifest.metric_width(round_):
+            found.append(
+                PrivacyEvent(
+                    role=Role.HELD_OUT,
+                    unit=manifest.privacy.unit,
+                    noise_multiplier=manifest.metrics_noise_multiplier,
+                    sample_rate=1.0,
+                    steps=1,
+                    max_grad_norm=SENSITIVITY,
+                )
+            )
+        return found
+
+    def all_charges(self) -> list[PrivacyEvent]:
+        """What the whole run costs."""
+        return [e for r in range(1, self.manifest.rounds + 2) for e in self.charges(r)]
+
+    def compute(self, round_: int, model: ModelState, train: NDArray[np.int64], held_out: NDArray[np.int64]) -> Floats:
+        """The round's vector, private by itself.
+
+        Args:
+            round_: The round.
+            model: The replicated model.
+            train: Units that may be drawn for training.
+            held_out: Units that the metrics are computed on.
+        """
+        parts: list[Floats] = []
+        if self.manifest.trains_in(round_):
+            parts.append(self.trainer.train(model.weights, train) * self.manifest.weight(self.site))
+        if size := self.manifest.metric_width(round_):
+            exact = self.trainer.metric_sum(model.weights, held_out)
+            noise = self._rng.normal(size) * (SENSITIVITY * self.manifest.metrics_noise_multiplier)
+            parts.append(exact + noise)
+        return np.concatenate(parts)
+
+    def apply(self, model: ModelState, reference: SumReference, chunks: Sequence[bytes]) -> ModelState:
+        """The replicated strategy step for one opened sum.
+
+        Raises:
+            SealingError: The cohort or the sum is not acceptable.
+        """
+        members = {m.site for m in self.manifest.members}
+        cohort = reference.cohort
+        if list(cohort) != sorted(set(cohort)) or not set(cohort) <= members or len(cohort) < self.manifest.min_sites:
+            raise SealingError("a sum over a cohort that this run does not allow", where=f"round {reference.round}")
+        opened = self.profile.open(chunks, self.manifest.vector_size(reference.round))
+        size = self.manifest.metric_width(reference.round)
+        metrics = opened[len(opened) - size :] if size else None
+        weights, state = model.weights, model.state
+        if self.manifest.trains_in(reference.round):
+            weight = sum(self.manifest.weight(site) for site in cohort)
+            total = opened[: self.manifest.layout.size]
+            weights, state = self.strategy.step(StepInput(weights, total, weight, state))
+        return ModelState(reference.round, weights, state, metrics)
+
+
+def model_digest(model: ModelState) -> str:
+    """Names the replicated weights."""
+    return digest("model", model.weights.astype("<f4").tobytes()).hex()
+
+
+def state_digest(model: ModelState) -> str:
+    """Names the strategy's memory."""
+    return digest("state", *(part.astype("<f8").tobytes() for part in model.state)).hex()

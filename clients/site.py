@@ -1,0 +1,368 @@
+"""The site: answers a coordinator's signed requests, and decides by itself whether it does.
+
+Invariants (DESIGN's promises, as kept here):
+1. *No consent, no gradient*: a snapshot is taken for every round and again at the cut-off, just before the site
+   commits to its update; if anybody used has lost consent meanwhile, the update is computed anew.
+2. *No budget, no update*: the round's charges are durable before a record is read for it.
+3. *At most one cohort a round*, durably; only for a cohort of the run's size whose digests all agree.
+4. *Nothing unsaid leaves*: only the messages of `confide.protocol.messages`; a refusal whose reason is not public is
+   the uniform `abstains`.
+5. The same request gets the stored answer; nothing is trained or charged twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from confide.clients.data.records import SiteRecords
+from confide.clients.participants import Participants, ParticipantSource
+from confide.clients.policy import SitePolicy
+from confide.clients.run import SiteRun, model_digest, state_digest
+from confide.clients.store import ModelState, SiteStore, Update
+from confide.errors import ConfideError, ConsentError, DataError, PolicyError, SealingError
+from confide.privacy.consent import Registry, SiteKey
+from confide.privacy.dp import Ledger, PrivacyEvent, SecureRandom
+from confide.protocol.digest import digest
+from confide.protocol.envelope import EVERYBODY, Address, Envelope, Header, expect, seal_envelope, verify
+from confide.protocol.identity import Identity
+from confide.protocol.manifest import Manifest
+from confide.protocol.messages import (
+    JoinReply,
+    JoinRequest,
+    Message,
+    Refusal,
+    ReleaseReply,
+    ReleaseRequest,
+    SealReply,
+    SealRequest,
+    SumReference,
+    TrainReply,
+    TrainRequest,
+    decode,
+)
+from confide.protocol.transcript import transcript
+
+__all__ = ["Site"]
+
+_log = logging.getLogger(__name__)
+_CUT_OFF_ATTEMPTS = 5
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A reply before it is signed, and the effect that must be durable with it."""
+
+    message: Message
+    chunks: tuple[bytes, ...] = ()
+    update: Update | None = None
+    sealed: str | None = None
+
+
+class Site:
+    """One site with its data, registry, ledger and policy.
+
+    Args:
+        identity: The site's name and signing key.
+        policy: What it allows.
+        records: Its encoded data.
+        registry: Its consent registry.
+        ledger: Its privacy ledger.
+        key: Its site-lifetime key.
+        store: Its durable state.
+        device: `auto`, `cpu`, `cuda:N`.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        policy: SitePolicy,
+        records: SiteRecords,
+        registry: Registry,
+        ledger: Ledger,
+        key: SiteKey,
+        store: SiteStore,
+        device: str = "auto",
+    ) -> None:
+        self.identity, self.policy, self.records, self.ledger = identity, policy, records, ledger
+        self._registry, self._key, self._store, self._device = registry, key, store, device
+        self._rng = SecureRandom()
+        self._runs: dict[str, SiteRun] = {}
+        #: The latest refusal with its full reason, for the operator; only shareable reasons are sent.
+        self.last_refusal: ConfideError | None = None
+
+    @property
+    def name(self) -> str:
+        """The site's name in the roster."""
+        return self.identity.name
+
+    def check(self, manifest: Manifest) -> None:
+        """Everything that is decided once, before joining: policy, model, budget, data.
+
+        Raises:
+            ConfideError: The site does not take part; says why, to its operator.
+        """
+        self.policy.check(manifest, self.name)
+        run = self._run(manifest)
+        if manifest.privacy.is_private:
+            self.ledger.check(run.all_charges())
+        if not self.records.persons:
+            raise DataError("holds no records", where=f"site {self.name}", hint="check data.site, or drop the site")
+        present = self._participants(run)
+        needed = max(self.policy.min_subjects, manifest.min_subjects)
+        if int(present.train.sum()) < needed:
+            raise DataError(
+                f"fewer than {needed} consenting subjects to train on",
+                where=f"site {self.name}",
+                hint="lower sites.min_subjects if this is intended, or leave the site out",
+            )
+
+    def current_model(self, run: str) -> ModelState:
+        """The replicated model of a run, for this site's own use."""
+        return self._store.model(run)
+
+    def participants(self, manifest: Manifest) -> Participants:
+        """Who may take part right now. For the site's own use: it never leaves."""
+        return self._participants(self._run(manifest))
+
+    def close(self) -> None:
+        """Release the site's files."""
+        self._registry.close()
+        self.ledger.close()
+        self._store.close()
+
+    def handle(self, step: str, request: Envelope) -> Envelope:
+        """Answer one request.
+
+        Args:
+            step: Which handler Flower's message type names.
+            request: The unverified envelope.
+
+        Returns:
+            A signed reply; a refusal is one too.
+
+        Raises:
+            SealingError: The request is not authentic, so there is nobody to answer to.
+        """
+        header = verify(request, self.policy.coordinator_key, sender=self.policy.coordinator)
+        if header.step != step:
+            raise SealingError("was sent as another step than it was signed for", where=f"site {self.name}")
+        try:
+            stored = self._store.stored_reply(header.run, header.round, header.step, request.digest)
+            if stored is not None:
+                return stored
+            run = self._joining(header, request) if step == "join" else self._joined(header)
+            address = Address(**run.address_fields, round=header.round, step=header.step)
+            recipient = EVERYBODY if step == "join" else self.name
+            expect(header, address, sender=self.policy.coordinator, recipient=recipient, request="")
+            handler: Callable[[SiteRun, Header, Envelope], _Answer] = getattr(self, f"_{step}")
+            return self._commit(run, address, request, handler(run, header, request))
+        except ConfideError as error:
+            return self._refuse(header, request, error)
+
+    # --- steps -------------------------------------------------------------------------------------------------
+
+    def _join(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
+        decode(JoinRequest, header.type, request.body)
+        weights = np.frombuffer(request.chunks[1], dtype="<f4").astype(np.float32)
+        model = ModelState(0, weights, run.strategy.initial_state(len(weights)), None)
+        if len(weights) != run.manifest.layout.size or model_digest(model) != run.manifest.initial_model:
+            raise SealingError("the initial model is not the manifest's", where=f"run {run.manifest.run}")
+        self.check(run.manifest)
+        self._store.add_run(run.manifest.run, run.manifest.to_bytes(), model)
+        return _Answer(JoinReply())
+
+    def _train(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
+        message, round_ = decode(TrainRequest, header.type, request.body), header.round
+        if not 1 <= round_ <= run.manifest.rounds + 1:
+            raise SealingError(f"the run has no round {round_}", where=f"run {run.manifest.run}")
+        model = self._apply(run, message.sums, request.chunks, before=round_)
+        self._settle_unsent(run, round_)
+        charges = run.charges(round_)
+        for event in charges:
+            self.ledger.reserve(self._charge(run, round_, event), event)
+        vector = self._compute_until_cut_off(run, round_, model)
+        commitment = digest("commitment", secrets.token_bytes(32), vector.tobytes()).hex()
+        reply = TrainReply(commitment=commitment, model=model_digest(model), state=state_digest(model))
+        return _Answer(reply, _metric_chunks(model), update=Update(round_, vector))
+
+    def _seal(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
+        message, round_ = decode(SealRequest, header.type, request.body), header.round
+        agreed = self._agree(run, round_, message)
+        update = self._store.pending(run.manifest.run, round_)
+        if update is None:
+            raise SealingError(f"there is no update of round {round_} left to seal", where=f"run {run.manifest.run}")
+        return _Answer(SealReply(transcript=agreed), run.profile.seal(update.vector), sealed=agreed)
+
+    def _release(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
+        message = decode(ReleaseRequest, header.type, request.body)
+        if not self.policy.release:
+            raise PolicyError("release is not allowed", where=f"policy of site {self.name}")
+        model = self._apply(run, message.sums, request.chunks, before=header.round)
+        self._settle_unsent(run, header.round)
+        weights = model.weights.astype("<f4").tobytes()
+        return _Answer(ReleaseReply(model=model_digest(model)), (weights, *_metric_chunks(model)))
+
+    # --- parts of steps ----------------------------------------------------------------------------------------
+
+    def _compute_until_cut_off(self, run: SiteRun, round_: int, model: ModelState) -> Floats:
+        """Compute, then look again: what was computed with a person who has withdrawn meanwhile is thrown away.
+
+        Nothing of an abandoned attempt leaves, so attempts share one charge.
+        """
+        for _ in range(_CUT_OFF_ATTEMPTS):
+            used = self._participants(run)
+            vector = run.compute(round_, model, self.records.units_of(used.train), self.records.units_of(used.held_out))
+            if used.still_covers(self._participants(run)):
+                return vector
+        raise ConsentError("consent kept changing while the round was computed", where=f"site {self.name}",
+                           hint="the site abstains this round")  # fmt: skip
+
+    def _agree(self, run: SiteRun, round_: int, message: SealRequest) -> str:
+        """The transcript X, if every cohort member's signed reply agrees with this site's own.
+
+        Raises:
+            SealingError: The cohort is too small, not this site's, or the digests disagree.
+        """
+        manifest, where = run.manifest, f"run {run.manifest.run}, round {round_}"
+        cohort = message.cohort
+        if list(cohort) != sorted(set(cohort)) or len(message.statements) != len(cohort):
+            raise SealingError("the cohort is not a sorted list of different sites, each with its reply", where=where)
+        if len(cohort) < max(manifest.min_sites, self.policy.min_sites):
+            raise SealingError(f"a cohort below min_sites = {manifest.min_sites}", where=where)
+        own = self.current_model(manifest.run)
+        address = Address(**run.address_fields, round=round_, step="train")
+        digests: dict[str, str] = {}
+        for site, statement in zip(cohort, message.statements, strict=True):
+            member = manifest.member(site)
+            if member is None:
+                raise SealingError(f"{site} is not in the roster", where=where)
+            envelope = _statement(statement.header, statement.signature, statement.body)
+            signed = verify(envelope, bytes.fromhex(member.public_key), sender=site, with_chunks=False)
+            expect(signed, address, sender=site, recipient=self.policy.coordinator)
+            reply = decode(TrainReply, signed.type, envelope.body)
+            if (reply.model, reply.state) != (model_digest(own), state_digest(own)):
+                raise SealingError(f"{site} holds another model than this site", where=where)
+            digests[site] = envelope.digest
+        mine = self._store.reply_digest(manifest.run, round_, "train")
+        if mine is None or digests.get(self.name) != mine:
+            raise SealingError("the cohort does not hold this site's own reply", where=where)
+        return transcript(manifest, 0, round_, digests)
+
+    def _apply(
+        self, run: SiteRun, sums: tuple[SumReference, ...], chunks: tuple[bytes, ...], *, before: int
+    ) -> ModelState:
+        model, offset = self.current_model(run.manifest.run), 0
+        for reference in sums:
+            part = chunks[offset : offset + reference.chunks]
+            offset += reference.chunks
+            if reference.round <= model.round:
+                continue
+            sealed = self._store.sealed_transcript(run.manifest.run, reference.round)
+            if reference.round >= before or (sealed is not None and sealed != reference.transcript):
+                raise SealingError("a sum that this site did not agree to", where=f"round {reference.round}")
+            model = run.apply(model, reference, part)
+            self._store.put_model(run.manifest.run, model)
+        if offset != len(chunks):
+            raise SealingError("chunks that no sum names", where=f"run {run.manifest.run}")
+        return model
+
+    def _settle_unsent(self, run: SiteRun, round_: int) -> None:
+        """An update that was never sealed is destroyed; as nothing of it left, its charge shrinks to nothing."""
+        for unsent in self._store.drop_pending(run.manifest.run, round_):
+            for charge in self.ledger.open_charges(f"{run.manifest.run}/{unsent}/"):
+                self.ledger.settle(charge, 0)
+
+    def _commit(self, run: SiteRun, address: Address, request: Envelope, answer: _Answer) -> Envelope:
+        reply = seal_envelope(
+            self.identity,
+            address,
+            recipient=self.policy.coordinator,
+            type_=answer.message.TYPE,
+            body=answer.message.to_bytes(),
+            chunks=answer.chunks,
+            request=request.digest,
+        )
+        self._store.commit_reply(
+            run.manifest.run, address.round, address.step, request.digest, reply,
+            update=answer.update, sealed=answer.sealed,
+        )  # fmt: skip
+        return reply
+
+    def _refuse(self, header: Header, request: Envelope, error: ConfideError) -> Envelope:
+        self.last_refusal = error
+        _log.warning("site %s refuses a %s request: %s", self.name, header.step, type(error).__name__)
+        answer = (
+            Refusal(kind=error.kind, reason=str(error))
+            if error.shareable
+            else Refusal(kind="abstains", reason="abstains")
+        )
+        address = Address(**{f: getattr(header, f) for f in Address.model_fields})
+        return seal_envelope(
+            self.identity,
+            address,
+            recipient=self.policy.coordinator,
+            type_=answer.TYPE,
+            body=answer.to_bytes(),
+            request=request.digest,
+        )
+
+    # --- look-ups ----------------------------------------------------------------------------------------------
+
+    def _joining(self, header: Header, request: Envelope) -> SiteRun:
+        if len(request.chunks) != 2:
+            raise SealingError("a join request holds a manifest and a model", where=f"site {self.name}")
+        try:
+            manifest = Manifest.from_bytes(request.chunks[0])
+        except ValidationError:
+            raise SealingError("the manifest cannot be read", where=f"site {self.name}") from None
+        if manifest.digest != header.manifest:
+            raise SealingError("the manifest is not the one signed for", where=f"site {self.name}")
+        self.policy.check(manifest, self.name)
+        return self._run(manifest)
+
+    def _joined(self, header: Header) -> SiteRun:
+        if header.run not in self._runs:
+            data = self._store.manifest(header.run)
+            if data is None:
+                raise SealingError(f"this site has not joined run {header.run[:64]}", where=f"site {self.name}")
+            self._run(Manifest.from_bytes(data))
+        return self._runs[header.run]
+
+    def _run(self, manifest: Manifest) -> SiteRun:
+        known = self._runs.get(manifest.run)
+        if known is None or known.manifest.digest != manifest.digest:
+            stored = self._store.manifest(manifest.run)
+            if stored is not None and stored != manifest.to_bytes():
+                raise SealingError(f"run {manifest.run} was joined with another manifest", where=f"site {self.name}")
+            known = SiteRun(manifest, self.name, self.records, self._rng, self._device)
+            self._runs[manifest.run] = known
+        return known
+
+    def _participants(self, run: SiteRun) -> Participants:
+        manifest = run.manifest
+        source = ParticipantSource(self._registry, self._key, self.records, manifest.purpose, manifest.held_out)
+        return source.take(self.ledger if manifest.privacy.is_private else None)
+
+    @staticmethod
+    def _charge(run: SiteRun, round_: int, event: PrivacyEvent) -> str:
+        return f"{run.manifest.run}/{round_}/{event.role.value}"
+
+
+def _metric_chunks(model: ModelState) -> tuple[bytes, ...]:
+    return () if model.metrics is None else (model.metrics.astype("<f8").tobytes(),)
+
+
+def _statement(header: str, signature: str, body: str) -> Envelope:
+    try:
+        return Envelope(header.encode(), bytes.fromhex(signature), body.encode())
+    except ValueError:
+        raise SealingError("a statement is not in hexadecimal", where="message") from None

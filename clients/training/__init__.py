@@ -1,0 +1,1 @@
+"""Local training: models, which of them are admitted, person-level DP-SGD."""

@@ -1,0 +1,177 @@
+"""Local training: DP-SGD whose sample is a person (subject-level, McMahan et al. 2018; Abadi et al. 2016).
+
+Invariants, per step:
+1. Units are Poisson-sampled at the public rate q among those whose consent stands.
+2. A unit's gradient is the *mean* over her records (weight 1/n), clipped to L2 norm C.
+3. Gaussian noise of standard deviation σ·C from an operating-system-keyed stream; an empty draw takes a noisy step.
+4. The sum is divided by q · (declared population): never by anything counted in the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+from confide.clients.data.records import Batch, SiteRecords
+from confide.clients.training.models import flatten, load_flat
+from confide.config import TrainingConfig
+from confide.privacy.dp import SecureRandom
+from confide.privacy.dp.metrics import Task, contributions
+
+__all__ = ["LocalTrainer", "TrainingPlan", "choose_device"]
+
+Vector = NDArray[np.float32]
+Floats = NDArray[np.float64]
+_EVALUATION_UNITS = 4096
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` takes a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingPlan:
+    """A site's part of the manifest. σ = `noise_multiplier`, q = `sample_rate`, C = `max_grad_norm`."""
+
+    training: TrainingConfig
+    task: Task
+    noise_multiplier: float
+    sample_rate: float
+    max_grad_norm: float
+    population: int
+
+
+class _PersonOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
+    """Opacus's optimiser with noise from our stream: its own generator is torch's global, seedable one."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rng: SecureRandom, plan: TrainingPlan) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=plan.noise_multiplier,
+            max_grad_norm=plan.max_grad_norm,
+            expected_batch_size=plan.sample_rate * plan.population,
+            loss_reduction="mean",
+        )
+        self._rng = rng
+
+    def add_noise(self) -> None:
+        scale = self.noise_multiplier * self.max_grad_norm
+        for p in self.params:
+            grad = p.summed_grad
+            if scale:
+                noise = torch.from_numpy(self._rng.normal(p.numel()) * scale).reshape(p.shape)
+                # Added in float64 and rounded once, so that small noise is not lost in a large float32.
+                grad = (grad.double() + noise.to(grad.device)).to(grad.dtype)
+            p.grad = grad.view_as(p)
+
+
+class LocalTrainer:
+    """One model, kept for a run; weights are copied in place each round.
+
+    Args:
+        model: An admitted model (see `admission`).
+        records: The site's data.
+        plan: Public parameters.
+        device: Where to compute.
+        rng: Sampling and noise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        records: SiteRecords,
+        plan: TrainingPlan,
+        device: torch.device,
+        rng: SecureRandom,
+    ) -> None:
+        self._plan, self._records, self._device, self._rng = plan, records, device, rng
+        self._model = GradSampleModule(model.to(device), batch_first=True, loss_reduction="sum")
+        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+
+    def train(self, weights: Vector, eligible: NDArray[np.int64]) -> Floats:
+        """Run the local steps.
+
+        Args:
+            weights: The replicated model, float32 [d].
+            eligible: Units that may be drawn.
+
+        Returns:
+            Trained minus given weights, float64 [d]; private by itself.
+        """
+        load_flat(self._model, weights)
+        self._model.train()
+        optimizer = _PersonOptimizer(self._make_optimizer(), self._rng, self._plan)
+        for _ in range(self._plan.training.local_steps):
+            drawn = self._rng.poisson_sample(eligible, self._plan.sample_rate)
+            optimizer.zero_grad()
+            self._person_gradients(drawn)
+            optimizer.step()
+        optimizer.zero_grad()
+        return flatten(self._model).astype(np.float64) - weights.astype(np.float64)
+
+    def metric_sum(self, weights: Vector, eligible: NDArray[np.int64]) -> Floats:
+        """The exact metric vector of these units, before noise; it must not leave as it is."""
+        load_flat(self._model, weights)
+        self._model.eval()
+        total: Floats | None = None
+        for start in range(0, max(len(eligible), 1), _EVALUATION_UNITS):
+            batch = self._records.gather(eligible[start : start + _EVALUATION_UNITS])
+            weight = (1.0 / batch.records_of[batch.owner]).double().numpy()
+            prediction = predict(self._model, batch.x, self._plan.task, self._device)
+            if prediction.ndim == 2:
+                prediction = prediction.argmax(axis=1).astype(np.float64)
+            part = contributions(self._plan.task, prediction, batch.y.double().numpy(), weight)
+            total = part if total is None else total + part
+        if total is None:  # pragma: no cover - the loop runs at least once
+            raise ValueError("nothing was evaluated")
+        return total
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        training = self._plan.training
+        if training.optimizer == "adam":
+            return torch.optim.Adam(self._parameters, lr=training.learning_rate)
+        return torch.optim.SGD(self._parameters, lr=training.learning_rate, momentum=training.momentum)
+
+    def _person_gradients(self, units: NDArray[np.int64]) -> None:
+        """Leave each parameter's per-unit mean gradients, [units, …], where Opacus's optimiser looks for them."""
+        if len(units) == 0:
+            for p in self._parameters:
+                p.grad_sample = torch.zeros(0, *p.shape, device=self._device)  # Opacus's attribute
+            return
+        batch = self._records.gather(units)
+        owner, counts = batch.owner.to(self._device), batch.records_of.to(self._device)
+        self._loss(batch).backward()  # type: ignore[no-untyped-call]  # torch leaves this untyped
+        for p in self._parameters:
+            sample = p.grad_sample
+            person = torch.zeros(len(units), *sample.shape[1:], device=self._device).index_add_(0, owner, sample)
+            p.grad_sample = person / counts.view(-1, *[1] * (sample.dim() - 1))
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        """Sum of the records' losses: Opacus then leaves each record's own gradient."""
+        # An input that asks for a gradient keeps torch's backward hooks, which Opacus relies on, on their usual path.
+        output, y = self._model(batch.x.to(self._device).requires_grad_()), batch.y.to(self._device)
+        if self._plan.task == "binary":
+            return nn.functional.binary_cross_entropy_with_logits(output[:, 0], y, reduction="sum")
+        if self._plan.task == "multiclass":
+            return nn.functional.cross_entropy(output, y.long(), reduction="sum")
+        return nn.functional.mse_loss(output[:, 0], y, reduction="sum")
+
+
+def predict(model: nn.Module, x: torch.Tensor, task: Task, device: torch.device) -> Floats:
+    """binary: probability [records]; multiclass: probabilities [records, classes]; regression: value [records]."""
+    with torch.no_grad():
+        output = model(x.to(device)).double().cpu()
+    if task == "binary":
+        return np.asarray(torch.sigmoid(output[:, 0]).numpy())
+    if task == "multiclass":
+        return np.asarray(torch.softmax(output, dim=1).numpy())
+    return np.asarray(output[:, 0].numpy())

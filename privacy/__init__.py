@@ -1,0 +1,1 @@
+"""The pure cores: consent, differential privacy, sealed sums, audit. They know nothing of Flower."""

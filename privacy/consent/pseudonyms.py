@@ -1,0 +1,64 @@
+"""From a person's identifier to the names used inside a site. No identifier is stored anywhere.
+
+*locator* = HMAC(site key, identifier): stable for the site's lifetime, finds the person's key.
+*pseudonym* = HMAC(site key, personal key ‖ identifier): what events are filed under; destroying the personal key
+cuts it off from the person.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from confide.errors import ConsentError
+from confide.privacy.files import write_private
+
+__all__ = ["KEY_BYTES", "SiteKey", "canonical_subject"]
+
+KEY_BYTES = 32
+
+
+def canonical_subject(value: object) -> str:
+    """One spelling for an identifier that a table may hold as text, integer or whole float: `7`, `7.0` → "7"."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class SiteKey:
+    """The site-lifetime secret from which names and roles are derived."""
+
+    secret: bytes
+
+    @classmethod
+    def load_or_create(cls, path: Path, secret: bytes | None = None) -> SiteKey:
+        """Read the key file, or make it (from `secret` where one is given, else from the operating system).
+
+        Raises:
+            ConsentError: The file is not a key.
+        """
+        if not path.exists():
+            write_private(path, secret or secrets.token_bytes(KEY_BYTES))
+        data = path.read_bytes()
+        if len(data) != KEY_BYTES:
+            raise ConsentError("is not a site key", where=str(path), hint="restore it from the site's backup")
+        return cls(data)
+
+    def locator(self, subject: str) -> bytes:
+        """32 bytes that find a person again, for the site's lifetime."""
+        return self._mac(b"locator", subject.encode())
+
+    def pseudonym(self, subject: str, personal_key: bytes) -> bytes:
+        """32 bytes under which a person's events are filed."""
+        return self._mac(b"pseudonym", personal_key + subject.encode())
+
+    def role_share(self, subject: str) -> float:
+        """A fixed number in [0, 1) per person, uniform without the key: decides the role, for ever."""
+        return int.from_bytes(self._mac(b"role", subject.encode())[:6], "big") / 2**48
+
+    def _mac(self, label: bytes, message: bytes) -> bytes:
+        return hmac.digest(self.secret, b"confide/1/" + label + b"\0" + message, hashlib.sha256)

@@ -1,0 +1,241 @@
+"""The consent registry: an append-only table of events, and snapshots of who may participate.
+
+Invariants:
+1. Events are only ever added: the database refuses UPDATE and DELETE.
+2. A snapshot depends on (purpose, instant, sequence number) alone, so it can be reproduced.
+3. An import is applied whole or not at all; an event id that is already known adds nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Engine,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    event,
+    func,
+    select,
+    text,
+)
+from sqlalchemy.exc import SQLAlchemyError
+
+from confide.errors import ConsentError
+from confide.privacy.consent.events import ConsentEvent, EventType
+from confide.privacy.consent.pseudonyms import KEY_BYTES, SiteKey
+from confide.privacy.consent.state import Standing, decide
+
+__all__ = ["Registry", "Snapshot"]
+
+SCHEMA_VERSION = 1
+
+_metadata = MetaData()
+_events = Table(
+    "consent_event",
+    _metadata,
+    Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("event_id", String(200), nullable=False, unique=True),
+    Column("pseudonym", LargeBinary(32), nullable=False),
+    Column("purpose", String(200), nullable=False),
+    Column("type", String(20), nullable=False),
+    Column("effective_at", BigInteger, nullable=False),
+    Column("valid_until", BigInteger),
+    Column("notice_digest", String(200), nullable=False),
+    Column("lawful_basis", String(200), nullable=False),
+    Column("jurisdiction", String(50), nullable=False),
+    Column("evidence_ref", String(500), nullable=False),
+    Column("max_epsilon", Float),
+    Index("consent_event_purpose", "purpose", "pseudonym", "seq"),
+)
+#: One key per person, found by locator. Erasure will delete a row here and nowhere else.
+_subjects = Table(
+    "consent_subject",
+    _metadata,
+    Column("locator", LargeBinary(32), primary_key=True),
+    Column("personal_key", LargeBinary(32), nullable=False),
+)
+_schema = Table("consent_schema", _metadata, Column("version", Integer, primary_key=True))
+
+_TRIGGERS = tuple(
+    f"CREATE TRIGGER IF NOT EXISTS consent_event_no_{verb.lower()} BEFORE {verb} ON consent_event "
+    "BEGIN SELECT RAISE(ABORT, 'consent events are append-only'); END"
+    for verb in ("UPDATE", "DELETE")
+)
+_CHUNK = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Who may participate for a purpose, as of (instant, registry sequence). Never leaves the site."""
+
+    purpose: str
+    as_of: int
+    sequence: int
+    #: Pseudonym → the personal ε limit (None: the site's). Only people whose consent stands.
+    participants: Mapping[bytes, float | None]
+
+
+class Registry:
+    """One site's registry, in one SQLite file.
+
+    Args:
+        path: The file; made where it does not exist.
+        key: The site's key.
+    """
+
+    def __init__(self, path: Path, key: SiteKey) -> None:
+        self._path, self._key = path, key
+        self._engine = _open(path)
+
+    def enrol(self, subjects: Iterable[str]) -> dict[str, bytes]:
+        """Pseudonyms of these identifiers, making personal keys for new ones."""
+        by_locator = {self._key.locator(s): s for s in subjects}
+        known = self._personal_keys(by_locator)
+        new = {loc: secrets.token_bytes(KEY_BYTES) for loc in by_locator if loc not in known}
+        if new:
+            with self._engine.begin() as connection:
+                connection.execute(
+                    _subjects.insert(), [{"locator": loc, "personal_key": key} for loc, key in new.items()]
+                )
+        keys = {**known, **new}
+        return {s: self._key.pseudonym(s, keys[loc]) for loc, s in by_locator.items()}
+
+    def pseudonyms(self, subjects: Iterable[str]) -> dict[str, bytes]:
+        """Pseudonyms of those identifiers that the registry knows; an unknown person has none."""
+        by_locator = {self._key.locator(s): s for s in subjects}
+        known = self._personal_keys(by_locator)
+        return {by_locator[loc]: self._key.pseudonym(by_locator[loc], key) for loc, key in known.items()}
+
+    def append(self, events: Sequence[ConsentEvent]) -> int:
+        """Add events in one transaction; known event ids are skipped.
+
+        Returns:
+            How many were new.
+
+        Raises:
+            ConsentError: The database refused; nothing was added.
+        """
+        unique = {e.event_id: e for e in reversed(events)}
+        try:
+            with self._engine.begin() as connection:
+                known: set[str] = set()
+                ids = list(unique)
+                for start in range(0, len(ids), _CHUNK):
+                    part = ids[start : start + _CHUNK]
+                    known.update(connection.scalars(select(_events.c.event_id).where(_events.c.event_id.in_(part))))
+                rows = [_row(e) for e in reversed(unique.values()) if e.event_id not in known]
+                if rows:
+                    connection.execute(_events.insert(), rows)
+        except SQLAlchemyError as error:
+            raise ConsentError(
+                f"cannot be written ({type(error).__name__})",
+                where=str(self._path),
+                hint="nothing was added; check the disk and the file's permissions",
+            ) from None
+        return len(rows)
+
+    def head(self) -> int:
+        """The sequence number of the latest event; 0 where there is none."""
+        with self._engine.connect() as connection:
+            return int(connection.scalar(select(func.max(_events.c.seq))) or 0)
+
+    def snapshot(self, purpose: str, as_of: int, sequence: int | None = None) -> Snapshot:
+        """Who may participate for exactly this purpose.
+
+        Args:
+            purpose: The run's purpose.
+            as_of: Microseconds UTC.
+            sequence: Consider events up to this number; None is the latest.
+
+        Raises:
+            ConsentError: The registry cannot be read. The site then abstains.
+        """
+        try:
+            head = self.head() if sequence is None else sequence
+            query = (
+                select(_events)
+                .where(_events.c.purpose == purpose, _events.c.seq <= head, _events.c.effective_at <= as_of)
+                .order_by(_events.c.seq)
+            )
+            by_person: dict[bytes, list[ConsentEvent]] = defaultdict(list)
+            with self._engine.connect() as connection:
+                for row in connection.execute(query):
+                    by_person[row.pseudonym].append(_event(row._asdict()))
+        except SQLAlchemyError as error:
+            raise ConsentError(
+                f"cannot be read ({type(error).__name__})",
+                where=str(self._path),
+                hint="without the registry nobody may take part; restore it from the site's backup",
+            ) from None
+        standings: dict[bytes, Standing] = {p: decide(events, as_of) for p, events in by_person.items()}
+        participants = {p: s.max_epsilon for p, s in standings.items() if s.may_participate}
+        return Snapshot(purpose, as_of, head, participants)
+
+    def close(self) -> None:
+        """Release the file."""
+        self._engine.dispose()
+
+    def _personal_keys(self, locators: Iterable[bytes]) -> dict[bytes, bytes]:
+        found: dict[bytes, bytes] = {}
+        wanted = list(locators)
+        with self._engine.connect() as connection:
+            for start in range(0, len(wanted), _CHUNK):
+                part = wanted[start : start + _CHUNK]
+                rows = connection.execute(select(_subjects).where(_subjects.c.locator.in_(part)))
+                found.update({row.locator: row.personal_key for row in rows})
+        return found
+
+
+def _open(path: Path) -> Engine:
+    engine = create_engine(f"sqlite:///{path}")
+
+    @event.listens_for(engine, "connect")
+    def _durable(connection: object, _record: object) -> None:
+        cursor = connection.cursor()  # type: ignore[attr-defined]  # the DB-API connection is untyped
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.close()
+
+    try:
+        with engine.begin() as connection:
+            _metadata.create_all(connection)
+            for trigger in _TRIGGERS:
+                connection.execute(text(trigger))
+            version = connection.scalar(select(_schema.c.version))
+            if version is None:
+                connection.execute(_schema.insert().values(version=SCHEMA_VERSION))
+    except SQLAlchemyError as error:
+        raise ConsentError(
+            f"is not a consent registry ({type(error).__name__})",
+            where=str(path),
+            hint="check the path, or restore the file from the site's backup",
+        ) from None
+    if version not in (None, SCHEMA_VERSION):
+        raise ConsentError(
+            f"has schema version {version}; this program writes {SCHEMA_VERSION}",
+            where=str(path),
+            hint="use the version of confide that made it, or a newer one",
+        )
+    return engine
+
+
+def _row(item: ConsentEvent) -> dict[str, object]:
+    return {name: getattr(item, name) for name in ConsentEvent.__slots__} | {"type": item.type.value}
+
+
+def _event(row: Mapping[str, object]) -> ConsentEvent:
+    fields = {name: row[name] for name in ConsentEvent.__slots__}
+    return ConsentEvent(**(fields | {"type": EventType(str(row["type"]))}))  # type: ignore[arg-type]  # typed by the table

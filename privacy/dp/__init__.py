@@ -1,0 +1,19 @@
+"""Differential privacy per person: events, accountants, the ledger's filter, calibration, noise."""
+
+from confide.privacy.dp.accounting import rdp_epsilon, run_epsilon
+from confide.privacy.dp.budget import RenyiBudget
+from confide.privacy.dp.calibration import calibrate
+from confide.privacy.dp.events import PrivacyEvent, Role
+from confide.privacy.dp.ledger import Ledger
+from confide.privacy.dp.randomness import SecureRandom
+
+__all__ = [
+    "Ledger",
+    "PrivacyEvent",
+    "RenyiBudget",
+    "Role",
+    "SecureRandom",
+    "calibrate",
+    "rdp_epsilon",
+    "run_epsilon",
+]

@@ -1,0 +1,87 @@
+"""What was released, as data: frozen records that accountants interpret. Never change a field's meaning; add a type.
+
+σ is the noise multiplier (standard deviation of the noise over the sensitivity), q the Poisson sampling rate.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Literal
+
+from confide.errors import BudgetError
+
+__all__ = ["PrivacyEvent", "Role", "event_from_json", "event_to_json"]
+
+
+class Role(StrEnum):
+    """Which part of a site's people a release touches. A person holds one role for ever, so the two compose in
+    parallel: a person's loss is that of the role held."""
+
+    TRAIN = "train"
+    HELD_OUT = "held_out"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrivacyEvent:
+    """`steps` Gaussian releases over Poisson-sampled units (q = 1: no sampling); neighbours add or remove one unit.
+
+    Attributes:
+        role: Whose data.
+        unit: What a neighbour adds or removes: a `subject` or a `record`.
+        noise_multiplier: σ > 0.
+        sample_rate: q in (0, 1].
+        steps: Number of releases, ≥ 0.
+        max_grad_norm: The L2 sensitivity before noise (documentation; σ is relative to it).
+    """
+
+    role: Role
+    unit: Literal["subject", "record"]
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    max_grad_norm: float
+    mechanism: Literal["poisson_gaussian"] = "poisson_gaussian"
+
+    def __post_init__(self) -> None:
+        if self.mechanism != "poisson_gaussian" or self.unit not in ("subject", "record"):
+            raise BudgetError(f"unknown privacy event {self.mechanism!r} per {self.unit!r}", hint="update confide")
+        if not (self.noise_multiplier > 0 and 0 < self.sample_rate <= 1 and self.steps >= 0 and self.max_grad_norm > 0):
+            raise BudgetError("a privacy event needs σ > 0, 0 < q ≤ 1, steps ≥ 0, clip > 0")
+
+    def times(self, factor: int) -> PrivacyEvent:
+        """The same release, repeated."""
+        return PrivacyEvent(**(asdict(self) | {"steps": self.steps * factor, "role": self.role}))
+
+
+def event_to_json(event: PrivacyEvent) -> str:
+    """Canonical text: sorted keys, numbers as their shortest exact decimals."""
+    fields = asdict(event)
+    fields["noise_multiplier"] = repr(event.noise_multiplier)
+    fields["sample_rate"] = repr(event.sample_rate)
+    fields["max_grad_norm"] = repr(event.max_grad_norm)
+    return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+
+def event_from_json(text: str) -> PrivacyEvent:
+    """Inverse of `event_to_json`.
+
+    Raises:
+        BudgetError: The event is unknown. Nothing may be charged on top of what cannot be read.
+    """
+    try:
+        fields = json.loads(text)
+        return PrivacyEvent(
+            role=Role(fields.pop("role")),
+            noise_multiplier=float(fields.pop("noise_multiplier")),
+            sample_rate=float(fields.pop("sample_rate")),
+            max_grad_norm=float(fields.pop("max_grad_norm")),
+            **fields,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BudgetError(
+            f"holds an event that this version cannot read ({type(error).__name__})",
+            where="privacy ledger",
+            hint="use the version of confide that wrote it, or a newer one",
+        ) from None

@@ -1,0 +1,234 @@
+"""A site's privacy ledger: every charge, durable before anything computed from the data leaves.
+
+Invariants:
+1. *Charge before release*: `reserve` returns only after the charge is on the disk (fsync).
+2. *Filter*: a charge is admitted only if history and charge together fit the budget fixed with the ledger
+   (`confide.privacy.dp.budget`); the check and the write are one transaction.
+3. *Append-only and chained*: rows are never changed; each holds the SHA-256 of its predecessor. A row that does not
+   follow from the one before is refused on opening.
+4. *Settle downwards only*: a reservation can shrink to what really left, never grow. What is not settled counts whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from confide.errors import BudgetError
+from confide.privacy.dp.accounting import rdp_epsilon
+from confide.privacy.dp.budget import RenyiBudget
+from confide.privacy.dp.events import PrivacyEvent, Role, event_from_json, event_to_json
+
+__all__ = ["Ledger"]
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS genesis (one INTEGER PRIMARY KEY CHECK (one = 1), content TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS entry (
+  seq INTEGER PRIMARY KEY, charge TEXT NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('reserve', 'settle')),
+  event TEXT NOT NULL, chain BLOB NOT NULL, UNIQUE (charge, kind));
+CREATE TRIGGER IF NOT EXISTS entry_no_update BEFORE UPDATE ON entry BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER IF NOT EXISTS entry_no_delete BEFORE DELETE ON entry BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER IF NOT EXISTS genesis_no_update BEFORE UPDATE ON genesis BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER IF NOT EXISTS genesis_no_delete BEFORE DELETE ON genesis BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+"""
+
+
+class Ledger:
+    """One site's ledger in one SQLite file.
+
+    Args:
+        path: The file; made where it does not exist.
+        budget: The budget to fix for a new ledger. An existing ledger keeps its own and refuses another.
+        unit: The privacy unit, fixed with the ledger.
+
+    Raises:
+        BudgetError: The file is damaged, or was made for another limit, δ or unit.
+    """
+
+    def __init__(self, path: Path, budget: RenyiBudget, unit: str = "subject") -> None:
+        self._path = path
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
+            self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _SCHEMA)
+            wanted = _genesis(budget, unit)
+            self._db.execute("INSERT OR IGNORE INTO genesis VALUES (1, ?)", (wanted,))
+            (found,) = self._db.execute("SELECT content FROM genesis").fetchone()
+            if found != wanted:
+                raise self._other_genesis(json.loads(found), json.loads(wanted))
+            self.budget = budget
+            self._tip = _link(b"", found)
+            self._reserved: dict[str, PrivacyEvent] = {}
+            self._settled: dict[str, PrivacyEvent] = {}
+            self._seq = 0
+            self._load_new()
+        except (sqlite3.Error, ValueError) as error:
+            raise BudgetError(
+                f"is not a readable privacy ledger ({type(error).__name__})",
+                where=str(path),
+                hint="do not start a fresh one: restore this file, or account for what it held by hand",
+            ) from None
+
+    def events(self, role: Role) -> list[PrivacyEvent]:
+        """What a person holding this role has been exposed to; equal releases are merged."""
+        merged: dict[PrivacyEvent, int] = {}
+        for charge, reserved in self._reserved.items():
+            event = self._settled.get(charge, reserved)
+            if event.role is role and event.steps:
+                key = replace(event, steps=1)
+                merged[key] = merged.get(key, 0) + event.steps
+        return [replace(key, steps=steps) for key, steps in merged.items()]
+
+    def epsilon(self, role: Role, more: Sequence[PrivacyEvent] = ()) -> float:
+        """RDP ε of the charges of a role, with `more` on top; at the ledger's δ."""
+        return rdp_epsilon([*self.events(role), *(e for e in more if e.role is role)], self.budget.delta)
+
+    def used(self, more: Sequence[PrivacyEvent] = ()) -> float:
+        """Used share of the budget of the more exposed role, with `more` on top; 1.0 is all of it."""
+        return max(self.budget.used([*self.events(r), *(e for e in more if e.role is r)]) for r in Role)
+
+    def check(self, events: Sequence[PrivacyEvent]) -> None:
+        """Would these charges be admitted?
+
+        Raises:
+            BudgetError: They would not; says what is left and what was asked.
+        """
+        for role in Role:
+            asked = [e for e in events if e.role is role]
+            history = self.events(role)
+            if asked and not self.budget.admits([*history, *asked]):
+                before, after = self.budget.used(history), self.budget.used([*history, *asked])
+                raise BudgetError(
+                    f"the privacy budget does not suffice: {max(0.0, 1 - before):.1%} of it is left, "
+                    f"{after - before:.1%} was asked (limit ε = {self.budget.epsilon_limit:g} at "
+                    f"δ = {self.budget.delta:g}; charged so far ε = {self.epsilon(role):.2f}, "
+                    f"with this run {self.epsilon(role, asked):.2f})",
+                    where=f"ledger {self._path}",
+                    hint="lower privacy.epsilon or run.rounds; a site's budget is never refilled",
+                )
+
+    def reserve(self, charge: str, event: PrivacyEvent) -> None:
+        """Charge, durably. Repeating a charge with the same event changes nothing.
+
+        Raises:
+            BudgetError: The budget does not admit it, or the charge exists with another event.
+        """
+        if event.steps < 1:
+            raise BudgetError("a charge needs at least one step")
+        with self._exclusive():
+            known = self._reserved.get(charge)
+            if known is not None:
+                if known != event:
+                    raise BudgetError(f"charge {charge} exists with other parameters", where=str(self._path))
+                return
+            self.check([event])
+            self._append(charge, "reserve", event)
+
+    def settle(self, charge: str, steps: int) -> None:
+        """Shrink a reservation to the steps whose result left the site. Once per charge."""
+        with self._exclusive():
+            reserved = self._reserved.get(charge)
+            if reserved is None or not 0 <= steps <= reserved.steps:
+                raise BudgetError(f"charge {charge} cannot be settled to {steps} steps", where=str(self._path))
+            if charge in self._settled:
+                if self._settled[charge].steps != steps:
+                    raise BudgetError(f"charge {charge} is settled already", where=str(self._path))
+                return
+            self._append(charge, "settle", replace(reserved, steps=steps))
+
+    def open_charges(self, prefix: str) -> Iterable[str]:
+        """Charges whose name starts so and that are not settled yet."""
+        return [c for c in self._reserved if c.startswith(prefix) and c not in self._settled]
+
+    def close(self) -> None:
+        """Release the file."""
+        self._db.close()
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One writer at a time, also between processes; what another one appended is read first."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            raise self._unwritable(error) from None
+        try:
+            self._load_new()
+            yield
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            self._reload()
+            if isinstance(error, sqlite3.Error):
+                raise self._unwritable(error) from None
+            raise
+
+    def _append(self, charge: str, kind: str, event: PrivacyEvent) -> None:
+        text = event_to_json(event)
+        chain = _link(self._tip, f"{self._seq + 1}\n{charge}\n{kind}\n{text}")
+        self._db.execute("INSERT INTO entry VALUES (?, ?, ?, ?, ?)", (self._seq + 1, charge, kind, text, chain))
+        self._take(self._seq + 1, charge, kind, text, chain)
+
+    def _load_new(self) -> None:
+        rows = self._db.execute(
+            "SELECT seq, charge, kind, event, chain FROM entry WHERE seq > ? ORDER BY seq", (self._seq,)
+        )
+        for row in rows.fetchall():
+            self._take(*row)
+
+    def _take(self, seq: int, charge: str, kind: str, text: str, chain: bytes) -> None:
+        expected = _link(self._tip, f"{seq}\n{charge}\n{kind}\n{text}")
+        event = event_from_json(text)
+        follows = kind == "reserve" or (charge in self._reserved and event.steps <= self._reserved[charge].steps)
+        if seq != self._seq + 1 or chain != expected or not follows:
+            raise BudgetError(
+                f"entry {seq} does not follow from the one before: the ledger was edited",
+                where=str(self._path),
+                hint="restore the file from the site's backup; the site charges nothing until then",
+            )
+        (self._reserved if kind == "reserve" else self._settled)[charge] = event
+        self._seq, self._tip = seq, chain
+
+    def _reload(self) -> None:
+        (found,) = self._db.execute("SELECT content FROM genesis").fetchone()
+        self._reserved, self._settled, self._seq, self._tip = {}, {}, 0, _link(b"", found)
+        self._load_new()
+
+    def _unwritable(self, error: sqlite3.Error) -> BudgetError:
+        return BudgetError(
+            f"cannot be written ({type(error).__name__}), so nothing may leave",
+            where=str(self._path),
+            hint="check the disk and the file's permissions",
+        )
+
+    def _other_genesis(self, found: dict[str, object], wanted: dict[str, object]) -> BudgetError:
+        changed = ", ".join(
+            f"{k} = {found[k]} (asked: {wanted[k]})" for k in sorted(found) if found[k] != wanted.get(k)
+        )
+        return BudgetError(
+            f"was made with {changed}; these are fixed for the ledger's lifetime",
+            where=str(self._path),
+            hint="keep the ledger's values in [privacy], or name another --ledger folder for unrelated data",
+        )
+
+
+def _genesis(budget: RenyiBudget, unit: str) -> str:
+    return json.dumps(
+        {
+            "version": 1,
+            "unit": unit,
+            "epsilon_limit": repr(budget.epsilon_limit),
+            "delta": repr(budget.delta),
+            "orders": [repr(a) for a in budget.orders],
+            "limits": [repr(b) for b in budget.limits],
+        },
+        sort_keys=True,
+    )
+
+
+def _link(tip: bytes, content: str) -> bytes:
+    return hashlib.sha256(tip + content.encode()).digest()

@@ -1,0 +1,1 @@
+"""The coordinator: plans a run, drives its rounds, holds no key and no data."""

@@ -1,0 +1,328 @@
+"""The coordinator's round loop over any Flower `Grid`: join, then train and seal per round, then release.
+
+Invariants:
+1. It never computes with a single site's update except to add it to the round's one accumulator.
+2. A cohort is sealed once: a site that fails while sealing abandons the round.
+3. All sites must hold the same model after every round; otherwise the run stops.
+4. It holds no data and no key but its own signing key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import Message
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from confide.errors import ConfideError, PeerError, SealingError
+from confide.privacy.sealing import make_profile
+from confide.protocol import messages as m
+from confide.protocol.envelope import EVERYBODY, Address, Envelope, Header, expect, seal_envelope, verify
+from confide.protocol.flower import from_records, to_records
+from confide.protocol.identity import Identity
+from confide.protocol.manifest import Manifest
+from confide.protocol.transcript import transcript
+
+__all__ = ["Coordinator", "Released", "RoundOutcome"]
+
+_MESSAGE_TYPES = {
+    "join": "query.join",
+    "train": "train.train",
+    "seal": "train.seal",
+    "release": "query.release",
+}
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundOutcome:
+    """What the coordinator knows after a round; `metrics` are those opened from an earlier round's sum."""
+
+    round: int
+    cohort: tuple[str, ...]
+    abandoned: bool
+    uplink_bytes: int
+    metrics_round: int | None = None
+    metrics: Floats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The end of a run."""
+
+    weights: NDArray[np.float32]
+    model: str
+    outcomes: tuple[RoundOutcome, ...]
+    metrics_round: int | None
+    metrics: Floats | None
+    bytes_per_parameter: float
+
+
+@dataclass(slots=True)
+class _Sum:
+    """A completed round's sum, kept for sites that still have to apply it."""
+
+    round: int
+    cohort: tuple[str, ...]
+    transcript: str
+    chunks: tuple[bytes, ...]
+
+    @property
+    def reference(self) -> m.SumReference:
+        return m.SumReference(round=self.round, cohort=self.cohort, transcript=self.transcript, chunks=len(self.chunks))
+
+
+@dataclass(slots=True)
+class _Progress:
+    nodes: dict[str, int] = field(default_factory=dict)
+    sums: list[_Sum] = field(default_factory=list)
+    applied: dict[str, int] = field(default_factory=dict)
+    outcomes: list[RoundOutcome] = field(default_factory=list)
+    update_bytes: list[float] = field(default_factory=list)
+
+
+class Coordinator:
+    """One run.
+
+    Args:
+        grid: Flower's way to the nodes.
+        identity: The coordinator's name and signing key.
+        manifest: The run.
+        initial_model: The first weights.
+        before_round: Called with the round's number before its messages go out.
+        after_round: Called with each round's outcome.
+        timeout: Seconds to wait for replies; None waits for ever.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        identity: Identity,
+        manifest: Manifest,
+        initial_model: NDArray[np.float32],
+        *,
+        before_round: Callable[[int], None] = lambda _: None,
+        after_round: Callable[[RoundOutcome], None] = lambda _: None,
+        timeout: float | None = None,
+    ) -> None:
+        self._grid, self._identity, self.manifest, self._initial = grid, identity, manifest, initial_model
+        self._before_round, self._after_round, self._timeout = before_round, after_round, timeout
+        self._profile = make_profile(manifest.sealing)
+        self._progress = _Progress()
+        #: Why sites did not take part, by site: public reasons only.
+        self.refusals: dict[str, m.Refusal] = {}
+
+    def run(self) -> Released:
+        """Run to the end.
+
+        Raises:
+            PeerError: Fewer than `min_sites` sites joined.
+            SealingError: Sites disagree, or a reply is not authentic.
+        """
+        self._join()
+        for round_ in range(1, self.manifest.rounds + 2):
+            self._before_round(round_)
+            outcome = self._round(round_)
+            self._progress.outcomes.append(outcome)
+            self._after_round(outcome)
+        return self._release()
+
+    # --- steps -------------------------------------------------------------------------------------------------
+
+    def _join(self) -> None:
+        chunks = (self.manifest.to_bytes(), self._initial.astype("<f4").tobytes())
+        request = self._sign("join", 0, EVERYBODY, m.JoinRequest(), chunks)
+        for node, envelope in self._exchange("join", dict.fromkeys(self._grid.get_node_ids(), request)).items():
+            for member in self.manifest.members:
+                try:
+                    header = verify(envelope, bytes.fromhex(member.public_key), sender=member.site)
+                except SealingError:
+                    continue
+                if self._accept(header, envelope, request, "join", 0, member.site, m.JoinReply) is not None:
+                    self._progress.nodes[member.site] = node
+                    self._progress.applied[member.site] = 0
+        if len(self._progress.nodes) < self.manifest.min_sites:
+            raise self._too_few("joined")
+
+    def _round(self, round_: int) -> RoundOutcome:
+        committed = self._train(round_)
+        metrics_round, metrics = self._opened_metrics(committed)
+        if len(committed) < self.manifest.min_sites:
+            if not committed and set(self.refusals) >= set(self._progress.nodes):
+                raise self._too_few(f"took part in round {round_}")
+            return RoundOutcome(round_, (), True, 0, metrics_round, metrics)
+        cohort = tuple(sorted(committed))
+        total = self._seal(round_, cohort, {s: committed[s] for s in cohort})
+        if total is None:
+            return RoundOutcome(round_, cohort, True, 0, metrics_round, metrics)
+        self._progress.sums.append(total[0])
+        return RoundOutcome(round_, cohort, False, total[1], metrics_round, metrics)
+
+    def _train(self, round_: int) -> dict[str, Envelope]:
+        requests = {}
+        for site in self._progress.nodes:
+            missing = [s for s in self._progress.sums if s.round > self._progress.applied[site]]
+            body = m.TrainRequest(sums=tuple(s.reference for s in missing))
+            requests[site] = self._sign("train", round_, site, body, tuple(c for s in missing for c in s.chunks))
+        replies = self._ask("train", round_, requests, m.TrainReply)
+        models = {(reply.model, reply.state) for _, reply in replies.values()}
+        if len(models) > 1:
+            raise SealingError(
+                "the sites' models are not bit-identical",
+                where=f"round {round_}",
+                hint="install one version of confide and numpy at all sites; nothing was applied",
+            )
+        latest = self._progress.sums[-1].round if self._progress.sums else 0
+        for site in replies:
+            self._progress.applied[site] = latest
+        return {site: envelope for site, (envelope, _) in replies.items()}
+
+    def _seal(self, round_: int, cohort: tuple[str, ...], replies: Mapping[str, Envelope]) -> tuple[_Sum, int] | None:
+        statements = tuple(
+            m.Statement(
+                header=replies[s].header.decode(),
+                signature=replies[s].signature.hex(),
+                body=replies[s].body.decode(),
+            )
+            for s in cohort
+        )
+        body = m.SealRequest(cohort=cohort, statements=statements)
+        agreed = transcript(self.manifest, 0, round_, {s: replies[s].digest for s in cohort})
+        sealed = self._ask("seal", round_, {s: self._sign("seal", round_, s, body) for s in cohort}, m.SealReply)
+        if set(sealed) != set(cohort) or any(reply.transcript != agreed for _, reply in sealed.values()):
+            return None
+        size = self.manifest.vector_size(round_)
+        accumulator, uplink = self._profile.accumulator(size), 0
+        for site in cohort:
+            chunks = sealed[site][0].chunks
+            uplink += sum(map(len, chunks))
+            accumulator.add(chunks)
+        self._progress.update_bytes.append(uplink / len(cohort) / size)
+        return _Sum(round_, cohort, agreed, accumulator.sum_chunks()), uplink
+
+    def _release(self) -> Released:
+        round_, requests = self.manifest.rounds + 2, {}
+        for site in self._progress.nodes:
+            missing = [s for s in self._progress.sums if s.round > self._progress.applied[site]]
+            body = m.ReleaseRequest(sums=tuple(s.reference for s in missing))
+            requests[site] = self._sign("release", round_, site, body, tuple(c for s in missing for c in s.chunks))
+        replies = self._ask("release", round_, requests, m.ReleaseReply)
+        if not replies:
+            raise self._too_few("released the model")
+        models = {reply.model for _, reply in replies.values()} | {e.chunks[:1] for e, _ in replies.values()}
+        if len(models) != 2:
+            raise SealingError("the sites released different models", where="release", hint="nothing was written")
+        metrics_round, metrics = self._opened_metrics({s: e for s, (e, _) in replies.items()}, skip=1)
+        envelope, reply = next(iter(replies.values()))
+        return Released(
+            weights=np.frombuffer(envelope.chunks[0], dtype="<f4").astype(np.float32),
+            model=reply.model,
+            outcomes=tuple(self._progress.outcomes),
+            metrics_round=metrics_round,
+            metrics=metrics,
+            bytes_per_parameter=float(np.mean(self._progress.update_bytes)) if self._progress.update_bytes else 0.0,
+        )
+
+    # --- parts -------------------------------------------------------------------------------------------------
+
+    def _opened_metrics(self, replies: Mapping[str, Envelope], skip: int = 0) -> tuple[int | None, Floats | None]:
+        """The metric coordinates that the sites opened from the latest sum; all of them must agree."""
+        latest = self._progress.sums[-1].round if self._progress.sums else 0
+        if latest not in self.manifest.metric_rounds or not replies:
+            return None, None
+        opened = {e.chunks[skip:] for e in replies.values()}
+        if len(opened) != 1 or len(next(iter(opened))) != 1:
+            raise SealingError("the sites report different metrics", where=f"round {latest}")
+        return latest, np.frombuffer(next(iter(opened))[0], dtype="<f8").astype(np.float64)
+
+    def _ask(
+        self, step: str, round_: int, requests: Mapping[str, Envelope], kind: type[m._M]
+    ) -> dict[str, tuple[Envelope, m._M]]:
+        """Send a signed request to each site; authentic, positive replies come back by site."""
+        by_node = {self._progress.nodes[site]: (site, request) for site, request in requests.items()}
+        found: dict[str, tuple[Envelope, m._M]] = {}
+        for node, envelope in self._exchange(step, {n: r for n, (_, r) in by_node.items()}).items():
+            site, request = by_node[node]
+            member = self.manifest.member(site)
+            if member is None:
+                continue
+            try:
+                header = verify(envelope, bytes.fromhex(member.public_key), sender=site)
+                reply = self._accept(header, envelope, request, step, round_, site, kind)
+            except SealingError as error:
+                self.refusals[site] = m.Refusal(kind="sealing", reason=error.what)
+                continue
+            if reply is not None:
+                found[site] = (envelope, reply)
+        return found
+
+    def _accept(
+        self,
+        header: Header,
+        envelope: Envelope,
+        request: Envelope,
+        step: str,
+        round_: int,
+        site: str,
+        kind: type[m._M],
+    ) -> m._M | None:
+        expect(
+            header,
+            self._address(step, round_),
+            sender=site,
+            recipient=self._identity.name,
+            request=request.digest,
+        )
+        if header.type == m.Refusal.TYPE:
+            self.refusals[site] = m.decode(m.Refusal, header.type, envelope.body)
+            return None
+        return m.decode(kind, header.type, envelope.body)
+
+    def _exchange(self, step: str, requests: Mapping[int, Envelope]) -> dict[int, Envelope]:
+        outgoing: Sequence[Message] = [
+            # A record object of its own for each node: nodes must not share what they may change.
+            self._grid.create_message(to_records(request), _MESSAGE_TYPES[step], node, group_id=str(step))
+            for node, request in requests.items()
+        ]
+        found = {}
+        for reply in self._grid.send_and_receive(outgoing, timeout=self._timeout):
+            if reply.has_error():
+                continue
+            try:
+                found[reply.metadata.src_node_id] = from_records(reply.content)
+            except SealingError:
+                continue
+        return found
+
+    def _sign(self, step: str, round_: int, site: str, body: m.Message, chunks: tuple[bytes, ...] = ()) -> Envelope:
+        return seal_envelope(
+            self._identity,
+            self._address(step, round_),
+            recipient=site,
+            type_=body.TYPE,
+            body=body.to_bytes(),
+            chunks=chunks,
+        )
+
+    def _address(self, step: str, round_: int) -> Address:
+        manifest = self.manifest
+        return Address(
+            federation=manifest.federation,
+            roster_version=manifest.roster_version,
+            run=manifest.run,
+            manifest=manifest.digest,
+            key_epoch=0,
+            round=round_,
+            step=step,
+        )
+
+    def _too_few(self, what: str) -> ConfideError:
+        reasons = "; ".join(f"{site}: {r.reason}" for site, r in sorted(self.refusals.items())) or "no reply"
+        return PeerError(
+            f"fewer than {self.manifest.min_sites} sites {what} ({reasons})",
+            where=f"run {self.manifest.run}",
+            hint="see each site's own log for its reasons",
+        )

@@ -1,0 +1,94 @@
+"""From an experiment to a manifest: σ and every other parameter of a run, from public inputs only."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from confide.config import Experiment, SchemaConfig
+from confide.errors import ConfigError
+from confide.privacy.dp import PrivacyEvent, RenyiBudget, Role, calibrate
+from confide.privacy.dp.metrics import SENSITIVITY
+from confide.protocol.digest import digest
+from confide.protocol.manifest import Layout, Manifest, Member
+
+__all__ = ["make_manifest"]
+
+
+def make_manifest(
+    experiment: Experiment,
+    *,
+    federation: str,
+    coordinator_key: bytes,
+    members: Sequence[Member],
+    schema: SchemaConfig,
+    initial_model: NDArray[np.float32],
+    layout: Layout,
+) -> Manifest:
+    """Fix a run.
+
+    Args:
+        experiment: What is asked.
+        federation: The federation's name.
+        coordinator_key: Its Ed25519 public key.
+        members: The roster, frozen for the run.
+        schema: The experiment's schema with its patterns expanded.
+        initial_model: The first weights.
+        layout: How they lie in the vector.
+
+    Raises:
+        ConfigError: Too few sites.
+        BudgetError: No noise is enough for the ε asked.
+    """
+    if len(members) < experiment.sites.min_sites:
+        raise ConfigError(
+            f"the data have {len(members)} sites, fewer than sites.min_sites = {experiment.sites.min_sites}",
+            where="data.site",
+            hint="a sum over fewer than three sites hides nobody",
+        )
+    privacy = experiment.privacy
+    sigma, metrics_sigma = _noise(experiment)
+    return Manifest(
+        run=f"{experiment.run.name}-{secrets.token_hex(4)}",
+        federation=federation,
+        roster_version=1,
+        purpose=experiment.run.purpose,
+        coordinator_key=coordinator_key.hex(),
+        members=tuple(sorted(members, key=lambda m: m.site)),
+        min_sites=experiment.sites.min_sites,
+        min_subjects=experiment.sites.min_subjects,
+        rounds=experiment.run.rounds,
+        metric_rounds=experiment.metric_rounds,
+        held_out=experiment.data.held_out,
+        label=experiment.data.label,
+        schema_=schema,
+        model=experiment.model,
+        layout=layout,
+        initial_model=digest("model", initial_model.astype("<f4").tobytes()).hex(),
+        training=experiment.training,
+        strategy=experiment.strategy,
+        privacy=privacy,
+        noise_multiplier=sigma,
+        metrics_noise_multiplier=metrics_sigma,
+        sealing=experiment.sealing,
+    )
+
+
+def _noise(experiment: Experiment) -> tuple[float, float]:
+    """σ of training and of metrics: each role pays the run's whole ε, because a person holds one role only."""
+    privacy = experiment.privacy
+    if not privacy.is_private:
+        return 0.0, 0.0
+    budget = RenyiBudget.for_limit(privacy.site_epsilon_limit, privacy.delta)
+    train = PrivacyEvent(
+        role=Role.TRAIN, unit=privacy.unit, noise_multiplier=1.0, sample_rate=privacy.sample_rate,
+        steps=experiment.run.rounds * experiment.training.local_steps, max_grad_norm=privacy.max_grad_norm,
+    )  # fmt: skip
+    metrics = PrivacyEvent(
+        role=Role.HELD_OUT, unit=privacy.unit, noise_multiplier=1.0, sample_rate=1.0,
+        steps=len(experiment.metric_rounds), max_grad_norm=SENSITIVITY,
+    )  # fmt: skip
+    return calibrate(train, privacy.epsilon, budget), calibrate(metrics, privacy.epsilon, budget)

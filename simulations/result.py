@@ -1,0 +1,141 @@
+"""What a simulated run, or the plan of one, tells its caller."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Epsilon", "Plan", "Progress", "Result", "SitePlan", "json_number"]
+
+NEIGHBOURS = "add or remove one"
+
+
+def json_number(value: Any) -> Any:
+    """JSON has no infinity: ε = ∞ is the text "inf"."""
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Epsilon:
+    """What this run costs a person: the bound from the public schedule, over all sites and at each."""
+
+    max: float
+    per_site: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One round as it ends. Exact metrics belong to the model *entering* the round, on public data only."""
+
+    round: int
+    rounds: int
+    epsilon: float
+    metrics: dict[str, float] | None
+    released: dict[str, float | None] | None
+    abandoned: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        metrics: Exact, simulator-only; None unless the data are declared public.
+        released_metrics: What a deployment would see: noised and charged.
+        curve: Exact metrics of the model after 0, 1, … rounds; empty unless the data are public.
+        epsilon_curve: ε of this run after each round.
+        ledger: Per site, the RDP ε of everything its ledger holds now, and its limit.
+        consent_is_simulated: True unless a file said who consents.
+    """
+
+    run_id: str
+    rounds: int
+    sites: list[str]
+    profile: str
+    metrics: dict[str, float] | None
+    released_metrics: dict[str, float | None] | None
+    epsilon: Epsilon
+    delta: float
+    unit: str
+    neighbours: str
+    placement: str
+    bytes_per_parameter: float
+    rounds_abandoned: int
+    seconds: float
+    out: Path
+    curve: list[dict[str, float]]
+    epsilon_curve: list[float]
+    ledger: dict[str, tuple[float, float]]
+    consent_is_simulated: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints: exactly these keys."""
+        return {
+            "run_id": self.run_id,
+            "rounds": self.rounds,
+            "sites": self.sites,
+            "profile": self.profile,
+            "metrics": self.metrics,
+            "released_metrics": self.released_metrics,
+            "epsilon": {
+                "max": json_number(self.epsilon.max),
+                "per_site": {k: json_number(v) for k, v in self.epsilon.per_site.items()},
+            },
+            "delta": self.delta,
+            "unit": self.unit,
+            "neighbours": self.neighbours,
+            "placement": self.placement,
+            "bytes_per_parameter": self.bytes_per_parameter,
+            "rounds_abandoned": self.rounds_abandoned,
+            "seconds": self.seconds,
+            "out": str(self.out),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SitePlan:
+    """A site before a run. `subjects` is exact on public data and None otherwise.
+
+    `epsilon_*` are RDP ε of the whole ledger, `used_*` shares of its budget, before and after this run.
+    """
+
+    site: str
+    population: int
+    subjects: int | None
+    epsilon_before: float
+    epsilon_after: float
+    used_before: float
+    used_after: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What `--dry-run` prints: everything that is fixed before anything runs."""
+
+    name: str
+    purpose: str
+    rounds: int
+    local_steps: int
+    metric_rounds: list[int]
+    parameters: int
+    profile: str
+    unit: str
+    neighbours: str
+    placement: str
+    epsilon: float
+    delta: float
+    sample_rate: float
+    noise_multiplier: float
+    metrics_noise_multiplier: float
+    max_grad_norm: float
+    site_epsilon_limit: float
+    admitted: bool
+    sites: list[SitePlan]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        tree = asdict(self)
+        tree["sites"] = [{k: json_number(v) for k, v in site.items()} for site in tree["sites"]]
+        return {k: json_number(v) for k, v in tree.items()}

@@ -1,0 +1,285 @@
+"""A simulated federation: real sites (the same class that is deployed), made from one table.
+
+What is simulated: where the sites run, who consents (unless a file says), and the officers who record withdrawals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from confide.clients.data.preprocess import canonical_value, encoded_width, expand, require_columns
+from confide.clients.data.records import SiteRecords
+from confide.clients.data.source import read_table, resolve
+from confide.clients.policy import SitePolicy
+from confide.clients.site import Site
+from confide.clients.store import SiteStore
+from confide.clients.training.admission import admit_model
+from confide.clients.training.models import build_model, initial_model
+from confide.config import Experiment, SchemaConfig
+from confide.errors import ConfigError, DataError
+from confide.privacy.consent import (
+    ConsentEvent,
+    EventType,
+    ImportedEvent,
+    Registry,
+    SiteKey,
+    canonical_subject,
+    now_micros,
+    read_csv,
+)
+from confide.privacy.dp import Ledger, RenyiBudget
+from confide.protocol.identity import Identity
+from confide.protocol.manifest import Manifest, Member
+from confide.server.plan import make_manifest
+
+__all__ = ["FEDERATION", "Sources", "World", "builtin_example", "load_sources"]
+
+FEDERATION = "simulation"
+COORDINATOR = "coordinator"
+_SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
+
+
+def builtin_example(name: str = "rand_health") -> Path:
+    """An experiment file that ships with the package."""
+    return Path(str(importlib.resources.files("confide.simulations.examples") / f"{name}.toml"))
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Everything read and checked before anything is written."""
+
+    experiment: Experiment
+    schema: SchemaConfig
+    records: Mapping[str, SiteRecords]
+    population: Mapping[str, int]
+    consent: list[ImportedEvent] | None
+
+
+def load_sources(experiment: Experiment, base: Path) -> Sources:
+    """Read the table and the consent file, encode, split by site.
+
+    Args:
+        experiment: What is asked.
+        base: Folder that relative paths start from.
+
+    Raises:
+        DataError: The table, a column or a value is not what the schema declares.
+        ConsentError: The consent file is not unambiguous.
+        ConfigError: A site has no declared population, or the model is not admitted.
+    """
+    data = experiment.data
+    path = resolve(data.file, base)
+    table, where = read_table(path), path.name
+    require_columns(table, [data.subject, data.site, data.label.column], where)
+    schema = expand(experiment.schema_, list(table.columns), [data.subject, data.site, data.label.column])
+    if data.label.column in schema.features:
+        raise ConfigError("is a feature and the label", where=f"schema.features.{data.label.column}",
+                          hint="leave it out of the features: a model would only copy it")  # fmt: skip
+    inputs, outputs = encoded_width(schema), data.label.outputs
+    admit_model(build_model(experiment.model, inputs, outputs), inputs, outputs)
+    parts = _split(table, experiment, where)
+    records = {
+        site: SiteRecords.build(
+            part,
+            schema=schema,
+            label=data.label,
+            subject=data.subject,
+            unit=experiment.privacy.unit,
+            where=where,
+        )
+        for site, part in parts.items()
+    }
+    consent = read_csv(base / experiment.consent.file) if experiment.consent.file is not None else None
+    return Sources(experiment, schema, records, _populations(experiment, parts), consent)
+
+
+class World:
+    """The sites of one simulated run, with their files.
+
+    Args:
+        sources: From `load_sources`.
+        run_folder: Where each site keeps this run's state and registry.
+        ledger_folder: Where each site keeps what outlives a run: ledger and key.
+    """
+
+    def __init__(self, sources: Sources, run_folder: Path, ledger_folder: Path) -> None:
+        self.sources = sources
+        self.experiment = sources.experiment
+        self.coordinator = Identity.generate(COORDINATOR)
+        self._registries: dict[str, Registry] = {}
+        self._pseudonyms: dict[str, dict[str, bytes]] = {}
+        self.sites: dict[str, Site] = {}
+        for name, records in sources.records.items():
+            self.sites[name] = self._make_site(name, records, run_folder / name, ledger_folder / name)
+        self.initial, layout = initial_model(
+            self.experiment.model,
+            encoded_width(sources.schema),
+            self.experiment.data.label.outputs,
+            self.experiment.run.seed,
+        )
+        self.manifest: Manifest = make_manifest(
+            self.experiment,
+            federation=FEDERATION,
+            coordinator_key=self.coordinator.public_key,
+            members=[
+                Member(site=n, public_key=s.identity.public_key.hex(), population=sources.population[n])
+                for n, s in self.sites.items()
+            ],
+            schema=sources.schema,
+            initial_model=self.initial,
+            layout=layout,
+        )
+
+    def check(self) -> None:
+        """Ask every site, before anything starts, whether it would take part.
+
+        Raises:
+            ConfideError: The first site's own reason not to.
+        """
+        for site in self.sites.values():
+            site.check(self.manifest)
+
+    def before_round(self, round_: int) -> None:
+        """The simulated officers record this round's withdrawals."""
+        for withdrawal in self.experiment.consent.withdrawals:
+            if withdrawal.round == round_:
+                for name in self.sites:
+                    self._withdraw(name, withdrawal.fraction, round_)
+
+    def close(self) -> None:
+        """Release all files."""
+        for site in self.sites.values():
+            site.close()
+
+    def _make_site(self, name: str, records: SiteRecords, run_folder: Path, ledger_folder: Path) -> Site:
+        experiment, privacy = self.experiment, self.experiment.privacy
+        run_folder.mkdir(parents=True, exist_ok=True)
+        ledger_folder.mkdir(parents=True, exist_ok=True)
+        # Splits are reproducible from the seed, but a ledger's first key stays: roles are for ever.
+        key = SiteKey.load_or_create(ledger_folder / "site.key", _derive(experiment.run.seed, "site-key", name))
+        budget = RenyiBudget.for_limit(privacy.site_epsilon_limit, privacy.delta)
+        registry = Registry(run_folder / "consent.db", key)
+        self._registries[name] = registry
+        self._record_consent(name, records, registry)
+        policy = SitePolicy(
+            coordinator=COORDINATOR,
+            coordinator_key=self.coordinator.public_key,
+            federation=FEDERATION,
+            purposes=frozenset({experiment.run.purpose}),
+            profiles=frozenset({"open"} if experiment.data.public else ()),
+            data_are_public=experiment.data.public,
+            min_sites=experiment.sites.min_sites,
+            min_subjects=experiment.sites.min_subjects,
+            population=self.sources.population[name],
+            epsilon_limit=privacy.site_epsilon_limit,
+            delta=privacy.delta,
+            release=True,
+        )
+        return Site(
+            identity=Identity.generate(name),
+            policy=policy,
+            records=records,
+            registry=registry,
+            ledger=Ledger(ledger_folder / "ledger.db", budget, privacy.unit),
+            key=key,
+            store=SiteStore(run_folder / "state.db"),
+        )
+
+    def _record_consent(self, name: str, records: SiteRecords, registry: Registry) -> None:
+        experiment = self.experiment
+        if self.sources.consent is not None:
+            here = set(records.persons)
+            mine = [e for e in self.sources.consent if e.subject in here]
+            names = registry.enrol({e.subject for e in mine})
+            self._pseudonyms[name] = names
+            registry.append([_file_under(e, names[e.subject]) for e in mine])
+            return
+        fraction = experiment.consent.simulate.fraction if experiment.consent.simulate else 0.0
+        seed = experiment.run.seed
+        given = [p for p in records.persons if _share(seed, "consent", name, p) < fraction]
+        self._pseudonyms[name] = registry.enrol(given)
+        registry.append([self._simulated(name, p, EventType.GIVEN, 0) for p in given])
+
+    def _withdraw(self, name: str, fraction: float, round_: int) -> None:
+        registry, seed = self._registries[name], self.experiment.run.seed
+        standing = registry.snapshot(self.experiment.run.purpose, now_micros()).participants
+        leaving = [
+            p
+            for p, pseudonym in self._pseudonyms[name].items()
+            if pseudonym in standing and _share(seed, f"withdraw-{round_}", name, p) < fraction
+        ]
+        registry.append([self._simulated(name, p, EventType.WITHDRAWN, round_) for p in leaving])
+
+    def _simulated(self, site: str, person: str, kind: EventType, round_: int) -> ConsentEvent:
+        return ConsentEvent(
+            event_id=f"simulated-{kind}-{round_}-{hashlib.sha256(f'{site}/{person}'.encode()).hexdigest()[:32]}",
+            pseudonym=self._pseudonyms[site][person],
+            purpose=self.experiment.run.purpose,
+            type=kind,
+            effective_at=now_micros(),
+            lawful_basis="simulated",
+        )
+
+
+def _split(table: pd.DataFrame, experiment: Experiment, where: str) -> dict[str, pd.DataFrame]:
+    column = table[experiment.data.site]
+    if column.isna().any():
+        raise DataError("the site is missing", where=f"{where}, row {column.isna().idxmax()}, column {column.name!r}",
+                        hint="every record belongs to a site")  # fmt: skip
+    parts = {str(k): v for k, v in table.groupby(column.map(canonical_value), sort=True)}
+    for name in parts:
+        if not _SITE_NAME.fullmatch(name):
+            raise DataError(f"{name[:80]!r} cannot be a site's name", where=f"{where}, column {column.name!r}",
+                            hint="use letters, digits, spaces, dots, dashes; at most 64")  # fmt: skip
+    homes: dict[str, str] = {}
+    for name, part in parts.items():
+        for person in part[experiment.data.subject].dropna().map(canonical_subject).unique():
+            if homes.setdefault(person, name) != name:
+                raise DataError(
+                    f"one subject has records at sites {homes[person]} and {name}",
+                    where=where,
+                    hint="each person's loss is accounted at one site; give the person one site",
+                )
+    return parts
+
+
+def _populations(experiment: Experiment, parts: Mapping[str, object]) -> dict[str, int]:
+    found = {}
+    for name in parts:
+        population = experiment.sites.population_of(name)
+        if population is None:
+            raise ConfigError(
+                f"names neither site {name!r} nor a default",
+                where="sites.population",
+                hint="declare each site's population: a public constant, never a count of the data",
+            )
+        found[name] = population
+    for name in experiment.sites.population:
+        if name != "default" and name not in parts:
+            raise DataError(f"site {name!r} has no records", where=f"column {experiment.data.site!r}",
+                            hint="drop it from sites.population, or check data.site")  # fmt: skip
+    return found
+
+
+def _file_under(imported: ImportedEvent, pseudonym: bytes) -> ConsentEvent:
+    fields = {n: getattr(imported, n) for n in ImportedEvent.__slots__ if n != "subject"}
+    return replace(
+        ConsentEvent(event_id="", pseudonym=pseudonym, purpose="", type=imported.type, effective_at=0),
+        **fields,
+    )
+
+
+def _derive(seed: int, label: str, name: str) -> bytes:
+    return hashlib.sha256(f"confide/simulation/{label}/{seed}/{name}".encode()).digest()
+
+
+def _share(seed: int, label: str, site: str, person: str) -> float:
+    """A uniform per person: who consents does not depend on who else is in the table."""
+    return int.from_bytes(_derive(seed, label, f"{site}/{person}")[:6], "big") / 2**48

@@ -1,0 +1,28 @@
+"""confide: federated learning that people can confide in.
+
+`confide.simulate(...)` runs an experiment, `confide.plan(...)` tells beforehand what it would cost.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from confide.environment import silence_third_parties
+
+silence_third_parties()
+
+if TYPE_CHECKING:
+    from confide.simulations import Plan, Progress, Result, plan, simulate
+
+__all__ = ["Plan", "Progress", "Result", "plan", "simulate"]
+__version__ = version("confide")
+
+
+def __getattr__(name: str) -> Any:
+    """Import the simulator only when it is asked for: it brings torch and Flower with it."""
+    if name in __all__:
+        from confide import simulations
+
+        return getattr(simulations, name)
+    raise AttributeError(f"module 'confide' has no attribute {name!r}")

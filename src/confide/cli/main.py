@@ -1,0 +1,52 @@
+"""`confide`: the entry point. Errors are caught here, once; nothing below exits."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from confide import __version__
+from confide.cli import data, model, render, simulate
+from confide.errors import ConfideError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="confide",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated learning that people can confide in.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("simulate")(simulate.simulate)
+app.add_typer(data.app, name="data")
+app.add_typer(model.app, name="model")
+
+
+def _version(value: bool) -> None:
+    if value:
+        render.out.print(f"confide {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Federated learning that people can confide in."""
+
+
+def main() -> None:
+    """Run a command; an error of ours becomes its text and its exit code."""
+    try:
+        app()
+    except ConfideError as error:
+        render.show_error(error, as_json="--json" in sys.argv[1:])
+        raise SystemExit(error.exit_code) from None
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise SystemExit(1) from None

@@ -1,0 +1,56 @@
+"""How things look: results on stdout, progress and messages on stderr, one JSON object per line with `--json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from confide.errors import ConfideError
+
+__all__ = ["err", "number", "out", "show_error", "show_json", "table"]
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def show_json(tree: dict[str, Any]) -> None:
+    """One object on one line of stdout."""
+    out.file.write(json.dumps(tree, allow_nan=False) + "\n")
+    out.file.flush()
+
+
+def show_error(error: ConfideError, *, as_json: bool) -> None:
+    """What is wrong, where, and what to do next."""
+    if as_json:
+        fields = {"kind": error.kind, "what": error.what, "where": error.where, "hint": error.hint}
+        show_json({"error": {**fields, "exit_code": error.exit_code}})
+    err.print(f"[bold red]{error.kind} error[/] ", end="")
+    err.print(str(error), markup=False, soft_wrap=True)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for people: ∞ and — where there is none."""
+    if value is None:
+        return "—"
+    return "∞" if math.isinf(value) else f"{value:.{digits}f}"
+
+
+def table(title: str, rows: list[tuple[str, str]]) -> Table:
+    """Two columns: what, and how much."""
+    found = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        show_header=False,
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    found.add_column(style="dim")
+    found.add_column(overflow="fold")
+    for row in rows:
+        found.add_row(*row)
+    return found

@@ -1,0 +1,209 @@
+"""`confide simulate`: run an experiment, or print its plan."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from confide.cli.render import err, number, out, show_json, table
+from confide.errors import ConfigError
+
+if TYPE_CHECKING:
+    from confide.simulations import Plan, Result
+    from confide.simulations import Progress as RoundProgress
+
+__all__ = ["simulate"]
+
+_INTERRUPTED = 130
+_ADAPTIVE = "sound although later runs are chosen after seeing earlier ones"
+
+
+class Engine(StrEnum):
+    """Where the sites run."""
+
+    LOCAL = "local"
+
+
+def simulate(
+    experiment: Annotated[
+        Path | None, typer.Argument(help="Experiment file (TOML). Default: the built-in RAND health example.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. privacy.epsilon=1."),
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="New folder for the results. Default: runs/…")
+    ] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="Folder of the sites' privacy ledgers; runs that share it compose.")
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="Where the sites run.")] = Engine.LOCAL,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and its ε; run nothing, write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
+) -> None:
+    """Train over simulated sites, with consent and person-level privacy."""
+    from confide import simulations
+
+    with err.status("reading…") if err.is_terminal else _Quiet():
+        if dry_run:
+            plan = simulations.plan(experiment, overrides=assignments or (), ledger=ledger)
+    if dry_run:
+        show_json(plan.to_json()) if as_json else _show_plan(plan)
+        return
+    try:
+        with _RoundDisplay() as display:
+            result = simulations.simulate(
+                experiment,
+                overrides=assignments or (),
+                out=out_folder,
+                ledger=ledger,
+                progress=display.update,
+            )
+    except KeyboardInterrupt:
+        err.print(
+            "[yellow]interrupted[/] the folder says so; what was charged stays charged, nothing else was released"
+        )
+        raise typer.Exit(_INTERRUPTED) from None
+    except PermissionError as error:
+        raise ConfigError(
+            "may not be written", where=str(error.filename), hint="name a folder you may write to"
+        ) from None
+    if as_json:
+        show_json(result.to_json())
+    else:
+        _show_result(result)
+
+
+class _Quiet:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class _RoundDisplay:
+    """A progress bar on a terminal, a line a round elsewhere; both on stderr."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("round {task.completed:.0f}/{task.total:.0f}  {task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=err,
+            transient=True,
+        )
+        self._task = self._bar.add_task("preparing", total=None, note="", visible=err.is_terminal)
+
+    def __enter__(self) -> _RoundDisplay:
+        if err.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, progress: RoundProgress) -> None:
+        note = f"ε {number(progress.epsilon, 2)}"
+        if progress.metrics:
+            note += "".join(f"  {k} {v:.3f}" for k, v in progress.metrics.items())
+        if progress.released:
+            note += "".join(f"  released {k} {number(v)}" for k, v in progress.released.items())
+        if progress.abandoned:
+            note += "  (round abandoned)"
+        if err.is_terminal:
+            self._bar.update(
+                self._task, description="training", completed=progress.round, total=progress.rounds, note=note
+            )
+        else:
+            err.print(f"round {progress.round}/{progress.rounds}  {note}", soft_wrap=True)
+
+
+def _show_plan(plan: Plan) -> None:
+    unit = f"per {plan.unit}, δ = {plan.delta:g}, neighbours: {plan.neighbours} {plan.unit}"
+    rows = [
+        ("purpose", plan.purpose),
+        ("model", f"{plan.parameters:,} parameters"),
+        (
+            "rounds",
+            f"{plan.rounds} × {plan.local_steps} local steps; metrics leave after rounds {_list(plan.metric_rounds)}",
+        ),
+        ("sites", f"{len(plan.sites)}, profile {plan.profile}"),
+        ("ε of this run", f"{number(plan.epsilon, 2)} ({unit})"),
+        (
+            "noise multiplier σ",
+            f"{plan.noise_multiplier:g} training, {plan.metrics_noise_multiplier:g} metrics",
+        ),
+        ("sample rate q, clip C", f"{plan.sample_rate:g}, {plan.max_grad_norm:g}"),
+        ("ledger limit", f"ε = {plan.site_epsilon_limit:g} ({_ADAPTIVE})"),
+    ]
+    out.print(table(f"Plan of {plan.name}: nothing has run", rows))
+    sites = Table(
+        box=None,
+        padding=(0, 2, 0, 0),
+        title="The sites' ledgers, before → after",
+        title_justify="left",
+        title_style="bold",
+    )
+    for name in ("site", "declared population", "subjects in data", "ε charged (RDP)", "budget used"):
+        sites.add_column(name, justify="left" if name == "site" else "right")
+    for s in plan.sites:
+        sites.add_row(
+            s.site, f"{s.population:,}", "not shown" if s.subjects is None else f"{s.subjects:,}",
+            f"{number(s.epsilon_before, 2)} → {number(s.epsilon_after, 2)}",
+            f"{s.used_before:.0%} → {s.used_after:.0%}",
+        )  # fmt: skip
+    out.print(sites)
+    if not plan.admitted:
+        out.print("[bold red]This run would be refused[/]: the budget of a site does not suffice.")
+
+
+def _show_result(result: Result) -> None:
+    private = result.epsilon.max != float("inf")
+    cost = f"{number(result.epsilon.max, 2)} per {result.unit}"
+    rows = [
+        ("run", result.run_id),
+        ("sites", f"{len(result.sites)} ({_list(result.sites)})"),
+        ("profile", f"{result.profile}: {_exposure(result.profile)}"),
+        ("rounds", f"{result.rounds}" + (f", {result.rounds_abandoned} abandoned" if result.rounds_abandoned else "")),
+        ("consent", "simulated consent" if result.consent_is_simulated else "from the imported file"),
+        ("ε of this run", f"{cost} (δ = {result.delta:g}; neighbours: {result.neighbours} {result.unit})"
+         if private else "∞: a baseline on public data, nobody is protected"),
+    ]  # fmt: skip
+    if private:
+        used = max(result.ledger.values())
+        rows.append(("ledger", f"ε {number(used[0], 2)} of {used[1]:g} charged so far (RDP, all runs; {_ADAPTIVE})"))
+    if result.metrics:
+        rows.append(("exact, simulator only", _metrics(result.metrics) + " on held-out persons (public data)"))
+    if result.released_metrics:
+        rows.append(("released, noised" if private else "released", _metrics(result.released_metrics)))
+    rows += [
+        ("uplink", f"{result.bytes_per_parameter:.2f} bytes a parameter"),
+        ("time", f"{result.seconds:.1f} s"),
+        ("written to", str(result.out)),
+    ]
+    out.print(table("Done", rows))
+
+
+def _metrics(metrics: dict[str, float] | dict[str, float | None]) -> str:
+    return ", ".join(f"{k} {number(v)}" for k, v in metrics.items())
+
+
+def _exposure(profile: str) -> str:
+    from confide.config import SealingConfig
+    from confide.privacy.sealing import make_profile
+
+    shown = make_profile(SealingConfig(profile=profile)).describe_exposure()
+    return "; ".join(f"{e.coalition} sees {e.learns}" for e in shown[:1])
+
+
+def _list(items: list[str] | list[int]) -> str:
+    return ", ".join(map(str, items))

@@ -1,0 +1,45 @@
+"""What a run is asked to do: the experiment's sections and the one cascade that reads them."""
+
+from confide.config.experiment import (
+    CategoryFeature,
+    ConsentConfig,
+    DataConfig,
+    Experiment,
+    Feature,
+    LabelConfig,
+    ModelConfig,
+    NumberFeature,
+    PrivacyConfig,
+    RunConfig,
+    SchemaConfig,
+    SealingConfig,
+    SimulatedConsent,
+    SitesConfig,
+    StrategyConfig,
+    TrainingConfig,
+    Withdrawal,
+)
+from confide.config.load import load_experiment, parse_assignment, read_toml
+
+__all__ = [
+    "CategoryFeature",
+    "ConsentConfig",
+    "DataConfig",
+    "Experiment",
+    "Feature",
+    "LabelConfig",
+    "ModelConfig",
+    "NumberFeature",
+    "PrivacyConfig",
+    "RunConfig",
+    "SchemaConfig",
+    "SealingConfig",
+    "SimulatedConsent",
+    "SitesConfig",
+    "StrategyConfig",
+    "TrainingConfig",
+    "Withdrawal",
+    "load_experiment",
+    "parse_assignment",
+    "read_toml",
+]

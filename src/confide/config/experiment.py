@@ -1,0 +1,293 @@
+"""What an experiment file may say: frozen, keyword-only, every unknown key refused.
+
+The sections that a site must know (`model`, `training`, `strategy`, `privacy`, `sealing`, `schema`, label) are
+the same objects in the run's manifest, so a simulated and a deployed run are described by one vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+__all__ = [
+    "CategoryFeature",
+    "ConsentConfig",
+    "DataConfig",
+    "Experiment",
+    "Feature",
+    "LabelConfig",
+    "ModelConfig",
+    "NumberFeature",
+    "PrivacyConfig",
+    "RunConfig",
+    "SchemaConfig",
+    "SealingConfig",
+    "SimulatedConsent",
+    "SitesConfig",
+    "StrategyConfig",
+    "TrainingConfig",
+    "Withdrawal",
+]
+
+Scalar = bool | int | float | str
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Purpose = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$", max_length=200)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+
+class RunConfig(_Section):
+    """`[run]`: what the training is called and is for. `seed` draws splits and simulated consent, never noise."""
+
+    name: Name
+    purpose: Purpose
+    rounds: Annotated[int, Field(ge=1, le=10_000)] = 20
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    report_metrics_every: Annotated[int, Field(ge=1)] = 10
+
+
+class LabelConfig(_Section):
+    """What is predicted: exactly one of a threshold (`at_least`), `classes`, or public `bounds` (regression)."""
+
+    column: str
+    at_least: float | None = None
+    classes: tuple[Scalar, ...] | None = None
+    bounds: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> LabelConfig:
+        given = [k for k in ("at_least", "classes", "bounds") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of at_least, classes, bounds (got {', '.join(given) or 'none'})")
+        if self.classes is not None and (len(self.classes) < 2 or len(set(map(str, self.classes))) < len(self.classes)):
+            raise ValueError("classes needs at least two different values")
+        if self.bounds is not None:
+            _check_bounds(self.bounds)
+        return self
+
+    @property
+    def task(self) -> Literal["binary", "multiclass", "regression"]:
+        """The kind of prediction."""
+        if self.bounds is not None:
+            return "regression"
+        return "multiclass" if self.classes is not None and len(self.classes) > 2 else "binary"
+
+    @property
+    def outputs(self) -> int:
+        """Columns of the model's output: one logit, a logit a class, or one number."""
+        return len(self.classes or ()) if self.task == "multiclass" else 1
+
+
+class DataConfig(_Section):
+    """`[data]`: the table. `public` means that anybody may see every row."""
+
+    file: str
+    subject: str
+    site: str
+    label: LabelConfig
+    public: bool = False
+    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+
+
+class NumberFeature(_Section):
+    """A number, clipped to public bounds and scaled to [-1, 1]."""
+
+    kind: Literal["number"]
+    bounds: tuple[float, float]
+    missing: float | None = None
+
+    @field_validator("bounds")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        return _check_bounds(value)
+
+
+class CategoryFeature(_Section):
+    """One of a public list of values, one-hot; a value outside the list has no hot column."""
+
+    kind: Literal["category"]
+    values: Annotated[tuple[Scalar, ...], Field(min_length=1)]
+    missing: Scalar | None = None
+
+
+Feature = Annotated[NumberFeature | CategoryFeature, Field(discriminator="kind")]
+
+
+class SchemaConfig(_Section):
+    """`[schema]`: the features and their public bounds. A name may be a pattern (`pixel*`).
+
+    `missing = "midpoint"` fills a missing number with the middle of its bounds and gives a missing category no
+    hot column; `"refuse"` (the default) makes a missing value an error.
+    """
+
+    missing: Literal["midpoint", "refuse"] = "refuse"
+    features: Annotated[dict[str, Feature], Field(min_length=1)]
+
+
+class SitesConfig(_Section):
+    """`[sites]`: thresholds, and each site's declared population (a public constant, never recomputed)."""
+
+    min_sites: Annotated[int, Field(ge=3)] = 3
+    min_subjects: Annotated[int, Field(ge=1)] = 20
+    population: dict[str, Annotated[int, Field(ge=1)]]
+
+    @model_validator(mode="after")
+    def _floor(self) -> SitesConfig:
+        small = [name for name, count in self.population.items() if count < self.min_subjects]
+        if small:
+            raise ValueError(f"population of {', '.join(small)} is below min_subjects = {self.min_subjects}")
+        return self
+
+    def population_of(self, site: str) -> int | None:
+        """Declared number of subjects of a site, or None where neither it nor a default is declared."""
+        return self.population.get(site, self.population.get("default"))
+
+
+class SimulatedConsent(_Section):
+    """Draw who consents, at the experiment's seed."""
+
+    fraction: Fraction
+
+
+class Withdrawal(_Section):
+    """Before round `round`, this fraction of the consenting subjects withdraws."""
+
+    round: Annotated[int, Field(ge=1)]
+    fraction: Fraction
+
+
+class ConsentConfig(_Section):
+    """`[consent]`: simulated, or imported from a CSV file of events."""
+
+    simulate: SimulatedConsent | None = None
+    file: str | None = None
+    withdrawals: tuple[Withdrawal, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ConsentConfig:
+        if (self.simulate is None) == (self.file is None):
+            raise ValueError("give exactly one of simulate, file: without consent nobody takes part")
+        return self
+
+
+class ModelConfig(_Section):
+    """`[model]`: `logistic`, `mlp` with `hidden`, or `package.module:function` returning an `nn.Module`."""
+
+    kind: str = "logistic"
+    hidden: tuple[Annotated[int, Field(ge=1, le=100_000)], ...] = ()
+    options: dict[str, Scalar] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _known(self) -> ModelConfig:
+        if self.kind not in ("logistic", "mlp") and self.kind.count(":") != 1:
+            raise ValueError(f"kind is 'logistic', 'mlp' or 'package.module:function' (got {self.kind!r})")
+        if self.kind == "mlp" and not self.hidden:
+            raise ValueError("an mlp needs hidden, for example hidden = [64, 32]")
+        if self.kind != "mlp" and self.hidden:
+            raise ValueError("hidden belongs to kind = 'mlp'")
+        if self.kind in ("logistic", "mlp") and self.options:
+            raise ValueError("options belong to a model of your own (package.module:function)")
+        return self
+
+
+class TrainingConfig(_Section):
+    """`[training]`: what a site does in a round."""
+
+    local_steps: Annotated[int, Field(ge=1, le=100_000)] = 10
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _momentum(self) -> TrainingConfig:
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError("momentum belongs to optimizer = 'sgd'")
+        return self
+
+
+class StrategyConfig(_Section):
+    """`[strategy]`: how the sum becomes the next model."""
+
+    kind: Literal["fedavg"] = "fedavg"
+    server_learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
+class PrivacyConfig(_Section):
+    """`[privacy]`: the loss (ε, δ) this run may cost a person, and the mechanism that keeps to it."""
+
+    unit: Literal["subject", "record"] = "subject"
+    epsilon: Annotated[float, Field(gt=0)]
+    delta: Annotated[float, Field(gt=0, lt=0.1)] = 1e-5
+    sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    placement: Literal["site"] = "site"
+    site_epsilon_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
+
+    @model_validator(mode="after")
+    def _numbers(self) -> PrivacyConfig:
+        if math.isnan(self.epsilon):
+            raise ValueError("epsilon is not a number")
+        return self
+
+    @property
+    def is_private(self) -> bool:
+        """False for the ε = ∞ baseline on public data."""
+        return math.isfinite(self.epsilon)
+
+
+class SealingConfig(_Section):
+    """`[sealing]`: how sums are protected."""
+
+    profile: Literal["open"]
+
+
+class Experiment(_Section):
+    """A whole experiment file."""
+
+    run: RunConfig
+    data: DataConfig
+    schema_: Annotated[SchemaConfig, Field(alias="schema")]
+    sites: SitesConfig
+    consent: ConsentConfig
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    privacy: PrivacyConfig
+    sealing: SealingConfig
+
+    @model_validator(mode="after")
+    def _together(self) -> Experiment:
+        if not self.privacy.is_private and not self.data.public:
+            raise ValueError(
+                "privacy.epsilon = inf needs data.public = true: without noise, what a site sends reveals its people"
+            )
+        if self.privacy.is_private and self.privacy.epsilon > self.privacy.site_epsilon_limit:
+            raise ValueError(
+                f"privacy.epsilon = {self.privacy.epsilon:g} is above privacy.site_epsilon_limit = "
+                f"{self.privacy.site_epsilon_limit:g}, the most a site's ledger will ever hold"
+            )
+        return self
+
+    @property
+    def metric_rounds(self) -> tuple[int, ...]:
+        """Rounds at which the model *entering* the round is evaluated; the last is `rounds + 1`, without training."""
+        every = self.run.report_metrics_every
+        return (*range(every + 1, self.run.rounds + 1, every), self.run.rounds + 1)
+
+
+def _check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    low, high = bounds
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"bounds are two finite numbers, the lower first (got [{low:g}, {high:g}])")
+    return bounds
+
+
+def describe_value(value: Any) -> str:
+    """A value as it would stand in TOML, shortened."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,133 @@
+"""The one cascade: defaults < file < `--set`. Unknown keys are refused with the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from confide.config.experiment import Experiment, describe_value
+from confide.errors import ConfigError
+
+__all__ = ["load_experiment", "parse_assignment", "read_toml"]
+
+
+def load_experiment(source: Path | Mapping[str, Any], assignments: Iterable[str] = ()) -> Experiment:
+    """Read an experiment.
+
+    Args:
+        source: A TOML file, or the same as nested mappings.
+        assignments: `a.b=value` overrides; the value is TOML, or else a plain string.
+
+    Raises:
+        ConfigError: The file cannot be read or parsed, a key is unknown, or a value is not allowed.
+    """
+    where = str(source) if isinstance(source, Path) else "experiment"
+    tree = read_toml(source) if isinstance(source, Path) else _copy(source)
+    for assignment in assignments:
+        path, value = parse_assignment(assignment)
+        _assign(tree, path, value, assignment)
+    _refuse_unknown(Experiment, tree, (), where)
+    try:
+        return Experiment.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file.
+
+    Raises:
+        ConfigError: It is missing, not UTF-8, or not TOML (with line and column).
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            "there is no such file", where=str(path), hint="give the path of an experiment file"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}", where=str(path), hint="give a readable UTF-8 TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"is not valid TOML: {error}", where=str(path), hint="mend that line and try again") from None
+
+
+def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
+    """Split `a.b=value`; the value is read as TOML and, where it is not, as a plain string."""
+    key, equals, raw = text.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(path):
+        raise ConfigError(f"{text!r} is not an assignment", where="--set", hint="write it as section.key=value")
+    try:
+        return path, tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return path, raw.strip()
+
+
+def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+
+def _assign(tree: dict[str, Any], path: tuple[str, ...], value: Any, text: str) -> None:
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{part!r} in {text!r} is a value, not a section", where="--set", hint="shorten the key")
+    # Two ways of saying one thing exclude each other; the override wins over the file.
+    if path[:-1] == ("consent",) and path[-1] in ("file", "simulate"):
+        tree.pop("simulate" if path[-1] == "file" else "file", None)
+    tree[path[-1]] = value
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The section classes an annotation may hold."""
+    if get_origin(annotation) is Annotated:
+        return _models(get_args(annotation)[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [m for a in get_args(annotation) for m in _models(a)]
+    return []
+
+
+def _refuse_unknown(model: type[BaseModel], tree: Any, path: tuple[str, ...], where: str) -> None:
+    if not isinstance(tree, dict):
+        return
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    for key, value in tree.items():
+        if key not in fields:
+            known = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+            full = ".".join((*path, key))
+            hint = (
+                f"did you mean {'.'.join((*path, known[0]))}?" if known else f"known here: {', '.join(sorted(fields))}"
+            )
+            raise ConfigError(f"unknown key {full}", where=where, hint=hint)
+        options = _models(fields[key].annotation)
+        if len(options) == 1:
+            _refuse_unknown(options[0], value, (*path, key), where)
+
+
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    lines = []
+    for item in error.errors():
+        tags = {"number", "category"}  # pydantic puts the tag of a union into the path
+        loc = ".".join(str(part) for part in item["loc"] if part not in tags)
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "missing":
+            lines.append(f"{loc} is required")
+        elif item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {loc}")
+        elif isinstance(item["input"], dict | BaseModel):
+            lines.append(f"{loc}: {message}" if loc else message)
+        else:
+            lines.append(f"{loc} = {describe_value(item['input'])}: {message[0].lower()}{message[1:]}")
+    return ConfigError(
+        "; ".join(lines),
+        where=where,
+        hint="mend the experiment, or override a key with --set section.key=value",
+    )

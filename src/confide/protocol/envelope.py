@@ -1,0 +1,162 @@
+"""The signed envelope around every message.
+
+Invariants:
+1. A signature covers sender, recipient, federation, roster version, run, manifest, key epoch, round, step, type, the
+   request answered, and the digest of every byte of content. Nothing can be moved to another place and stay valid.
+2. Each chunk has its own digest, so it is verified before anything parses it.
+3. A header is parsed only under a size limit, and content only after the signature holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from confide.errors import SealingError
+from confide.protocol.digest import digest, framed
+from confide.protocol.identity import Identity, verify_signature
+from confide.protocol.manifest import Hex32
+
+__all__ = [
+    "EVERYBODY",
+    "MAX_BODY",
+    "MAX_CHUNKS",
+    "Address",
+    "Envelope",
+    "Header",
+    "expect",
+    "seal_envelope",
+    "verify",
+]
+
+_DOMAIN = b"confide/envelope/1"
+_MAX_HEADER = 8 * 2**20
+MAX_BODY = 8 * 2**20
+MAX_CHUNKS = 65_536
+#: Recipient of a request that goes to every node before the coordinator knows which site lives where.
+EVERYBODY = "*"
+
+
+class Address(BaseModel):
+    """Where in a run a message belongs. Both sides must agree on every field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    federation: str
+    roster_version: int
+    run: str
+    manifest: Hex32
+    key_epoch: int
+    round: Annotated[int, Field(ge=0)]
+    step: Literal["join", "train", "seal", "release"]
+
+
+class Header(Address):
+    """What is signed."""
+
+    version: Literal[1] = 1
+    sender: str
+    recipient: str
+    type: str
+    #: Digest of the request that this answers; empty for a request.
+    request: str
+    body: Hex32
+    chunks: tuple[Hex32, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A signed header, the body it commits to, and chunks of bulk data."""
+
+    header: bytes
+    signature: bytes
+    body: bytes
+    chunks: tuple[bytes, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Names this very message: hex digest of header and signature."""
+        return digest("envelope", self.header, self.signature).hex()
+
+    def without_chunks(self) -> Envelope:
+        """The same signed statement, without its bulk."""
+        return Envelope(self.header, self.signature, self.body)
+
+
+def seal_envelope(
+    identity: Identity,
+    address: Address,
+    *,
+    recipient: str,
+    type_: str,
+    body: bytes,
+    chunks: tuple[bytes, ...] = (),
+    request: str = "",
+) -> Envelope:
+    """Sign a message."""
+    header = Header(
+        **address.model_dump(),
+        sender=identity.name,
+        recipient=recipient,
+        type=type_,
+        request=request,
+        body=hashlib.sha256(body).hexdigest(),
+        chunks=tuple(hashlib.sha256(c).hexdigest() for c in chunks),
+    )
+    encoded = header.model_dump_json().encode()
+    return Envelope(encoded, identity.sign(framed((_DOMAIN, encoded))), body, chunks)
+
+
+def verify(envelope: Envelope, public_key: bytes, *, sender: str, with_chunks: bool = True) -> Header:
+    """Check size, signature and digests; where the message belongs is for `expect` to say.
+
+    Args:
+        envelope: What arrived.
+        public_key: The sender's key, from the roster or the policy (never from the message).
+        sender: Whose key that is, for the error text.
+        with_chunks: False where a statement travels without its bulk.
+
+    Raises:
+        SealingError: Anything at all is not as it must be.
+    """
+    where = f"message from {sender}"
+    if len(envelope.header) > _MAX_HEADER or len(envelope.body) > MAX_BODY or len(envelope.chunks) > MAX_CHUNKS:
+        raise SealingError("is larger than any honest message", where=where)
+    if not verify_signature(public_key, envelope.signature, framed((_DOMAIN, envelope.header))):
+        raise SealingError("the signature is not the sender's", where=where)
+    try:
+        header = Header.model_validate_json(envelope.header)
+    except ValidationError:
+        raise SealingError("the signed header cannot be read", where=where) from None
+    if hashlib.sha256(envelope.body).hexdigest() != header.body:
+        raise SealingError("the body is not the signed one", where=where)
+    if with_chunks and tuple(hashlib.sha256(c).hexdigest() for c in envelope.chunks) != header.chunks:
+        raise SealingError("a chunk is not the signed one", where=where)
+    return header
+
+
+def expect(header: Header, address: Address, *, sender: str, recipient: str, request: str | None = None) -> None:
+    """Check that a verified message is the one that belongs here.
+
+    Args:
+        header: A header that `verify` returned.
+        address: Where in the run it must belong.
+        sender: Whom it must come from.
+        recipient: Whom it must be for.
+        request: Digest of the request it must answer ("" for a request); None where only others know it.
+
+    Raises:
+        SealingError: It is from, for, or about something else: replayed or misdirected.
+    """
+    expected = address.model_dump() | {"sender": sender, "recipient": recipient}
+    if request is not None:
+        expected["request"] = request
+    for field, value in expected.items():
+        if getattr(header, field) != value:
+            raise SealingError(
+                f"belongs to another {field}: a replayed or misdirected message",
+                where=f"message from {sender}",
+            )

@@ -1,0 +1,41 @@
+"""Ed25519 identities of the coordinator and the sites."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+__all__ = ["Identity", "verify_signature"]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Identity:
+    """A name with its signing key. The private key never leaves the process that made it."""
+
+    name: str
+    key: Ed25519PrivateKey
+
+    @classmethod
+    def generate(cls, name: str) -> Identity:
+        """A new identity from the operating system's randomness."""
+        return cls(name, Ed25519PrivateKey.generate())
+
+    @property
+    def public_key(self) -> bytes:
+        """The 32-byte public key."""
+        return self.key.public_key().public_bytes_raw()
+
+    def sign(self, message: bytes) -> bytes:
+        """A 64-byte signature."""
+        return self.key.sign(message)
+
+
+def verify_signature(public_key: bytes, signature: bytes, message: bytes) -> bool:
+    """Is this the key's signature over the message?"""
+    try:
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True

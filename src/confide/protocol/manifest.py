@@ -1,0 +1,116 @@
+"""The manifest: everything that defines a run, fixed from public inputs before it starts.
+
+Its digest stands in every envelope: no peer can be talked into another profile, threshold, noise or step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from confide.config import (
+    LabelConfig,
+    ModelConfig,
+    PrivacyConfig,
+    SchemaConfig,
+    SealingConfig,
+    StrategyConfig,
+    TrainingConfig,
+)
+from confide.privacy.dp import metrics
+from confide.protocol.digest import digest
+
+__all__ = ["Hex32", "Layout", "Manifest", "Member"]
+
+Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Member(_Part):
+    """A site of the roster: its name, signing key and declared population."""
+
+    site: str
+    public_key: Hex32
+    population: Annotated[int, Field(ge=1)]
+
+
+class Layout(_Part):
+    """Where each parameter lies in the flat float32 model vector."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+
+class Manifest(_Part):
+    """One run."""
+
+    version: int = 1
+    run: str
+    federation: str
+    roster_version: int
+    purpose: str
+    coordinator_key: Hex32
+    members: tuple[Member, ...]
+    min_sites: Annotated[int, Field(ge=3)]
+    min_subjects: Annotated[int, Field(ge=1)]
+    rounds: Annotated[int, Field(ge=1)]
+    metric_rounds: tuple[int, ...]
+    held_out: float
+    label: LabelConfig
+    schema_: SchemaConfig
+    model: ModelConfig
+    layout: Layout
+    initial_model: Hex32
+    training: TrainingConfig
+    strategy: StrategyConfig
+    privacy: PrivacyConfig
+    #: σ of the training steps and of the metric releases; 0 only for the ε = ∞ baseline on public data.
+    noise_multiplier: Annotated[float, Field(ge=0)]
+    metrics_noise_multiplier: Annotated[float, Field(ge=0)]
+    sealing: SealingConfig
+
+    def to_bytes(self) -> bytes:
+        """The bytes that are signed and hashed."""
+        return self.model_dump_json(by_alias=False).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """Parse and validate; raises pydantic's `ValidationError`."""
+        return cls.model_validate_json(data)
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of `to_bytes`."""
+        return digest("manifest", self.to_bytes()).hex()
+
+    def member(self, site: str) -> Member | None:
+        """The roster's entry of a site."""
+        return next((m for m in self.members if m.site == site), None)
+
+    def weight(self, site: str) -> float:
+        """Public aggregation weight of a site: its declared population over the roster's mean."""
+        mean = sum(m.population for m in self.members) / len(self.members)
+        member = self.member(site)
+        return member.population / mean if member is not None else 0.0
+
+    def trains_in(self, round_: int) -> bool:
+        """The round after the last only evaluates."""
+        return round_ <= self.rounds
+
+    def metric_width(self, round_: int) -> int:
+        """Metric coordinates that ride at the end of a round's vector."""
+        return metrics.width(self.label.task) if round_ in self.metric_rounds else 0
+
+    def vector_size(self, round_: int) -> int:
+        """Coordinates of a round's vector: the update's, then the metrics'."""
+        return (self.layout.size if self.trains_in(round_) else 0) + self.metric_width(round_)
