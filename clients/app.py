@@ -1,4 +1,4 @@
-"""The Flower ClientApp: four message types, each answered by the site that lives on this node."""
+"""The Flower ClientApp: six message types, each answered by the site that lives on this node."""
 
 from __future__ import annotations
 
@@ -45,6 +45,14 @@ def make_client_app(find_site: Callable[[Context], Site]) -> ClientApp:
     @app.query("join")
     def join(message: Message, context: Context) -> Message:
         return answer("join", message, context)
+
+    @app.query("secret")
+    def secret(message: Message, context: Context) -> Message:
+        return answer("secret", message, context)
+
+    @app.query("keys")
+    def keys(message: Message, context: Context) -> Message:
+        return answer("keys", message, context)
 
     @app.train("train")
     def train(message: Message, context: Context) -> Message:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from confide.clients.data.preprocess import encoded_width
 from confide.clients.data.records import SiteRecords
+from confide.clients.keys import RunKeys
 from confide.clients.store import ModelState
 from confide.clients.training.admission import admit_model
 from confide.clients.training.models import build_model, layout_of
@@ -16,8 +17,9 @@ from confide.clients.training.trainer import LocalTrainer, TrainingPlan, choose_
 from confide.errors import PolicyError, SealingError
 from confide.privacy.dp import PrivacyEvent, Role, SecureRandom
 from confide.privacy.dp.metrics import SENSITIVITY
-from confide.privacy.sealing import make_profile
+from confide.privacy.sealing import Agreement, Payload, Segment, make_profile
 from confide.protocol.digest import digest
+from confide.protocol.envelope import Address
 from confide.protocol.manifest import Manifest
 from confide.protocol.messages import SumReference
 from confide.strategies import StepInput, make_strategy
@@ -30,16 +32,13 @@ Floats = NDArray[np.float64]
 class SiteRun:
     """Everything a site derives from the manifest. Holds no state that a restart must keep."""
 
-    def __init__(self, manifest: Manifest, site: str, records: SiteRecords, rng: SecureRandom, device: str) -> None:
+    def __init__(
+        self, manifest: Manifest, site: str, records: SiteRecords, rng: SecureRandom, device: str, coordinator: str
+    ) -> None:
         self.manifest, self.site, self._rng = manifest, site, rng
-        self.profile, self.strategy = make_profile(manifest.sealing), make_strategy(manifest.strategy)
-        self.address_fields = {
-            "federation": manifest.federation,
-            "roster_version": manifest.roster_version,
-            "run": manifest.run,
-            "manifest": manifest.digest,
-            "key_epoch": 0,
-        }
+        self.profile = make_profile(manifest.sealing, len(manifest.members))
+        self.strategy = make_strategy(manifest.strategy)
+        self.keys = RunKeys(manifest, site, self.profile, coordinator)
         inputs, outputs = encoded_width(manifest.schema_), manifest.label.outputs
         model = build_model(manifest.model, inputs, outputs)
         if layout_of(model) != manifest.layout or records.inputs != inputs:
@@ -58,6 +57,14 @@ class SiteRun:
             population=member.population,
         )
         self.trainer = LocalTrainer(model, records, plan, choose_device(device), rng)
+
+    def address(self, round_: int, step: str) -> Address:
+        """Where a message of this run belongs."""
+        manifest = self.manifest
+        return Address(
+            federation=manifest.federation, roster_version=manifest.roster_version, run=manifest.run,
+            manifest=manifest.digest, key_epoch=0, round=round_, step=step,
+        )  # fmt: skip
 
     def charges(self, round_: int) -> list[PrivacyEvent]:
         """What a round costs each role; empty for ε = ∞ on public data."""
@@ -111,6 +118,32 @@ class SiteRun:
             parts.append(exact + noise)
         return np.concatenate(parts)
 
+    def segments(self, round_: int) -> list[Segment]:
+        """Public ranges of a round's vector, from the manifest alone, the same at every site.
+
+        A step moves the weights by at most lr · C (everybody drawn pulls the same way, at the expected number of
+        draws) plus noise of standard deviation lr · σ · C / (q N); Adam's step is below 3.2 · lr (Kingma, Ba 2015,
+        with β = 0.9, 0.999). Half as much again and eight standard deviations are left for the unexpected; what still
+        lies outside is clipped after the noise, which costs accuracy, never privacy.
+        """
+        manifest, training, found = self.manifest, self.manifest.training, []
+        smallest = min(m.population for m in manifest.members)
+        if manifest.trains_in(round_):
+            steps, lr, clip = training.local_steps, training.learning_rate, manifest.privacy.max_grad_norm
+            noise = manifest.noise_multiplier * clip * steps**0.5 / (manifest.privacy.sample_rate * smallest)
+            pull = (
+                3.2 * steps
+                if training.optimizer == "adam"
+                else (1.5 * clip * steps + 8 * noise) / (1 - training.momentum)
+            )
+            bound = lr * pull * max(manifest.weight(m.site) for m in manifest.members)
+            found.append(Segment(manifest.layout.size, -bound, bound))
+        if size := manifest.metric_width(round_):
+            spread = 8 * SENSITIVITY * manifest.metrics_noise_multiplier
+            largest = max(m.population for m in manifest.members)
+            found.append(Segment(size, -spread - 1, largest + spread + 1))
+        return found
+
     def apply(self, model: ModelState, reference: SumReference, chunks: Sequence[bytes]) -> ModelState:
         """The replicated strategy step for one opened sum.
 
@@ -121,14 +154,16 @@ class SiteRun:
         cohort = reference.cohort
         if list(cohort) != sorted(set(cohort)) or not set(cohort) <= members or len(cohort) < self.manifest.min_sites:
             raise SealingError("a sum over a cohort that this run does not allow", where=f"round {reference.round}")
-        opened = self.profile.open(chunks, self.manifest.vector_size(reference.round))
+        total = Payload(tuple(chunks), tuple(int(tag, 16) for tag in reference.tags))
+        agreement = Agreement(cohort, reference.transcript)
+        opened = self.keys.session.open(total, self.segments(reference.round), agreement)
         size = self.manifest.metric_width(reference.round)
         metrics = opened[len(opened) - size :] if size else None
         weights, state = model.weights, model.state
         if self.manifest.trains_in(reference.round):
             weight = sum(self.manifest.weight(site) for site in cohort)
-            total = opened[: self.manifest.layout.size]
-            weights, state = self.strategy.step(StepInput(weights, total, weight, state))
+            update = opened[: self.manifest.layout.size]
+            weights, state = self.strategy.step(StepInput(weights, update, weight, state))
         return ModelState(reference.round, weights, state, metrics)
 
 

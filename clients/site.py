@@ -29,6 +29,7 @@ from confide.clients.store import ModelState, SiteStore, Update
 from confide.errors import ConfideError, ConsentError, DataError, PolicyError, SealingError
 from confide.privacy.consent import Registry, SiteKey
 from confide.privacy.dp import Ledger, PrivacyEvent, SecureRandom
+from confide.privacy.sealing import Agreement
 from confide.protocol.digest import digest
 from confide.protocol.envelope import EVERYBODY, Address, Envelope, Header, expect, seal_envelope, verify
 from confide.protocol.identity import Identity
@@ -36,12 +37,16 @@ from confide.protocol.manifest import Manifest
 from confide.protocol.messages import (
     JoinReply,
     JoinRequest,
+    KeysReply,
+    KeysRequest,
     Message,
     Refusal,
     ReleaseReply,
     ReleaseRequest,
     SealReply,
     SealRequest,
+    SecretReply,
+    SecretRequest,
     SumReference,
     TrainReply,
     TrainRequest,
@@ -159,8 +164,10 @@ class Site:
             stored = self._store.stored_reply(header.run, header.round, header.step, request.digest)
             if stored is not None:
                 return stored
+            if (reason := self._store.stopped(header.run)) is not None:
+                raise SealingError(f"this site has left the run for good: a sum {reason}", where=f"run {header.run}")
             run = self._joining(header, request) if step == "join" else self._joined(header)
-            address = Address(**run.address_fields, round=header.round, step=header.step)
+            address = run.address(header.round, header.step)
             recipient = EVERYBODY if step == "join" else self.name
             expect(header, address, sender=self.policy.coordinator, recipient=recipient, request="")
             handler: Callable[[SiteRun, Header, Envelope], _Answer] = getattr(self, f"_{step}")
@@ -178,7 +185,19 @@ class Site:
             raise SealingError("the initial model is not the manifest's", where=f"run {run.manifest.run}")
         self.check(run.manifest)
         self._store.add_run(run.manifest.run, run.manifest.to_bytes(), model)
-        return _Answer(JoinReply())
+        return _Answer(JoinReply(ephemeral=run.keys.public.hex()))
+
+    def _secret(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
+        message = decode(SecretRequest, header.type, request.body)
+        return _Answer(SecretReply(), run.keys.make_secret(run.address(0, "secret"), message.statements))
+
+    def _keys(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
+        message = decode(KeysRequest, header.type, request.body)
+        if len(request.chunks) != 1:
+            raise SealingError("a keys request holds one wrapped secret", where=f"site {self.name}")
+        made = message.made
+        digest_ = run.keys.accept(run.address(0, "keys"), message.statements, made, made.site, request.chunks[0])
+        return _Answer(KeysReply(secret=digest_))
 
     def _train(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
         message, round_ = decode(TrainRequest, header.type, request.body), header.round
@@ -191,7 +210,10 @@ class Site:
             self.ledger.reserve(self._charge(run, round_, event), event)
         vector = self._compute_until_cut_off(run, round_, model)
         commitment = digest("commitment", secrets.token_bytes(32), vector.tobytes()).hex()
-        reply = TrainReply(commitment=commitment, model=model_digest(model), state=state_digest(model))
+        reply = TrainReply(
+            commitment=commitment, model=model_digest(model), state=state_digest(model),
+            secret=run.keys.session.secret_digest,
+        )  # fmt: skip
         return _Answer(reply, _metric_chunks(model), update=Update(round_, vector))
 
     def _seal(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
@@ -200,7 +222,9 @@ class Site:
         update = self._store.pending(run.manifest.run, round_)
         if update is None:
             raise SealingError(f"there is no update of round {round_} left to seal", where=f"run {run.manifest.run}")
-        return _Answer(SealReply(transcript=agreed), run.profile.seal(update.vector), sealed=agreed)
+        payload = run.keys.session.seal(update.vector, run.segments(round_), Agreement(message.cohort, agreed))
+        tags = tuple(f"{tag:x}" for tag in payload.tags)
+        return _Answer(SealReply(transcript=agreed, tags=tags), payload.chunks, sealed=agreed)
 
     def _release(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
         message = decode(ReleaseRequest, header.type, request.body)
@@ -239,18 +263,19 @@ class Site:
         if len(cohort) < max(manifest.min_sites, self.policy.min_sites):
             raise SealingError(f"a cohort below min_sites = {manifest.min_sites}", where=where)
         own = self.current_model(manifest.run)
-        address = Address(**run.address_fields, round=round_, step="train")
+        address = run.address(round_, "train")
         digests: dict[str, str] = {}
         for site, statement in zip(cohort, message.statements, strict=True):
             member = manifest.member(site)
             if member is None:
                 raise SealingError(f"{site} is not in the roster", where=where)
-            envelope = _statement(statement.header, statement.signature, statement.body)
+            envelope = statement.envelope()
             signed = verify(envelope, bytes.fromhex(member.public_key), sender=site, with_chunks=False)
             expect(signed, address, sender=site, recipient=self.policy.coordinator)
             reply = decode(TrainReply, signed.type, envelope.body)
-            if (reply.model, reply.state) != (model_digest(own), state_digest(own)):
-                raise SealingError(f"{site} holds another model than this site", where=where)
+            held = (model_digest(own), state_digest(own), run.keys.session.secret_digest)
+            if statement.site != site or (reply.model, reply.state, reply.secret) != held:
+                raise SealingError(f"{site} holds another model or run secret than this site", where=where)
             digests[site] = envelope.digest
         mine = self._store.reply_digest(manifest.run, round_, "train")
         if mine is None or digests.get(self.name) != mine:
@@ -269,7 +294,13 @@ class Site:
             sealed = self._store.sealed_transcript(run.manifest.run, reference.round)
             if reference.round >= before or (sealed is not None and sealed != reference.transcript):
                 raise SealingError("a sum that this site did not agree to", where=f"round {reference.round}")
-            model = run.apply(model, reference, part)
+            try:
+                model = run.apply(model, reference, part)
+            except SealingError as error:
+                # A second look at a forged sum would be an oracle: the keys go, and the run ends here, for good.
+                run.keys.destroy()
+                self._store.stop_run(run.manifest.run, error.what)
+                raise
             self._store.put_model(run.manifest.run, model)
         if offset != len(chunks):
             raise SealingError("chunks that no sum names", where=f"run {run.manifest.run}")
@@ -343,7 +374,7 @@ class Site:
             stored = self._store.manifest(manifest.run)
             if stored is not None and stored != manifest.to_bytes():
                 raise SealingError(f"run {manifest.run} was joined with another manifest", where=f"site {self.name}")
-            known = SiteRun(manifest, self.name, self.records, self._rng, self._device)
+            known = SiteRun(manifest, self.name, self.records, self._rng, self._device, self.policy.coordinator)
             self._runs[manifest.run] = known
         return known
 
@@ -359,10 +390,3 @@ class Site:
 
 def _metric_chunks(model: ModelState) -> tuple[bytes, ...]:
     return () if model.metrics is None else (model.metrics.astype("<f8").tobytes(),)
-
-
-def _statement(header: str, signature: str, body: str) -> Envelope:
-    try:
-        return Envelope(header.encode(), bytes.fromhex(signature), body.encode())
-    except ValueError:
-        raise SealingError("a statement is not in hexadecimal", where="message") from None

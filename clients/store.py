@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS chunk (
   run TEXT, round INTEGER, step TEXT, number INTEGER, data BLOB NOT NULL, PRIMARY KEY (run, round, step, number));
 CREATE TABLE IF NOT EXISTS pending (run TEXT, round INTEGER, vector BLOB NOT NULL, PRIMARY KEY (run, round));
 CREATE TABLE IF NOT EXISTS sealed (run TEXT, round INTEGER, transcript TEXT NOT NULL, PRIMARY KEY (run, round));
+CREATE TABLE IF NOT EXISTS stopped (run TEXT PRIMARY KEY, reason TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS model (
   run TEXT PRIMARY KEY, round INTEGER NOT NULL, weights BLOB NOT NULL, state BLOB NOT NULL, parts INTEGER NOT NULL,
   metrics BLOB);
@@ -190,6 +191,16 @@ class SiteStore:
     def put_model(self, run: str, model: ModelState) -> None:
         """Replace the replicated model."""
         self._put_model(run, model)
+
+    def stop_run(self, run: str, reason: str) -> None:
+        """Never answer for this run again, also after a restart."""
+        self._db.execute("INSERT OR IGNORE INTO stopped VALUES (?, ?)", (run, reason))
+        self._db.execute("DELETE FROM pending WHERE run = ?", (run,))
+
+    def stopped(self, run: str) -> str | None:
+        """Why a run was stopped, or None."""
+        row = self._db.execute("SELECT reason FROM stopped WHERE run = ?", (run,)).fetchone()
+        return row[0] if row else None
 
     def close(self) -> None:
         """Release the file."""

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from confide.errors import ConfideError, PeerError, SealingError
-from confide.privacy.sealing import make_profile
+from confide.privacy.sealing import Payload, make_profile
 from confide.protocol import messages as m
 from confide.protocol.envelope import EVERYBODY, Address, Envelope, Header, expect, seal_envelope, verify
 from confide.protocol.flower import from_records, to_records
@@ -30,6 +30,8 @@ __all__ = ["Coordinator", "Released", "RoundOutcome"]
 
 _MESSAGE_TYPES = {
     "join": "query.join",
+    "secret": "query.secret",
+    "keys": "query.keys",
     "train": "train.train",
     "seal": "train.seal",
     "release": "query.release",
@@ -68,11 +70,18 @@ class _Sum:
     round: int
     cohort: tuple[str, ...]
     transcript: str
-    chunks: tuple[bytes, ...]
+    payload: Payload
+
+    @property
+    def chunks(self) -> tuple[bytes, ...]:
+        return self.payload.chunks
 
     @property
     def reference(self) -> m.SumReference:
-        return m.SumReference(round=self.round, cohort=self.cohort, transcript=self.transcript, chunks=len(self.chunks))
+        return m.SumReference(
+            round=self.round, cohort=self.cohort, transcript=self.transcript, chunks=len(self.chunks),
+            tags=tuple(f"{tag:x}" for tag in self.payload.tags),
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -80,6 +89,7 @@ class _Progress:
     nodes: dict[str, int] = field(default_factory=dict)
     sums: list[_Sum] = field(default_factory=list)
     applied: dict[str, int] = field(default_factory=dict)
+    joined: dict[str, Envelope] = field(default_factory=dict)
     outcomes: list[RoundOutcome] = field(default_factory=list)
     update_bytes: list[float] = field(default_factory=list)
 
@@ -110,7 +120,7 @@ class Coordinator:
     ) -> None:
         self._grid, self._identity, self.manifest, self._initial = grid, identity, manifest, initial_model
         self._before_round, self._after_round, self._timeout = before_round, after_round, timeout
-        self._profile = make_profile(manifest.sealing)
+        self._profile = make_profile(manifest.sealing, len(manifest.members))
         self._progress = _Progress()
         #: Why sites did not take part, by site: public reasons only.
         self.refusals: dict[str, m.Refusal] = {}
@@ -123,6 +133,8 @@ class Coordinator:
             SealingError: Sites disagree, or a reply is not authentic.
         """
         self._join()
+        if self._profile.keyed:
+            self._distribute_keys()
         for round_ in range(1, self.manifest.rounds + 2):
             self._before_round(round_)
             outcome = self._round(round_)
@@ -144,8 +156,30 @@ class Coordinator:
                 if self._accept(header, envelope, request, "join", 0, member.site, m.JoinReply) is not None:
                     self._progress.nodes[member.site] = node
                     self._progress.applied[member.site] = 0
+                    self._progress.joined[member.site] = envelope
         if len(self._progress.nodes) < self.manifest.min_sites:
             raise self._too_few("joined")
+
+    def _distribute_keys(self) -> None:
+        """One site makes the run secret; what passes through here is wrapped for its recipients and signed by it."""
+        names = sorted(self._progress.joined)
+        statements = tuple(m.Statement.of(s, self._progress.joined[s]) for s in names)
+        for maker in names:
+            request = self._sign("secret", 0, maker, m.SecretRequest(statements=statements))
+            made = self._ask("secret", 0, {maker: request}, m.SecretReply)
+            if maker in made and len(made[maker][0].chunks) == len(names):
+                break
+        else:
+            raise self._too_few("could make a run secret")
+        envelope = made[maker][0]
+        body = m.KeysRequest(statements=statements, made=m.Statement.of(maker, envelope))
+        requests = {s: self._sign("keys", 0, s, body, (envelope.chunks[i],)) for i, s in enumerate(names)}
+        agreed = self._ask("keys", 0, requests, m.KeysReply)
+        if len({reply.secret for _, reply in agreed.values()}) > 1:
+            raise SealingError("the sites hold different run secrets", where="key agreement")
+        self._progress.nodes = {s: n for s, n in self._progress.nodes.items() if s in agreed}
+        if len(self._progress.nodes) < self.manifest.min_sites:
+            raise self._too_few("agreed on keys")
 
     def _round(self, round_: int) -> RoundOutcome:
         committed = self._train(round_)
@@ -181,27 +215,23 @@ class Coordinator:
         return {site: envelope for site, (envelope, _) in replies.items()}
 
     def _seal(self, round_: int, cohort: tuple[str, ...], replies: Mapping[str, Envelope]) -> tuple[_Sum, int] | None:
-        statements = tuple(
-            m.Statement(
-                header=replies[s].header.decode(),
-                signature=replies[s].signature.hex(),
-                body=replies[s].body.decode(),
-            )
-            for s in cohort
-        )
+        statements = tuple(m.Statement.of(s, replies[s]) for s in cohort)
         body = m.SealRequest(cohort=cohort, statements=statements)
         agreed = transcript(self.manifest, 0, round_, {s: replies[s].digest for s in cohort})
         sealed = self._ask("seal", round_, {s: self._sign("seal", round_, s, body) for s in cohort}, m.SealReply)
         if set(sealed) != set(cohort) or any(reply.transcript != agreed for _, reply in sealed.values()):
             return None
-        size = self.manifest.vector_size(round_)
-        accumulator, uplink = self._profile.accumulator(size), 0
+        accumulator, uplink = self._profile.accumulator(self.manifest.vector_size(round_)), 0
         for site in cohort:
-            chunks = sealed[site][0].chunks
-            uplink += sum(map(len, chunks))
-            accumulator.add(chunks)
-        self._progress.update_bytes.append(uplink / len(cohort) / size)
-        return _Sum(round_, cohort, agreed, accumulator.sum_chunks()), uplink
+            envelope, reply = sealed[site]
+            uplink += sum(map(len, envelope.chunks))
+            try:
+                accumulator.add(Payload(envelope.chunks, tuple(int(tag, 16) for tag in reply.tags)))
+            except SealingError as error:
+                self.refusals[site] = m.Refusal(kind="sealing", reason=error.what)
+                return None
+        self._progress.update_bytes.append(uplink / len(cohort) / self.manifest.vector_size(round_))
+        return _Sum(round_, cohort, agreed, accumulator.total()), uplink
 
     def _release(self) -> Released:
         round_, requests = self.manifest.rounds + 2, {}

@@ -12,6 +12,7 @@ from confide.config import Experiment, SchemaConfig
 from confide.errors import ConfigError
 from confide.privacy.dp import PrivacyEvent, RenyiBudget, Role, calibrate
 from confide.privacy.dp.metrics import SENSITIVITY
+from confide.privacy.sealing import make_profile
 from confide.protocol.digest import digest
 from confide.protocol.manifest import Layout, Manifest, Member
 
@@ -49,6 +50,7 @@ def make_manifest(
             where="data.site",
             hint="a sum over fewer than three sites hides nobody",
         )
+    make_profile(experiment.sealing, len(members))  # impossible parameters are refused before anything runs
     privacy = experiment.privacy
     sigma, metrics_sigma = _noise(experiment)
     return Manifest(

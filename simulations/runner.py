@@ -69,7 +69,7 @@ def simulate(
         world = World(sources, folder / "sites", ledgers)
         try:
             world.check()
-            _write_json(folder / "experiment.json", loaded.model_dump(mode="json", by_alias=True))
+            write_atomically(folder / "experiment.json", loaded.model_dump_json(by_alias=True, indent=2).encode())
             _write_json(folder / "status.json", {"status": "running", "run_id": world.manifest.run})
             result = _Run(world, folder, progress, started).execute()
         except BaseException as error:

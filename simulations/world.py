@@ -173,7 +173,7 @@ class World:
             coordinator_key=self.coordinator.public_key,
             federation=FEDERATION,
             purposes=frozenset({experiment.run.purpose}),
-            profiles=frozenset({"open"} if experiment.data.public else ()),
+            profiles=frozenset({"sealed", "open"} if experiment.data.public else {"sealed"}),
             data_are_public=experiment.data.public,
             min_sites=experiment.sites.min_sites,
             min_subjects=experiment.sites.min_subjects,

@@ -5,7 +5,7 @@ from confide.privacy.dp.budget import RenyiBudget
 from confide.privacy.dp.calibration import calibrate
 from confide.privacy.dp.events import PrivacyEvent, Role
 from confide.privacy.dp.ledger import Ledger
-from confide.privacy.dp.randomness import SecureRandom
+from confide.privacy.randomness import SecureRandom
 
 __all__ = [
     "Ledger",

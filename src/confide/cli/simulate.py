@@ -201,7 +201,7 @@ def _exposure(profile: str) -> str:
     from confide.config import SealingConfig
     from confide.privacy.sealing import make_profile
 
-    shown = make_profile(SealingConfig(profile=profile)).describe_exposure()
+    shown = make_profile(SealingConfig(profile=profile), 3).describe_exposure()
     return "; ".join(f"{e.coalition} sees {e.learns}" for e in shown[:1])
 
 

@@ -38,7 +38,7 @@ Purpose = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9.
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, ser_json_inf_nan="strings")
 
 
 class RunConfig(_Section):
@@ -243,7 +243,8 @@ class PrivacyConfig(_Section):
 class SealingConfig(_Section):
     """`[sealing]`: how sums are protected."""
 
-    profile: Literal["open"]
+    profile: Literal["sealed", "open"] = "sealed"
+    bits: Annotated[int, Field(ge=8, le=20)] = 20
 
 
 class Experiment(_Section):
@@ -258,7 +259,7 @@ class Experiment(_Section):
     training: TrainingConfig = TrainingConfig()
     strategy: StrategyConfig = StrategyConfig()
     privacy: PrivacyConfig
-    sealing: SealingConfig
+    sealing: SealingConfig = SealingConfig()
 
     @model_validator(mode="after")
     def _together(self) -> Experiment:

@@ -51,7 +51,7 @@ class Address(BaseModel):
     manifest: Hex32
     key_epoch: int
     round: Annotated[int, Field(ge=0)]
-    step: Literal["join", "train", "seal", "release"]
+    step: Literal["join", "secret", "keys", "train", "seal", "release"]
 
 
 class Header(Address):

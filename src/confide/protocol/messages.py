@@ -10,17 +10,22 @@ from typing import Annotated, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from confide.errors import SealingError
+from confide.protocol.envelope import Envelope
 from confide.protocol.manifest import Hex32
 
 __all__ = [
     "JoinReply",
     "JoinRequest",
+    "KeysReply",
+    "KeysRequest",
     "Message",
     "Refusal",
     "ReleaseReply",
     "ReleaseRequest",
     "SealReply",
     "SealRequest",
+    "SecretReply",
+    "SecretRequest",
     "Statement",
     "SumReference",
     "TrainReply",
@@ -29,6 +34,7 @@ __all__ = [
 ]
 
 Sites = tuple[str, ...]
+Tags = tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{1,16}$")], ...]
 
 
 class Message(BaseModel):
@@ -49,9 +55,69 @@ class JoinRequest(Message):
 
 
 class JoinReply(Message):
-    """Site → coordinator: it takes part."""
+    """Site → coordinator: it takes part, with this ephemeral X25519 key for the run."""
 
     TYPE: ClassVar[str] = "join.reply"
+    ephemeral: Hex32
+
+
+class Statement(Message):
+    """A site's signed reply as it arrived, without its bulk, passed on to other sites."""
+
+    TYPE: ClassVar[str] = "statement"
+    site: str
+    header: str
+    signature: str
+    body: str
+
+    @classmethod
+    def of(cls, site: str, envelope: Envelope) -> Statement:
+        """From what arrived."""
+        return cls(
+            site=site,
+            header=envelope.header.decode(),
+            signature=envelope.signature.hex(),
+            body=envelope.body.decode(),
+        )
+
+    def envelope(self) -> Envelope:
+        """Back to an envelope; still to be verified.
+
+        Raises:
+            SealingError: The signature is not hexadecimal.
+        """
+        try:
+            return Envelope(self.header.encode(), bytes.fromhex(self.signature), self.body.encode())
+        except ValueError:
+            raise SealingError("a statement is malformed", where=f"statement of {self.site}") from None
+
+
+class SecretRequest(Message):
+    """Coordinator → one site: make the run secret for these participants."""
+
+    TYPE: ClassVar[str] = "secret.request"
+    statements: tuple[Statement, ...]
+
+
+class SecretReply(Message):
+    """Site → coordinator. Chunks: the secret, HPKE-wrapped for each participant in the order of names."""
+
+    TYPE: ClassVar[str] = "secret.reply"
+
+
+class KeysRequest(Message):
+    """Coordinator → site: the participants' keys, and the maker's signed reply. Chunk: the wrap for this site."""
+
+    TYPE: ClassVar[str] = "keys.request"
+    statements: tuple[Statement, ...]
+    made: Statement
+
+
+class KeysReply(Message):
+    """Site → coordinator: the digest of the secret that it holds now."""
+
+    TYPE: ClassVar[str] = "keys.reply"
+    secret: Hex32
 
 
 class SumReference(Message):
@@ -62,6 +128,8 @@ class SumReference(Message):
     cohort: Sites
     transcript: Hex32
     chunks: Annotated[int, Field(ge=0)]
+    #: Summed authentication tags, hexadecimal: they exceed what JSON numbers hold everywhere.
+    tags: Tags
 
 
 class TrainRequest(Message):
@@ -80,15 +148,8 @@ class TrainReply(Message):
     #: Digest of the replicated model that the site trained from, and of the strategy's state.
     model: Hex32
     state: Hex32
-
-
-class Statement(Message):
-    """Another site's signed `train` reply, as it arrived."""
-
-    TYPE: ClassVar[str] = "statement"
-    header: str
-    signature: str
-    body: str
+    #: Digest of the run secret that the site holds.
+    secret: Hex32
 
 
 class SealRequest(Message):
@@ -104,6 +165,7 @@ class SealReply(Message):
 
     TYPE: ClassVar[str] = "seal.reply"
     transcript: Hex32
+    tags: Tags
 
 
 class ReleaseRequest(Message):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from confide.errors import SealingError
-from confide.privacy.sealing.profile import Accumulator, Exposure, Profile
+from confide.privacy.sealing.profile import Accumulator, Agreement, Exposure, Payload, Profile, Segment, Session
 
 __all__ = ["OpenProfile"]
 
@@ -17,28 +17,29 @@ Floats = NDArray[np.float64]
 
 
 class OpenProfile(Profile):
-    """float32 updates in the clear, summed in float64 in the order of arrival that the coordinator fixes."""
+    """float32 updates in the clear, clipped to the public range, summed in float64 in the cohort's order."""
 
     name = "open"
-
-    def seal(self, vector: Floats) -> tuple[bytes, ...]:
-        """The vector as little-endian float32, in chunks of 1 MiB."""
-        return _split(vector.astype("<f4").tobytes())
+    keyed = False
 
     def accumulator(self, size: int) -> Accumulator:
         """An empty sum."""
         return _OpenAccumulator(size)
 
-    def open(self, chunks: Sequence[bytes], size: int) -> Floats:
-        """The float64 sum."""
-        return _parse(chunks, size, "<f8")
+    def make_secret(self) -> bytes:
+        """There is none."""
+        return b""
+
+    def session(self, site: str, secret: bytes, private_key: bytes, peers: Mapping[str, bytes]) -> Session:
+        """Needs nothing."""
+        return _OpenSession()
 
     def describe_exposure(self) -> tuple[Exposure, ...]:
         """What each coalition learns."""
         return (
             Exposure("coordinator", "every site's update, every round"),
             Exposure("one other site", "the sum over the cohort"),
-            Exposure("outsider on the network", "nothing beyond TLS"),
+            Exposure("outsider on the network", "nothing beyond what TLS lets through"),
         )
 
 
@@ -46,11 +47,26 @@ class _OpenAccumulator(Accumulator):
     def __init__(self, size: int) -> None:
         self._total = np.zeros(size, dtype=np.float64)
 
-    def add(self, chunks: Sequence[bytes]) -> None:
-        self._total += _parse(chunks, len(self._total), "<f4")
+    def add(self, payload: Payload) -> None:
+        self._total += _parse(payload.chunks, len(self._total), "<f4")
 
-    def sum_chunks(self) -> tuple[bytes, ...]:
-        return _split(self._total.astype("<f8").tobytes())
+    def total(self) -> Payload:
+        return Payload(_split(self._total.astype("<f8").tobytes()))
+
+
+class _OpenSession(Session):
+    secret_digest = "0" * 64
+
+    def seal(self, vector: Floats, segments: Sequence[Segment], agreement: Agreement) -> Payload:
+        low = np.concatenate([np.full(s.size, s.low) for s in segments])
+        high = np.concatenate([np.full(s.size, s.high) for s in segments])
+        return Payload(_split(np.clip(vector, low, high).astype("<f4").tobytes()))
+
+    def open(self, total: Payload, segments: Sequence[Segment], agreement: Agreement) -> Floats:
+        return _parse(total.chunks, sum(s.size for s in segments), "<f8")
+
+    def destroy(self) -> None:
+        """There is nothing to forget."""
 
 
 def _split(data: bytes) -> tuple[bytes, ...]:
