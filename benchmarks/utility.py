@@ -32,7 +32,7 @@ def pooled_auc(overrides: list[str]) -> float:
     path = builtin_example()
     sources = load_sources(load_experiment(path, overrides), path.parent)
     with tempfile.TemporaryDirectory() as scratch:
-        world = World(sources, Path(scratch) / "sites", Path(scratch) / "ledgers")
+        world = World(sources, *(Path(scratch) / name for name in ("sites", "ledgers", "logs")))
         try:
             train = {n: s.participants(world.manifest).train for n, s in world.sites.items()}
             for round_ in range(1, world.manifest.rounds + 1):

@@ -12,9 +12,9 @@ import hashlib
 from collections.abc import Sequence
 
 from confide.errors import SealingError
+from confide.privacy.digest import framed
 from confide.privacy.sealing import Profile, Session
 from confide.privacy.sealing.wrapping import new_ephemeral, unwrap, wrap
-from confide.protocol.digest import framed
 from confide.protocol.envelope import Address, expect, verify
 from confide.protocol.manifest import Manifest
 from confide.protocol.messages import JoinReply, SecretReply, Statement, decode

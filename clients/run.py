@@ -15,10 +15,10 @@ from confide.clients.training.admission import admit_model
 from confide.clients.training.models import build_model, layout_of
 from confide.clients.training.trainer import LocalTrainer, TrainingPlan, choose_device
 from confide.errors import PolicyError, SealingError
+from confide.privacy.digest import digest
 from confide.privacy.dp import PrivacyEvent, Role, SecureRandom
 from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.sealing import Agreement, Payload, Segment, make_profile
-from confide.protocol.digest import digest
 from confide.protocol.envelope import Address
 from confide.protocol.manifest import Manifest
 from confide.protocol.messages import SumReference

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,11 +27,15 @@ from confide.clients.participants import Participants, ParticipantSource
 from confide.clients.policy import SitePolicy
 from confide.clients.run import SiteRun, model_digest, state_digest
 from confide.clients.store import ModelState, SiteStore, Update
-from confide.errors import ConfideError, ConsentError, DataError, PolicyError, SealingError
+from confide.errors import ConfideError, ConsentError, DataError, PolicyError, SealingError, StorageError
+from confide.privacy.audit import records as audit
+from confide.privacy.audit.log import Log
 from confide.privacy.consent import Registry, SiteKey
+from confide.privacy.digest import digest
 from confide.privacy.dp import Ledger, PrivacyEvent, SecureRandom
+from confide.privacy.dp.events import event_to_json
 from confide.privacy.sealing import Agreement
-from confide.protocol.digest import digest
+from confide.privacy.sealing.transcript import transcript
 from confide.protocol.envelope import EVERYBODY, Address, Envelope, Header, expect, seal_envelope, verify
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
@@ -52,7 +57,6 @@ from confide.protocol.messages import (
     TrainRequest,
     decode,
 )
-from confide.protocol.transcript import transcript
 
 __all__ = ["Site"]
 
@@ -82,6 +86,8 @@ class Site:
         ledger: Its privacy ledger.
         key: Its site-lifetime key.
         store: Its durable state.
+        log: Its federated log: nothing in it depends on one person, and it may travel.
+        local_log: Its local log: exact numbers and full reasons; never leaves.
         device: `auto`, `cpu`, `cuda:N`.
     """
 
@@ -95,10 +101,13 @@ class Site:
         ledger: Ledger,
         key: SiteKey,
         store: SiteStore,
+        log: Log,
+        local_log: Log,
         device: str = "auto",
     ) -> None:
         self.identity, self.policy, self.records, self.ledger = identity, policy, records, ledger
         self._registry, self._key, self._store, self._device = registry, key, store, device
+        self.log, self._local_log = log, local_log
         self._rng = SecureRandom()
         self._runs: dict[str, SiteRun] = {}
         #: The latest refusal with its full reason, for the operator; only shareable reasons are sent.
@@ -143,6 +152,8 @@ class Site:
         self._registry.close()
         self.ledger.close()
         self._store.close()
+        self.log.close()
+        self._local_log.close()
 
     def handle(self, step: str, request: Envelope) -> Envelope:
         """Answer one request.
@@ -174,6 +185,10 @@ class Site:
             return self._commit(run, address, request, handler(run, header, request))
         except ConfideError as error:
             return self._refuse(header, request, error)
+        except (sqlite3.Error, OSError) as error:
+            lost = StorageError(f"does not take this site's state ({type(error).__name__})", where="disk",
+                                hint="free space, then start again: what was durable is kept")  # fmt: skip
+            return self._refuse(header, request, lost)
 
     # --- steps -------------------------------------------------------------------------------------------------
 
@@ -185,6 +200,7 @@ class Site:
             raise SealingError("the initial model is not the manifest's", where=f"run {run.manifest.run}")
         self.check(run.manifest)
         self._store.add_run(run.manifest.run, run.manifest.to_bytes(), model)
+        self.log.append(audit.Joined(run=run.manifest.run, manifest=run.manifest.digest, coordinator=header.checkpoint))
         return _Answer(JoinReply(ephemeral=run.keys.public.hex()))
 
     def _secret(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
@@ -197,6 +213,7 @@ class Site:
             raise SealingError("a keys request holds one wrapped secret", where=f"site {self.name}")
         made = message.made
         digest_ = run.keys.accept(run.address(0, "keys"), message.statements, made, made.site, request.chunks[0])
+        self.log.append(audit.KeysAgreed(run=run.manifest.run, maker=made.site, secret=digest_))
         return _Answer(KeysReply(secret=digest_))
 
     def _train(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
@@ -207,12 +224,22 @@ class Site:
         self._settle_unsent(run, round_)
         charges = run.charges(round_)
         for event in charges:
-            self.ledger.reserve(self._charge(run, round_, event), event)
+            charge = self._charge(run, round_, event)
+            self.ledger.reserve(charge, event)
+            self.log.append(
+                audit.Charged(run=run.manifest.run, round=round_, charge=charge, event=event_to_json(event))
+            )
         vector = self._compute_until_cut_off(run, round_, model)
         commitment = digest("commitment", secrets.token_bytes(32), vector.tobytes()).hex()
         reply = TrainReply(
             commitment=commitment, model=model_digest(model), state=state_digest(model),
             secret=run.keys.session.secret_digest,
+        )  # fmt: skip
+        self.log.append(
+            audit.UpdateCommitted(
+                run=run.manifest.run, round=round_, commitment=commitment, model=reply.model, state=reply.state,
+                coordinator=header.checkpoint,
+            )
         )  # fmt: skip
         return _Answer(reply, _metric_chunks(model), update=Update(round_, vector))
 
@@ -222,6 +249,12 @@ class Site:
         update = self._store.pending(run.manifest.run, round_)
         if update is None:
             raise SealingError(f"there is no update of round {round_} left to seal", where=f"run {run.manifest.run}")
+        self.log.append(
+            audit.Sealed(
+                run=run.manifest.run, round=round_, cohort=list(message.cohort), transcript=agreed,
+                coordinator=header.checkpoint,
+            )
+        )  # fmt: skip
         payload = run.keys.session.seal(update.vector, run.segments(round_), Agreement(message.cohort, agreed))
         tags = tuple(f"{tag:x}" for tag in payload.tags)
         return _Answer(SealReply(transcript=agreed, tags=tags), payload.chunks, sealed=agreed)
@@ -233,6 +266,7 @@ class Site:
         model = self._apply(run, message.sums, request.chunks, before=header.round)
         self._settle_unsent(run, header.round)
         weights = model.weights.astype("<f4").tobytes()
+        self.log.append(audit.ModelReleased(run=run.manifest.run, model=model_digest(model)))
         return _Answer(ReleaseReply(model=model_digest(model)), (weights, *_metric_chunks(model)))
 
     # --- parts of steps ----------------------------------------------------------------------------------------
@@ -242,13 +276,26 @@ class Site:
 
         Nothing of an abandoned attempt leaves, so attempts share one charge.
         """
-        for _ in range(_CUT_OFF_ATTEMPTS):
+        for attempt in range(1, _CUT_OFF_ATTEMPTS + 1):
             used = self._participants(run)
             vector = run.compute(round_, model, self.records.units_of(used.train), self.records.units_of(used.held_out))
             if used.still_covers(self._participants(run)):
+                self._log_snapshot(run, round_, used, attempt)
                 return vector
         raise ConsentError("consent kept changing while the round was computed", where=f"site {self.name}",
                            hint="the site abstains this round")  # fmt: skip
+
+    def _log_snapshot(self, run: SiteRun, round_: int, used: Participants, attempts: int) -> None:
+        """A commitment of constant size in the federated log, the numbers in the local one."""
+        marks = np.packbits(np.concatenate([used.train, used.held_out])).tobytes()
+        commitment = digest("snapshot", secrets.token_bytes(32), marks).hex()
+        self._local_log.append(
+            audit.LocalSnapshot(
+                run=run.manifest.run, round=round_, persons=len(self.records.persons), attempts=attempts,
+                training=int(used.train.sum()), held_out=int(used.held_out.sum()),
+            )
+        )  # fmt: skip
+        self.log.append(audit.SnapshotTaken(run=run.manifest.run, round=round_, commitment=commitment))
 
     def _agree(self, run: SiteRun, round_: int, message: SealRequest) -> str:
         """The transcript X, if every cohort member's signed reply agrees with this site's own.
@@ -280,7 +327,7 @@ class Site:
         mine = self._store.reply_digest(manifest.run, round_, "train")
         if mine is None or digests.get(self.name) != mine:
             raise SealingError("the cohort does not hold this site's own reply", where=where)
-        return transcript(manifest, 0, round_, digests)
+        return transcript(manifest.digest, manifest.roster_version, 0, round_, digests)
 
     def _apply(
         self, run: SiteRun, sums: tuple[SumReference, ...], chunks: tuple[bytes, ...], *, before: int
@@ -300,7 +347,14 @@ class Site:
                 # A second look at a forged sum would be an oracle: the keys go, and the run ends here, for good.
                 run.keys.destroy()
                 self._store.stop_run(run.manifest.run, error.what)
+                self.log.append(audit.RunStopped(run=run.manifest.run, reason=error.what))
                 raise
+            self.log.append(
+                audit.Opened(
+                    run=run.manifest.run, round=reference.round, transcript=reference.transcript,
+                    model=model_digest(model),
+                )
+            )  # fmt: skip
             self._store.put_model(run.manifest.run, model)
         if offset != len(chunks):
             raise SealingError("chunks that no sum names", where=f"run {run.manifest.run}")
@@ -311,6 +365,7 @@ class Site:
         for unsent in self._store.drop_pending(run.manifest.run, round_):
             for charge in self.ledger.open_charges(f"{run.manifest.run}/{unsent}/"):
                 self.ledger.settle(charge, 0)
+                self.log.append(audit.Settled(run=run.manifest.run, charge=charge, steps=0))
 
     def _commit(self, run: SiteRun, address: Address, request: Envelope, answer: _Answer) -> Envelope:
         reply = seal_envelope(
@@ -319,6 +374,7 @@ class Site:
             recipient=self.policy.coordinator,
             type_=answer.message.TYPE,
             body=answer.message.to_bytes(),
+            checkpoint=self.log.checkpoint().short,
             chunks=answer.chunks,
             request=request.digest,
         )
@@ -336,6 +392,10 @@ class Site:
             if error.shareable
             else Refusal(kind="abstains", reason="abstains")
         )
+        self._local_log.append(audit.LocalRefusal(run=header.run, step=header.step, reason=str(error)))
+        self.log.append(
+            audit.Refused(run=header.run, round=header.round, step=header.step, party=self.name, reason=answer.reason)
+        )
         address = Address(**{f: getattr(header, f) for f in Address.model_fields})
         return seal_envelope(
             self.identity,
@@ -343,6 +403,7 @@ class Site:
             recipient=self.policy.coordinator,
             type_=answer.TYPE,
             body=answer.to_bytes(),
+            checkpoint=self.log.checkpoint().short,
             request=request.digest,
         )
 

@@ -18,13 +18,16 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from confide.errors import ConfideError, PeerError, SealingError
+from confide.privacy.audit import records as audit
+from confide.privacy.audit.log import Log
 from confide.privacy.sealing import Payload, make_profile
+from confide.privacy.sealing.transcript import transcript
 from confide.protocol import messages as m
 from confide.protocol.envelope import EVERYBODY, Address, Envelope, Header, expect, seal_envelope, verify
 from confide.protocol.flower import from_records, to_records
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
-from confide.protocol.transcript import transcript
+from confide.server.software import software_versions
 
 __all__ = ["Coordinator", "Released", "RoundOutcome"]
 
@@ -92,6 +95,7 @@ class _Progress:
     joined: dict[str, Envelope] = field(default_factory=dict)
     outcomes: list[RoundOutcome] = field(default_factory=list)
     update_bytes: list[float] = field(default_factory=list)
+    metrics_logged: int = 0
 
 
 class Coordinator:
@@ -102,6 +106,7 @@ class Coordinator:
         identity: The coordinator's name and signing key.
         manifest: The run.
         initial_model: The first weights.
+        log: The coordinator's log.
         before_round: Called with the round's number before its messages go out.
         after_round: Called with each round's outcome.
         timeout: Seconds to wait for replies; None waits for ever.
@@ -113,6 +118,7 @@ class Coordinator:
         identity: Identity,
         manifest: Manifest,
         initial_model: NDArray[np.float32],
+        log: Log,
         *,
         before_round: Callable[[int], None] = lambda _: None,
         after_round: Callable[[RoundOutcome], None] = lambda _: None,
@@ -122,6 +128,7 @@ class Coordinator:
         self._before_round, self._after_round, self._timeout = before_round, after_round, timeout
         self._profile = make_profile(manifest.sealing, len(manifest.members))
         self._progress = _Progress()
+        self.log = log
         #: Why sites did not take part, by site: public reasons only.
         self.refusals: dict[str, m.Refusal] = {}
 
@@ -132,6 +139,11 @@ class Coordinator:
             PeerError: Fewer than `min_sites` sites joined.
             SealingError: Sites disagree, or a reply is not authentic.
         """
+        self.log.append(
+            audit.RunCreated(
+                run=self.manifest.run, manifest=self.manifest.to_bytes().decode(), software=software_versions()
+            )
+        )
         self._join()
         if self._profile.keyed:
             self._distribute_keys()
@@ -187,10 +199,12 @@ class Coordinator:
         if len(committed) < self.manifest.min_sites:
             if not committed and set(self.refusals) >= set(self._progress.nodes):
                 raise self._too_few(f"took part in round {round_}")
+            self._log_abandoned(round_, "too few sites trained")
             return RoundOutcome(round_, (), True, 0, metrics_round, metrics)
         cohort = tuple(sorted(committed))
         total = self._seal(round_, cohort, {s: committed[s] for s in cohort})
         if total is None:
+            self._log_abandoned(round_, "a site of the cohort did not seal")
             return RoundOutcome(round_, cohort, True, 0, metrics_round, metrics)
         self._progress.sums.append(total[0])
         return RoundOutcome(round_, cohort, False, total[1], metrics_round, metrics)
@@ -217,7 +231,16 @@ class Coordinator:
     def _seal(self, round_: int, cohort: tuple[str, ...], replies: Mapping[str, Envelope]) -> tuple[_Sum, int] | None:
         statements = tuple(m.Statement.of(s, replies[s]) for s in cohort)
         body = m.SealRequest(cohort=cohort, statements=statements)
-        agreed = transcript(self.manifest, 0, round_, {s: replies[s].digest for s in cohort})
+        agreed = transcript(
+            self.manifest.digest, self.manifest.roster_version, 0, round_, {s: replies[s].digest for s in cohort}
+        )
+        headers = {s: Header.model_validate_json(replies[s].header) for s in cohort}
+        self.log.append(
+            audit.Cohort(
+                run=self.manifest.run, round=round_, cohort=list(cohort), transcript=agreed,
+                statements=[replies[s].digest for s in cohort], checkpoints=[headers[s].checkpoint for s in cohort],
+            )
+        )  # fmt: skip
         sealed = self._ask("seal", round_, {s: self._sign("seal", round_, s, body) for s in cohort}, m.SealReply)
         if set(sealed) != set(cohort) or any(reply.transcript != agreed for _, reply in sealed.values()):
             return None
@@ -247,6 +270,10 @@ class Coordinator:
             raise SealingError("the sites released different models", where="release", hint="nothing was written")
         metrics_round, metrics = self._opened_metrics({s: e for s, (e, _) in replies.items()}, skip=1)
         envelope, reply = next(iter(replies.values()))
+        self.log.append(
+            audit.ModelReleased(run=self.manifest.run, model=reply.model),
+            audit.RunEnded(run=self.manifest.run, status="finished"),
+        )
         return Released(
             weights=np.frombuffer(envelope.chunks[0], dtype="<f4").astype(np.float32),
             model=reply.model,
@@ -258,6 +285,9 @@ class Coordinator:
 
     # --- parts -------------------------------------------------------------------------------------------------
 
+    def _log_abandoned(self, round_: int, reason: str) -> None:
+        self.log.append(audit.RoundAbandoned(run=self.manifest.run, round=round_, reason=reason))
+
     def _opened_metrics(self, replies: Mapping[str, Envelope], skip: int = 0) -> tuple[int | None, Floats | None]:
         """The metric coordinates that the sites opened from the latest sum; all of them must agree."""
         latest = self._progress.sums[-1].round if self._progress.sums else 0
@@ -266,7 +296,16 @@ class Coordinator:
         opened = {e.chunks[skip:] for e in replies.values()}
         if len(opened) != 1 or len(next(iter(opened))) != 1:
             raise SealingError("the sites report different metrics", where=f"round {latest}")
-        return latest, np.frombuffer(next(iter(opened))[0], dtype="<f8").astype(np.float64)
+        values = np.frombuffer(next(iter(opened))[0], dtype="<f8").astype(np.float64)
+        if latest != self._progress.metrics_logged:
+            self.log.append(
+                audit.MetricsReleased(
+                    run=self.manifest.run, round=latest, cohort_size=len(self._progress.sums[-1].cohort),
+                    values=[repr(float(v)) for v in values],
+                )
+            )  # fmt: skip
+            self._progress.metrics_logged = latest
+        return latest, values
 
     def _ask(
         self, step: str, round_: int, requests: Mapping[str, Envelope], kind: type[m._M]
@@ -307,7 +346,11 @@ class Coordinator:
             request=request.digest,
         )
         if header.type == m.Refusal.TYPE:
-            self.refusals[site] = m.decode(m.Refusal, header.type, envelope.body)
+            refusal = m.decode(m.Refusal, header.type, envelope.body)
+            self.refusals[site] = refusal
+            self.log.append(
+                audit.Refused(run=self.manifest.run, round=round_, step=step, party=site, reason=refusal.reason)
+            )
             return None
         return m.decode(kind, header.type, envelope.body)
 
@@ -334,6 +377,7 @@ class Coordinator:
             recipient=site,
             type_=body.TYPE,
             body=body.to_bytes(),
+            checkpoint=self.log.checkpoint().short,
             chunks=chunks,
         )
 

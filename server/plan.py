@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from confide.config import Experiment, SchemaConfig
 from confide.errors import ConfigError
+from confide.privacy.digest import digest
 from confide.privacy.dp import PrivacyEvent, RenyiBudget, Role, calibrate
 from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.sealing import make_profile
-from confide.protocol.digest import digest
 from confide.protocol.manifest import Layout, Manifest, Member
 
 __all__ = ["make_manifest"]

@@ -34,6 +34,7 @@ from confide.server.coordinator import Coordinator, Released, RoundOutcome
 from confide.simulations.evaluation import ExactEvaluator
 from confide.simulations.figures import write_figures
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
+from confide.simulations.page import write_index
 from confide.simulations.result import NEIGHBOURS, Epsilon, Plan, Progress, Result, SitePlan
 from confide.simulations.world import World, builtin_example, load_sources
 
@@ -66,7 +67,7 @@ def simulate(
     loaded, base = _load(experiment, overrides)
     sources = load_sources(loaded, base)
     with _folders(loaded, out, ledger) as (folder, ledgers), _one_thread():
-        world = World(sources, folder / "sites", ledgers)
+        world = World(sources, folder / "sites", ledgers, folder / "logs")
         try:
             world.check()
             write_atomically(folder / "experiment.json", loaded.model_dump_json(by_alias=True, indent=2).encode())
@@ -94,7 +95,7 @@ def plan(experiment: Source = None, *, overrides: Iterable[str] = (), ledger: st
         ledgers = Path(scratch) / "ledgers"
         if ledger is not None and Path(ledger).is_dir():
             shutil.copytree(ledger, ledgers)
-        world = World(sources, Path(scratch) / "sites", ledgers)
+        world = World(sources, Path(scratch) / "sites", ledgers, Path(scratch) / "logs")
         try:
             return _plan(world)
         finally:
@@ -164,6 +165,7 @@ class _Run:
                 world.coordinator,
                 world.manifest,
                 world.initial,
+                world.log,
                 before_round=world.before_round,
                 after_round=self._after_round,
             )
@@ -260,6 +262,7 @@ class _Run:
         )
         write_figures(result, self._folder / "figures")
         result = replace(result, seconds=round(time.perf_counter() - self._started, 3))
+        write_index(result, self._folder / "index.html")
         _write_json(self._folder / "result.json", result.to_json())
         _write_json(self._folder / "status.json", {"status": "finished", "run_id": manifest.run})
         return result
@@ -326,7 +329,8 @@ def _folders(experiment: Experiment, out: str | Path | None, ledger: str | Path 
         yield folder, ledgers
     except BaseException:
         if not (folder / "status.json").exists():
-            shutil.rmtree(folder / "sites", ignore_errors=True)
+            for part in ("sites", "logs"):
+                shutil.rmtree(folder / part, ignore_errors=True)
             for path in made:
                 shutil.rmtree(path, ignore_errors=True)
         raise

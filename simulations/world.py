@@ -107,17 +107,21 @@ class World:
         sources: From `load_sources`.
         run_folder: Where each site keeps this run's state and registry.
         ledger_folder: Where each site keeps what outlives a run: ledger and key.
+        log_folder: Where the logs that may travel lie.
     """
 
-    def __init__(self, sources: Sources, run_folder: Path, ledger_folder: Path) -> None:
+    def __init__(self, sources: Sources, run_folder: Path, ledger_folder: Path, log_folder: Path) -> None:
         self.sources = sources
         self.experiment = sources.experiment
         self.coordinator = Identity.generate(COORDINATOR)
+        self._logs = log_folder
+        log_folder.mkdir(parents=True, exist_ok=True)
         self._registries: dict[str, Registry] = {}
         self._pseudonyms: dict[str, dict[str, bytes]] = {}
         self.sites: dict[str, Site] = {}
         for name, records in sources.records.items():
             self.sites[name] = self._make_site(name, records, run_folder / name, ledger_folder / name)
+        self.log = self.coordinator.open_log(log_folder / f"{COORDINATOR}.log", "coordinator", FEDERATION)
         self.initial, layout = initial_model(
             self.experiment.model,
             encoded_width(sources.schema),
@@ -155,11 +159,13 @@ class World:
 
     def close(self) -> None:
         """Release all files."""
+        self.log.close()
         for site in self.sites.values():
             site.close()
 
     def _make_site(self, name: str, records: SiteRecords, run_folder: Path, ledger_folder: Path) -> Site:
         experiment, privacy = self.experiment, self.experiment.privacy
+        identity = Identity.generate(name)
         run_folder.mkdir(parents=True, exist_ok=True)
         ledger_folder.mkdir(parents=True, exist_ok=True)
         # Splits are reproducible from the seed, but a ledger's first key stays: roles are for ever.
@@ -183,13 +189,15 @@ class World:
             release=True,
         )
         return Site(
-            identity=Identity.generate(name),
+            identity=identity,
             policy=policy,
             records=records,
             registry=registry,
             ledger=Ledger(ledger_folder / "ledger.db", budget, privacy.unit),
             key=key,
             store=SiteStore(run_folder / "state.db"),
+            log=identity.open_log(self._logs / f"{name}.log", "federated", FEDERATION),
+            local_log=identity.open_log(run_folder / "local.log", "local", FEDERATION),
         )
 
     def _record_consent(self, name: str, records: SiteRecords, registry: Registry) -> None:

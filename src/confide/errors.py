@@ -16,6 +16,7 @@ __all__ = [
     "PeerError",
     "PolicyError",
     "SealingError",
+    "StorageError",
 ]
 
 
@@ -88,3 +89,9 @@ class PolicyError(ConfideError):
     """A site's policy does not allow what the run asks. The text names the line of policy."""
 
     exit_code, kind, shareable = 9, "policy", True
+
+
+class StorageError(ConfideError):
+    """A disk does not take what must be durable before anything leaves."""
+
+    exit_code, kind = 10, "storage"

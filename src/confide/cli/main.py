@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from confide import __version__
-from confide.cli import data, model, render, simulate
+from confide.cli import audit, data, model, render, simulate
 from confide.errors import ConfideError
 
 __all__ = ["app", "main"]
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("simulate")(simulate.simulate)
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
+app.add_typer(audit.app, name="audit")
 
 
 def _version(value: bool) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from confide.errors import SealingError
-from confide.protocol.digest import digest, framed
+from confide.privacy.digest import digest, framed
 from confide.protocol.identity import Identity, verify_signature
 from confide.protocol.manifest import Hex32
 
@@ -65,6 +65,8 @@ class Header(Address):
     request: str
     body: Hex32
     chunks: tuple[Hex32, ...]
+    #: State of the sender's log, `size:root`: whoever keeps the envelope can prove later what the log held.
+    checkpoint: Annotated[str, Field(pattern=r"^[0-9]{1,18}:[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +95,11 @@ def seal_envelope(
     recipient: str,
     type_: str,
     body: bytes,
+    checkpoint: str,
     chunks: tuple[bytes, ...] = (),
     request: str = "",
 ) -> Envelope:
-    """Sign a message."""
+    """Sign a message; `checkpoint` is the state of the sender's log, `size:root`."""
     header = Header(
         **address.model_dump(),
         sender=identity.name,
@@ -105,6 +108,7 @@ def seal_envelope(
         request=request,
         body=hashlib.sha256(body).hexdigest(),
         chunks=tuple(hashlib.sha256(c).hexdigest() for c in chunks),
+        checkpoint=checkpoint,
     )
     encoded = header.model_dump_json().encode()
     return Envelope(encoded, identity.sign(framed((_DOMAIN, encoded))), body, chunks)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from confide.privacy.audit.log import Log
 
 __all__ = ["Identity", "verify_signature"]
 
@@ -26,6 +29,11 @@ class Identity:
     def public_key(self) -> bytes:
         """The 32-byte public key."""
         return self.key.public_key().public_bytes_raw()
+
+    def open_log(self, path: Path, kind: str, federation: str) -> Log:
+        """This identity's log of a kind (`federated`, `local`, `coordinator`)."""
+        origin = f"confide/{federation}/{self.name}/{kind}"
+        return Log(path, origin=origin, name=self.name, public_key=self.public_key, sign=self.sign)
 
     def sign(self, message: bytes) -> bytes:
         """A 64-byte signature."""

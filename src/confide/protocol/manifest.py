@@ -19,8 +19,8 @@ from confide.config import (
     StrategyConfig,
     TrainingConfig,
 )
+from confide.privacy.digest import digest
 from confide.privacy.dp import metrics
-from confide.protocol.digest import digest
 
 __all__ = ["Hex32", "Layout", "Manifest", "Member"]
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from confide.protocol.digest import digest
-from confide.protocol.manifest import Manifest
+from confide.privacy.digest import digest
 
 __all__ = ["transcript"]
 
 
-def transcript(manifest: Manifest, key_epoch: int, round_: int, statements: Mapping[str, str]) -> str:
-    """X = H(manifest, roster, key epoch, round, sorted cohort, their signed `train` replies).
+def transcript(manifest: str, roster_version: int, key_epoch: int, round_: int, statements: Mapping[str, str]) -> str:
+    """X = H(manifest, roster, key epoch, round, sorted cohort, their signed `train` replies), hex.
 
     Args:
-        manifest: The run.
+        manifest: The manifest's digest, hex.
+        roster_version: Version of the roster frozen for the run.
         key_epoch: Which run secret is in force.
         round_: The round.
         statements: Site → digest of its `train` reply's envelope; the cohort is its keys.
     """
-    parts = [manifest.digest, str(manifest.roster_version), str(key_epoch), str(round_)]
+    parts = [manifest, str(roster_version), str(key_epoch), str(round_)]
     for site in sorted(statements):
         parts += [site, statements[site]]
     return digest("transcript", *(p.encode() for p in parts)).hex()

@@ -1,0 +1,1 @@
+"""Evidence: append-only signed logs, offline verification, reports."""

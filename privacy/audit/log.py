@@ -1,0 +1,152 @@
+"""An append-only log in a flat file, a line an entry (`<salt hex> <canonical JSON>`), and its signed checkpoint.
+
+Invariants:
+1. `append` returns only when the entries are on the disk (fsync): a decision is logged before its effect is visible.
+2. Every byte of the file is covered: leaf = H(0x00 ‖ salt ‖ JSON), and lines have one canonical form.
+3. On opening, an unfinished last line (a crash in the middle of a write) is dropped: nobody was told of it. A log
+   shorter than its checkpoint, or with another root, is refused.
+
+The random salt keeps a leaf hash from telling what an entry says. Why a file and not a database: docs/adr/0003.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from confide.errors import AuditError, StorageError
+from confide.privacy.audit.checkpoint import Checkpoint, parse_note, sign_note
+from confide.privacy.audit.merkle import Frontier, leaf_hash
+from confide.privacy.audit.records import Record, decode, encode
+
+__all__ = ["CHECKPOINT_SUFFIX", "LOG_SUFFIX", "Log", "parse_line", "read_lines"]
+
+LOG_SUFFIX, CHECKPOINT_SUFFIX = ".log", ".checkpoint"
+_SALT_BYTES = 16
+
+
+class Log:
+    """One party's log.
+
+    Args:
+        path: The log file, ending in `.log`; made where it does not exist.
+        origin: The log's name in its checkpoints, e.g. `confide/simulation/ash/federated`.
+        name: The signer's name.
+        public_key: The signer's Ed25519 public key.
+        sign: Its signing function.
+
+    Raises:
+        AuditError: The file does not follow from its checkpoint.
+    """
+
+    def __init__(
+        self, path: Path, *, origin: str, name: str, public_key: bytes, sign: Callable[[bytes], bytes]
+    ) -> None:
+        self.path, self.origin = path, origin
+        self._name, self._public_key, self._sign = name, public_key, sign
+        self._frontier = Frontier()
+        self._checkpoint_path = path.with_suffix(CHECKPOINT_SUFFIX)
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            self._load()
+        except OSError as error:
+            raise StorageError(f"cannot be opened: {error.strerror}", where=str(path)) from None
+
+    def append(self, *records: Record) -> None:
+        """Add entries durably, in order.
+
+        Raises:
+            StorageError: They could not be written; the log is as before, and the effect must not happen.
+        """
+        at = time.time_ns() // 1000
+        lines, leaves = [], []
+        for record in records:
+            salt, data = secrets.token_bytes(_SALT_BYTES), encode(record, at)
+            lines.append(salt.hex().encode() + b" " + data + b"\n")
+            leaves.append(leaf_hash(salt + data))
+        before = os.fstat(self._descriptor).st_size
+        try:
+            _write_all(self._descriptor, b"".join(lines))
+            os.fsync(self._descriptor)
+        except OSError as error:
+            os.ftruncate(self._descriptor, before)
+            raise StorageError(f"cannot be written: {error.strerror}", where=str(self.path)) from None
+        for leaf in leaves:
+            self._frontier.append(leaf)
+        self._write_checkpoint()
+
+    def checkpoint(self) -> Checkpoint:
+        """The log's state now."""
+        return Checkpoint(self.origin, self._frontier.size, self._frontier.root())
+
+    def close(self) -> None:
+        """Release the file."""
+        os.close(self._descriptor)
+
+    def _write_checkpoint(self) -> None:
+        """Replaced atomically, without fsync: after a crash an older checkpoint is a true statement too."""
+        note = sign_note(self.checkpoint(), self._name, self._public_key, self._sign)
+        temporary = self._checkpoint_path.with_name(f".{self._checkpoint_path.name}")
+        try:
+            temporary.write_text(note, encoding="utf-8")
+            os.replace(temporary, self._checkpoint_path)
+        except OSError as error:
+            raise StorageError(f"cannot be written: {error.strerror}", where=str(self._checkpoint_path)) from None
+
+    def _load(self) -> None:
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole != len(data):
+            os.ftruncate(self._descriptor, whole)
+        noted = None
+        if self._checkpoint_path.exists():
+            note = self._checkpoint_path.read_text(encoding="utf-8")
+            noted = parse_note(note, self.origin, self._name, self._public_key)
+        root_then = self._frontier.root() if noted and noted.size == 0 else None
+        for _, leaf, _ in read_lines(data[:whole], str(self.path)):
+            self._frontier.append(leaf)
+            if noted and self._frontier.size == noted.size:
+                root_then = self._frontier.root()
+        if noted and root_then != noted.root:
+            raise AuditError("does not hold what its own checkpoint says", where=str(self.path),
+                             hint="the file was changed or cut; restore it from the backup")  # fmt: skip
+
+
+def parse_line(line: bytes) -> tuple[bytes, Record, int]:
+    """(leaf hash, record, time) of one line without its newline.
+
+    Raises:
+        AuditError: It is not in its one canonical form.
+    """
+    salt_text, space, data = line.partition(b" ")
+    try:
+        salt = bytes.fromhex(salt_text.decode("ascii"))
+    except ValueError:
+        raise AuditError("is not a log entry") from None
+    if not space or len(salt) != _SALT_BYTES or salt.hex().encode() != salt_text:
+        raise AuditError("is not a log entry")
+    record, at = decode(data)
+    return leaf_hash(salt + data), record, at
+
+
+def read_lines(data: bytes, where: str) -> Iterator[tuple[Record, bytes, int]]:
+    """(record, leaf hash, time) of every line.
+
+    Raises:
+        AuditError: Names the first entry that is not one.
+    """
+    for number, line in enumerate(data.split(b"\n")[:-1]):
+        try:
+            leaf, record, at = parse_line(line)
+        except AuditError as error:
+            raise AuditError(error.what, where=f"{where}, entry {number}") from None
+        yield record, leaf, at
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]

@@ -1,0 +1,256 @@
+"""What a log may hold: one frozen type a kind. No identity, no exact count, no metric outside differential privacy in
+a *federated* record; a *local* record never leaves its site.
+
+Entries are canonical JSON: sorted ASCII keys, no floats (numbers that are not integers are decimal text).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from confide.errors import AuditError
+
+__all__ = [
+    "Charged",
+    "Cohort",
+    "Joined",
+    "KeysAgreed",
+    "LocalRefusal",
+    "LocalSnapshot",
+    "MetricsReleased",
+    "ModelReleased",
+    "Opened",
+    "Record",
+    "Refused",
+    "RoundAbandoned",
+    "RunCreated",
+    "RunEnded",
+    "RunStopped",
+    "Sealed",
+    "Settled",
+    "SnapshotTaken",
+    "UpdateCommitted",
+    "canonical",
+    "decode",
+    "encode",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """An entry; `run` names the run it belongs to."""
+
+    KIND: ClassVar[str] = ""
+    run: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunCreated(Record):
+    """Coordinator: the run, whole. `manifest` is its exact text; `software` lists versions."""
+
+    KIND = "run_created"
+    manifest: str
+    software: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Joined(Record):
+    """Site: its policy admits the run; `coordinator` is the checkpoint the coordinator showed."""
+
+    KIND = "joined"
+    manifest: str
+    coordinator: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeysAgreed(Record):
+    """Site: the run secret (by digest) and who made it."""
+
+    KIND = "keys_agreed"
+    maker: str
+    secret: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Charged(Record):
+    """Site: a reservation in its privacy ledger, made before any record was read for the round."""
+
+    KIND = "charged"
+    round: int
+    charge: str
+    event: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settled(Record):
+    """Site: a reservation shrunk because nothing computed under it left."""
+
+    KIND = "settled"
+    charge: str
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotTaken(Record):
+    """Site: whose consent stood at the round's cut-off, as a salted commitment of constant size."""
+
+    KIND = "snapshot_taken"
+    round: int
+    commitment: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateCommitted(Record):
+    """Site: a commitment to its update, and digests of the model and state it computed from."""
+
+    KIND = "update_committed"
+    round: int
+    commitment: str
+    model: str
+    state: str
+    coordinator: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sealed(Record):
+    """Site: its one payload of a round, for exactly this cohort."""
+
+    KIND = "sealed"
+    round: int
+    cohort: list[str]
+    transcript: str
+    coordinator: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened(Record):
+    """Site: an authenticated sum applied; the digest of the model it gives."""
+
+    KIND = "opened"
+    round: int
+    transcript: str
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refused(Record):
+    """A request refused (site), or a refusal received (coordinator). Only public reasons are named."""
+
+    KIND = "refused"
+    round: int
+    step: str
+    party: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunStopped(Record):
+    """Site: it has left the run for good; its keys are destroyed."""
+
+    KIND = "run_stopped"
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cohort(Record):
+    """Coordinator: whose updates are about to be summed; `statements` are the digests of their signed replies and
+    `checkpoints` the states of their logs that these replies carried."""
+
+    KIND = "cohort"
+    round: int
+    cohort: list[str]
+    statements: list[str]
+    checkpoints: list[str]
+    transcript: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundAbandoned(Record):
+    """Coordinator: no sum for this round; charges stand."""
+
+    KIND = "round_abandoned"
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricsReleased(Record):
+    """Coordinator: noised, charged metric coordinates of a round's sum, as decimal text."""
+
+    KIND = "metrics_released"
+    round: int
+    cohort_size: int
+    values: list[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelReleased(Record):
+    """Site or coordinator: a model handed out, by digest."""
+
+    KIND = "model_released"
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunEnded(Record):
+    """Coordinator: how it ended."""
+
+    KIND = "run_ended"
+    status: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalSnapshot(Record):
+    """Local: the exact numbers behind a snapshot, and the registry's sequence number."""
+
+    KIND = "local_snapshot"
+    round: int
+    persons: int
+    training: int
+    held_out: int
+    attempts: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalRefusal(Record):
+    """Local: a refusal with its whole reason."""
+
+    KIND = "local_refusal"
+    step: str
+    reason: str
+
+
+_KINDS: dict[str, type[Record]] = {kind.KIND: kind for kind in Record.__subclasses__()}
+_VERSION = 1
+
+
+def canonical(tree: Any) -> bytes:
+    """Canonical JSON of a tree without floats."""
+    return json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def encode(record: Record, at: int) -> bytes:
+    """An entry: the record with its kind, version and time (microseconds UTC)."""
+    return canonical({**asdict(record), "kind": record.KIND, "v": _VERSION, "at": at})
+
+
+def decode(data: bytes) -> tuple[Record, int]:
+    """Inverse of `encode`.
+
+    Raises:
+        AuditError: It is not an entry that this version writes, byte for byte.
+    """
+    try:
+        tree = json.loads(data)
+        at = tree.pop("at")
+        kind, version = _KINDS[tree.pop("kind")], tree.pop("v")
+        if version != _VERSION or set(tree) != {f.name for f in fields(kind)} or not isinstance(at, int):
+            raise ValueError
+        record = kind(**tree)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise AuditError("is not a log entry of this version") from None
+    if encode(record, at) != data:
+        raise AuditError("is not in canonical form")
+    return record, at

@@ -1,0 +1,376 @@
+"""One self-contained page about a run, for the people who answer for it. Every figure names the entry it comes from.
+
+The page is made from the logs alone, but for two things that stand beside them and are marked as such: exact metrics
+(simulator, public data) and whether the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from confide.config import SealingConfig
+from confide.privacy.audit import records as r
+from confide.privacy.audit.chart import Series, line_chart
+from confide.privacy.audit.page import write_page
+from confide.privacy.audit.verify import COORDINATOR, Evidence, PartyLog, verify
+from confide.privacy.dp import metrics
+from confide.privacy.dp.accounting import rdp_epsilon, run_epsilon
+from confide.privacy.dp.events import PrivacyEvent, Role, event_from_json
+from confide.privacy.sealing import make_profile
+
+__all__ = ["write_report"]
+
+_METRIC_NAMES = {
+    "auc": "AUC",
+    "accuracy": "accuracy",
+    "mean_absolute_error_scaled": "mean absolute error, label scaled to 0–1",
+    "r2": "R²",
+}
+_LAW = (
+    ("GDPR Art. 5(1)(b), (c), (f): purpose, minimisation, integrity", "What was trained; Who could learn what"),
+    ("GDPR Art. 7: demonstrable consent", "Consent; the snapshot commitments in each site’s log"),
+    ("GDPR Art. 17: erasure", "Consent; note that differential privacy bounds influence and is not erasure"),
+    ("GDPR Art. 30: records of processing", "the whole page; the logs it was made from"),
+    ("GDPR Art. 35: impact assessment", "Privacy loss; Who could learn what; Refusals and faults"),
+    ("AI Act Art. 10–12, for high-risk systems: data governance, documentation, logs", "Quality; Rounds; Versions"),
+)
+
+
+def write_report(folder: Path, path: Path) -> dict[str, Any]:
+    """Verify a run's folder and write its page.
+
+    Returns:
+        `verified`, `findings` (how many), `interrupted`.
+
+    Raises:
+        AuditError: There is no run to report on.
+        OSError: The page cannot be written.
+    """
+    evidence = verify(folder)
+    context = _context(evidence, folder)
+    write_page(Path(__file__).with_name("report.html.j2"), context, path)
+    return {
+        "verified": not evidence.findings,
+        "findings": len(evidence.findings),
+        "interrupted": bool(context["interruption"]),
+    }
+
+
+def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
+    manifest, privacy = evidence.manifest, evidence.manifest["privacy"]
+    private = privacy["epsilon"] not in ("Infinity", None)
+    site_epsilon = [_site_epsilon(log, privacy["delta"]) for log in evidence.sites.values()] if private else []
+    epsilon = max((s["worst"] for s in site_epsilon), default=0.0)
+    ended = next((e for _, e in evidence.coordinator.of(r.RunEnded)), None)
+    head, interruption = _interruption(ended, folder)
+    rounds, releases = _rounds(evidence), _releases(evidence)
+    exact = _json_lines(folder / "rounds.jsonl")
+    return {
+        "run": evidence.run,
+        "purpose": manifest["purpose"],
+        "parties": 1 + len(evidence.sites),
+        "entries": len(evidence.coordinator.entries) + sum(len(s.entries) for s in evidence.sites.values()),
+        "verified": not evidence.findings,
+        "findings": [str(f) for f in evidence.findings],
+        "story": _story(evidence, rounds, epsilon if private else None, ended is not None),
+        "interruption_head": head,
+        "interruption": interruption,
+        "facts": _facts(evidence),
+        "private": private,
+        "epsilon": f"{epsilon:.2f}",
+        "delta": f"{privacy['delta']:g}",
+        "unit": privacy["unit"],
+        "neighbours": "add or remove",
+        # Markup: charts are built from numbers and escaped text only.
+        "epsilon_chart": Markup(_epsilon_chart(evidence)) if site_epsilon else "",  # noqa: S704
+        "site_epsilon": site_epsilon,
+        "assumptions": _assumptions(manifest),
+        "consent": _consent(evidence, folder),
+        "quality_chart": Markup(_quality_chart(releases, exact)) if releases or exact else "",  # noqa: S704
+        "releases": releases,
+        "exact": _exact_note(exact),
+        "profile": manifest["sealing"]["profile"],
+        "sealing": _sealing(manifest),
+        "exposure": make_profile(SealingConfig(**manifest["sealing"]), len(manifest["members"])).describe_exposure(),
+        "limits": (
+            "The coordinator chooses the cohorts: together with all but one of a cohort’s sites it isolates the last.",
+            "The sum’s integrity falls to the coordinator together with one site; its secrecy does not.",
+            "A poisoned update cannot be detected under encryption.",
+        ),
+        "rounds": rounds,
+        "refusals": _refusals(evidence),
+        "law": _LAW,
+        "versions": _versions(evidence),
+    }
+
+
+def _story(evidence: Evidence, rounds: list[dict[str, Any]], epsilon: float | None, ended: bool) -> str:
+    manifest = evidence.manifest
+    times = [t for log in (evidence.coordinator, *evidence.sites.values()) for t in log.times]
+    start, end = _when(min(times)), _when(max(times))
+    opened = sum(1 for x in rounds if x["outcome"] == "sum opened")
+    abandoned = sum(1 for x in rounds if x["outcome"].startswith("abandoned"))
+    sealed = "summed in the open" if manifest["sealing"]["profile"] == "open" else "sealed, and opened only as sums"
+    cost = (
+        f"For each {manifest['privacy']['unit']} the run costs at most ε = {epsilon:.2f} at "
+        f"δ = {manifest['privacy']['delta']:g}."
+        if epsilon is not None
+        else "It gives no differential privacy: it is a baseline on public data."
+    )
+    released = "The model was released." if ended else "No model was released."
+    return (
+        f"From {start} to {end}, {len(evidence.sites)} sites trained a {_model(manifest)} to predict "
+        f"{_label(manifest['label'])}, for the purpose {manifest['purpose']}. The records never left their sites: "
+        f"what was sent was {sealed}. {opened} of {manifest['rounds'] + 1} sums were opened (one a round, and a last "
+        f"one for evaluation), {abandoned} abandoned. {cost} {released}"
+    )
+
+
+def _interruption(ended: r.Record | None, folder: Path) -> tuple[str, str]:
+    if ended is not None:
+        return "", ""
+    status = _json(folder / "status.json").get("status", "unknown")
+    head = "This run was interrupted." if status != "failed" else "This run failed."
+    return head, "The log has no end: figures cover what happened until then. What was charged stays charged."
+
+
+def _facts(evidence: Evidence) -> list[tuple[str, str]]:
+    manifest = evidence.manifest
+    training, privacy = manifest["training"], manifest["privacy"]
+    private = manifest["noise_multiplier"] > 0
+    facts = [
+        ("model", _model(manifest)),
+        ("predicts", _label(manifest["label"])),
+        ("features", ", ".join(list(manifest["schema_"]["features"])[:40])),
+        ("sites, declared population", ", ".join(f"{m['site']} ({m['population']:,})" for m in manifest["members"])),
+        ("rounds × local steps", f"{manifest['rounds']} × {training['local_steps']}"),
+        ("smallest sum", f"{manifest['min_sites']} sites"),
+        ("held out for evaluation", f"{manifest['held_out']:.0%} of persons, fixed for ever by each site’s key"),
+    ]
+    if private:
+        facts.append((
+            "mechanism",
+            f"Poisson-sampled {privacy['unit']}s at rate q = {privacy['sample_rate']:g}, gradients clipped to "
+            f"{privacy['max_grad_norm']:g}, Gaussian noise σ = {manifest['noise_multiplier']:g} "
+            f"(metrics: σ = {manifest['metrics_noise_multiplier']:g})",
+        ))  # fmt: skip
+    return facts
+
+
+def _model(manifest: Mapping[str, Any]) -> str:
+    size = sum(int(np.prod(shape)) for shape in manifest["layout"]["shapes"])
+    return f"{manifest['model']['kind']} model with {size:,} parameters"
+
+
+def _label(label: Mapping[str, Any]) -> str:
+    if label["at_least"] is not None:
+        return f"whether {label['column']} is at least {label['at_least']:g}"
+    if label["classes"] is not None:
+        return f"{label['column']} (one of {', '.join(map(str, label['classes'][:12]))})"
+    return f"{label['column']} (a number between {label['bounds'][0]:g} and {label['bounds'][1]:g})"
+
+
+def _charges(log: PartyLog) -> list[tuple[int, int, PrivacyEvent]]:
+    """(entry, round, event) of what stands: settled charges cost nothing."""
+    settled = {e.charge for _, e in log.of(r.Settled)}
+    return [(n, e.round, event_from_json(e.event)) for n, e in log.of(r.Charged) if e.charge not in settled]
+
+
+def _site_epsilon(log: PartyLog, delta: float) -> dict[str, Any]:
+    charges = _charges(log)
+    by_role = {role: _merged([e for _, _, e in charges if e.role is role]) for role in Role}
+    exact = {role: sum(run_epsilon(e, delta) for e in events) for role, events in by_role.items()}
+    numbers = [n for n, _, _ in charges]
+    return {
+        "site": log.party,
+        "train": f"{exact[Role.TRAIN]:.2f}",
+        "held_out": f"{exact[Role.HELD_OUT]:.2f}",
+        "rdp": f"{max(rdp_epsilon(e, delta) for e in by_role.values()):.2f}",
+        "worst": max(exact.values()),
+        "entries": f"{len(numbers)} charges, {numbers[0]}–{numbers[-1]}" if numbers else "none",
+    }
+
+
+def _merged(events: list[PrivacyEvent]) -> list[PrivacyEvent]:
+    counts: dict[PrivacyEvent, int] = {}
+    for event in events:
+        counts[event] = counts.get(event, 0) + 1
+    return [event.times(count) for event, count in counts.items()]
+
+
+def _epsilon_chart(evidence: Evidence) -> str:
+    delta = evidence.manifest["privacy"]["delta"]
+    charges = max((_charges(log) for log in evidence.sites.values()), key=len)
+    last = max((round_ for _, round_, _ in charges), default=0)
+    series = []
+    for role, name in ((Role.TRAIN, "training"), (Role.HELD_OUT, "evaluation")):
+        points = []
+        for upto in range(last + 1):
+            events = _merged([e for _, round_, e in charges if e.role is role and round_ <= upto])
+            points.append((float(upto), sum(run_epsilon(e, delta) for e in events)))
+        series.append(Series(name, points))
+    return line_chart("eps", "Privacy loss by round", "round", f"ε per {evidence.manifest['privacy']['unit']}", series)
+
+
+def _rounds(evidence: Evidence) -> list[dict[str, Any]]:
+    abandoned = {e.round: (n, e.reason) for n, e in evidence.coordinator.of(r.RoundAbandoned)}
+    opened = {e.round for log in evidence.sites.values() for _, e in log.of(r.Opened)}
+    found = []
+    for number, cohort in evidence.coordinator.of(r.Cohort):
+        if cohort.round in abandoned:
+            outcome = f"abandoned: {abandoned[cohort.round][1]}; charges stand"
+        else:
+            outcome = "sum opened" if cohort.round in opened else "not opened"
+        found.append({
+            "round": cohort.round, "cohort": ", ".join(cohort.cohort), "outcome": outcome,
+            "transcript": cohort.transcript[:16], "entry": f"coordinator {number}",
+        })  # fmt: skip
+    known = {x["round"] for x in found}
+    for round_, (number, reason) in abandoned.items():
+        if round_ not in known:
+            found.append({
+                "round": round_, "cohort": "none", "outcome": f"abandoned: {reason}", "transcript": "",
+                "entry": f"coordinator {number}",
+            })  # fmt: skip
+    return sorted(found, key=lambda x: x["round"])
+
+
+def _task(manifest: Mapping[str, Any]) -> metrics.Task:
+    label = manifest["label"]
+    if label["bounds"] is not None:
+        return "regression"
+    return "multiclass" if label["classes"] is not None and len(label["classes"]) > 2 else "binary"
+
+
+def _releases(evidence: Evidence) -> list[dict[str, Any]]:
+    found = []
+    sigma = evidence.manifest["metrics_noise_multiplier"]
+    for number, entry in evidence.coordinator.of(r.MetricsReleased):
+        task, total = _task(evidence.manifest), np.array([float(v) for v in entry.values])
+        noise = sigma * metrics.SENSITIVITY * entry.cohort_size**0.5
+        bounds = metrics.interval(task, total, noise)
+        for name, value in metrics.read(task, total).items():
+            bound = bounds[name]
+            found.append({
+                "after": entry.round - 1, "name": _METRIC_NAMES.get(name, name), "key": name, "number": value,
+                "bounds": bound, "value": "—" if value is None else f"{value:.3f}", "entry": number,
+                "interval": "too noisy to say" if bound is None else f"{bound[0]:.3f} to {bound[1]:.3f}",
+            })  # fmt: skip
+    return found
+
+
+def _quality_chart(releases: list[dict[str, Any]], exact: list[dict[str, Any]]) -> str:
+    keys = [*dict.fromkeys(x["key"] for x in releases), *(k for line in exact[:1] for k in line.get("metrics") or {})]
+    if not keys:
+        return ""
+    key, series = keys[0], list[Series]()
+    points = [(float(line["round"]), line["metrics"][key]) for line in exact if (line.get("metrics") or {}).get(key)]
+    if points:
+        series.append(Series("exact", points))
+    shown = [x for x in releases if x["key"] == key and x["number"] is not None]
+    if shown:
+        points = [(float(x["after"]), x["number"]) for x in shown]
+        series.append(Series("released", points, [x["bounds"] for x in shown], line=False))
+    name = _METRIC_NAMES.get(key, key)
+    return line_chart("quality", f"{name} by round", "rounds trained", name, series) if series else ""
+
+
+def _exact_note(exact: list[dict[str, Any]]) -> str:
+    last = next((line["metrics"] for line in reversed(exact) if line.get("metrics")), None)
+    if last is None:
+        return ""
+    shown = ", ".join(f"{_METRIC_NAMES.get(k, k)} {v:.3f}" for k, v in last.items())
+    return f"Exact, on public data in the simulator only, and not part of the logs: {shown} after the last round shown."
+
+
+def _consent(evidence: Evidence, folder: Path) -> str:
+    snapshots = sum(1 for log in evidence.sites.values() for _ in log.of(r.SnapshotTaken))
+    config = _json(folder / "experiment.json").get("consent") or {}
+    source = "Consent was recorded in each site’s own registry."
+    if config.get("simulate"):
+        source = (
+            f"This is simulated consent: {config['simulate']['fraction']:.0%} of the subjects were drawn to consent."
+        )
+    elif config.get("file"):
+        source = f"Consent was imported from {config['file']}."
+    return (
+        f"{source} A site took a snapshot for every round and checked it again just before it committed to its update: "
+        f"{snapshots} snapshots are committed to in the logs, by salted digests of constant size that tell nothing "
+        "of anybody. How many persons were considered or left out stays in each site’s local log. Whoever is not in "
+        "the registry, has withdrawn, or whose consent has run out takes part in nothing."
+    )
+
+
+def _refusals(evidence: Evidence) -> list[dict[str, Any]]:
+    found = [
+        {"party": e.party, "round": e.round, "step": e.step, "reason": e.reason, "entry": f"{COORDINATOR} {n}"}
+        for n, e in evidence.coordinator.of(r.Refused)
+    ]
+    for site, log in evidence.sites.items():
+        found += [
+            {"party": site, "round": "—", "step": "stopped for good", "reason": e.reason, "entry": f"{site} {n}"}
+            for n, e in log.of(r.RunStopped)
+        ]
+    return found
+
+
+def _sealing(manifest: Mapping[str, Any]) -> str:
+    if manifest["sealing"]["profile"] == "open":
+        return "updates travel readable"
+    return (
+        f"{manifest['sealing']['bits']} bits a coordinate; pairwise masks (X25519, AES-256), BFV (N = 4096, one 60-bit "
+        "prime, above 128-bit security), linear authentication tags"
+    )
+
+
+def _assumptions(manifest: Mapping[str, Any]) -> list[str]:
+    found = [
+        "A person’s records lie at one site only; at m sites the losses would add up m times.",
+        "Each site’s declared population is public knowledge and is never recomputed from the data.",
+        "Noise is Gaussian in floating point: known attacks on its lowest bits (Mironov 2012) are blunted by the "
+        "quantisation of what leaves, not excluded by proof.",
+        "ε of this run holds because its parameters were fixed before it began; a site’s ledger bounds all runs "
+        f"together at ε = {manifest['privacy']['site_epsilon_limit']:g} as a Rényi filter.",
+        "Differential privacy bounds a person’s influence; it does not erase it.",
+    ]
+    if manifest["privacy"]["unit"] == "record":
+        found.insert(0, "The unit is a record: a person with several records is protected less than this ε says.")
+    return found
+
+
+def _versions(evidence: Evidence) -> list[tuple[str, str]]:
+    released = next((e.model for _, e in evidence.coordinator.of(r.ModelReleased)), "none was released")
+    return [
+        *sorted(evidence.software.items()),
+        ("manifest", evidence.manifest_digest),
+        ("first model", evidence.manifest["initial_model"]),
+        ("released model", released),
+        *((f"log of {p.party}: {len(p.entries)} entries, root", p.roots[-1].hex())
+          for p in (evidence.coordinator, *evidence.sites.values())),
+    ]  # fmt: skip
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
+def _when(micros: int) -> str:
+    return datetime.fromtimestamp(micros / 1e6, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -1,0 +1,69 @@
+"""`index.html` of an output folder: the run's figures at a glance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from markupsafe import Markup
+
+from confide.privacy.audit.chart import Series, line_chart
+from confide.privacy.audit.page import write_page
+from confide.simulations.result import Result
+
+__all__ = ["write_index"]
+
+_NAMES = {"auc": "AUC", "mean_absolute_error_scaled": "mean absolute error (label scaled to 0–1)", "r2": "R²"}
+
+
+def write_index(result: Result, path: Path) -> None:
+    """Write the page."""
+    private = result.epsilon.max != float("inf")
+    quality = loss = ""
+    if result.curve:
+        series = [
+            Series(_NAMES.get(name, name), [(float(i), point[name]) for i, point in enumerate(result.curve)])
+            for name in list(result.curve[0])[:2]
+        ]
+        quality = line_chart("quality", "Quality by round", "rounds trained", "exact, on held-out persons", series)
+    if private:
+        points = [(float(i), e) for i, e in enumerate(result.epsilon_curve)]
+        label = f"ε per {result.unit} at δ = {result.delta:g}"
+        loss = line_chart("loss", "Privacy loss by round", "rounds trained", label, [Series("this run", points)])
+    context = {
+        "run": result.run_id,
+        "folder": str(result.out),
+        "facts": _facts(result, private),
+        # Markup: charts are built from numbers and escaped text only.
+        "quality": Markup(quality),  # noqa: S704
+        "loss": Markup(loss),  # noqa: S704
+    }
+    write_page(Path(__file__).with_name("index.html.j2"), context, path)
+
+
+def _facts(result: Result, private: bool) -> list[tuple[str, str]]:
+    facts = [
+        ("sites", ", ".join(result.sites)),
+        ("rounds", f"{result.rounds}, {result.rounds_abandoned} abandoned"),
+        ("profile", result.profile),
+        ("consent", "simulated consent" if result.consent_is_simulated else "from the imported file"),
+        (
+            "privacy loss of this run",
+            f"ε = {result.epsilon.max:.2f} per {result.unit} at δ = {result.delta:g} "
+            f"(neighbours: {result.neighbours} {result.unit})"
+            if private
+            else "∞: a baseline on public data, nobody is protected",
+        ),
+    ]
+    if result.metrics:
+        facts.append(("exact, simulator only", _metrics(result.metrics)))
+    if result.released_metrics:
+        facts.append(("released, noised" if private else "released", _metrics(result.released_metrics)))
+    facts += [
+        ("uplink", f"{result.bytes_per_parameter:,.2f} bytes a parameter"),
+        ("time", f"{result.seconds:.1f} s"),
+    ]
+    return facts
+
+
+def _metrics(metrics: dict[str, float] | dict[str, float | None]) -> str:
+    return ", ".join(f"{_NAMES.get(k, k)} {'—' if v is None else f'{v:.3f}'}" for k, v in metrics.items())
