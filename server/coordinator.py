@@ -253,7 +253,8 @@ class Coordinator:
             except SealingError as error:
                 self.refusals[site] = m.Refusal(kind="sealing", reason=error.what)
                 return None
-        self._progress.update_bytes.append(uplink / len(cohort) / self.manifest.vector_size(round_))
+        if self.manifest.trains_in(round_):
+            self._progress.update_bytes.append(uplink / len(cohort) / self.manifest.layout.size)
         return _Sum(round_, cohort, agreed, accumulator.total()), uplink
 
     def _release(self) -> Released:

@@ -7,6 +7,7 @@ Entries are canonical JSON: sorted ASCII keys, no floats (numbers that are not i
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -224,6 +225,12 @@ class LocalRefusal(Record):
 
 _KINDS: dict[str, type[Record]] = {kind.KIND: kind for kind in Record.__subclasses__()}
 _VERSION = 1
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "int": lambda v: type(v) is int and abs(v) < 2**63,
+    "str": lambda v: isinstance(v, str),
+    "list[str]": lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
+    "dict[str, str]": lambda v: isinstance(v, dict) and all(isinstance(x, str) for x in v.values()),
+}
 
 
 def canonical(tree: Any) -> bytes:
@@ -247,6 +254,8 @@ def decode(data: bytes) -> tuple[Record, int]:
         at = tree.pop("at")
         kind, version = _KINDS[tree.pop("kind")], tree.pop("v")
         if version != _VERSION or set(tree) != {f.name for f in fields(kind)} or not isinstance(at, int):
+            raise ValueError
+        if not all(_FITS[str(f.type)](tree[f.name]) for f in fields(kind)):
             raise ValueError
         record = kind(**tree)
     except (ValueError, KeyError, TypeError, AttributeError):

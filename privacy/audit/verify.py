@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from confide.errors import AuditError
+from confide.errors import AuditError, ConfideError
 from confide.privacy.audit import records as r
 from confide.privacy.audit.checkpoint import Checkpoint, parse_note
 from confide.privacy.audit.log import CHECKPOINT_SUFFIX, LOG_SUFFIX, read_lines
@@ -95,14 +96,20 @@ def verify(folder: Path) -> Evidence:
     """
     evidence = load_evidence(folder)
     found = evidence.findings
-    for log in (evidence.coordinator, *evidence.sites.values()):
-        found += _times(log)
-    found += _seen_checkpoints(evidence)
-    for site, log in evidence.sites.items():
-        found += _charges(evidence, site, log)
-    found += _cohorts(evidence)
-    found += _models(evidence, folder)
-    found += _refusals(evidence)
+    steps: list[Callable[[], Iterator[Finding]]] = [
+        *(partial(_times, log) for log in (evidence.coordinator, *evidence.sites.values())),
+        partial(_seen_checkpoints, evidence),
+        *(partial(_charges, evidence, site, log) for site, log in evidence.sites.items()),
+        partial(_cohorts, evidence),
+        partial(_models, evidence, folder),
+        partial(_refusals, evidence),
+    ]
+    for step in steps:
+        try:
+            found += step()
+        except (KeyError, TypeError, ValueError, IndexError, ConfideError) as error:
+            # A manifest can be signed and still be nonsense; that is a finding, not a crash.
+            found.append(Finding(COORDINATOR, 0, f"the manifest makes no sense ({type(error).__name__})"))
     found.sort(key=lambda f: (f.party != COORDINATOR, f.party, -1 if f.entry is None else f.entry))
     return evidence
 
@@ -227,9 +234,8 @@ def _seen_checkpoints(evidence: Evidence) -> Iterator[Finding]:
         for kind in (r.Joined, r.UpdateCommitted, r.Sealed):
             claims += [(evidence.coordinator, e.coordinator, site, number) for number, e in log.of(kind)]
     reported: set[str] = set()
-    for log, seen, witness, number in sorted(claims, key=lambda c: int(c[1].partition(":")[0] or 0)):
-        size_text, _, root = seen.partition(":")
-        size = int(size_text) if size_text.isdigit() else -1
+    for log, seen, witness, number in sorted(claims, key=lambda c: _size(c[1])):
+        size, root = _size(seen), seen.partition(":")[2]
         if log.party in reported:
             continue
         if not 0 <= size < len(log.roots):
@@ -244,11 +250,16 @@ def _seen_checkpoints(evidence: Evidence) -> Iterator[Finding]:
             )
 
 
+def _size(seen: str) -> int:
+    text = seen.partition(":")[0]
+    return int(text) if text.isascii() and text.isdigit() else -1
+
+
 def _cohorts(evidence: Evidence) -> Iterator[Finding]:
     """Step 5."""
     manifest, roster = evidence.manifest, set(evidence.sites)
     rounds: set[int] = set()
-    abandoned = {e.round for _, e in evidence.coordinator.of(r.RoundAbandoned)}
+    opened = {e.round for log in evidence.sites.values() for _, e in log.of(r.Opened)}
     for number, cohort in evidence.coordinator.of(r.Cohort):
         members = cohort.cohort
         if cohort.round in rounds:
@@ -270,9 +281,11 @@ def _cohorts(evidence: Evidence) -> Iterator[Finding]:
             if log is None:
                 continue
             sealed = [(n, e) for n, e in log.of(r.Sealed) if e.round == cohort.round]
+            if cohort.round not in opened:
+                continue  # abandoned, or interrupted on the way: nothing was counted
             if not any(e.round == cohort.round for _, e in log.of(r.UpdateCommitted)):
                 yield Finding(site, None, f"no update was committed for round {cohort.round}, yet it was counted")
-            if not sealed and cohort.round not in abandoned:
+            if not sealed:
                 yield Finding(site, None, f"nothing was sealed for round {cohort.round}, yet it was counted")
             for n, entry in sealed:
                 if entry.transcript != cohort.transcript or entry.cohort != members:
