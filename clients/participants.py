@@ -6,6 +6,7 @@ is decided here for one person never depends on another.
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from confide.clients.data.records import SiteRecords
 from confide.privacy.consent import Registry, SiteKey, Snapshot, now_micros
+from confide.privacy.digest import digest
 from confide.privacy.dp import Ledger, Role
 
 __all__ = ["ParticipantSource", "Participants"]
@@ -26,6 +28,11 @@ class Participants:
 
     train: Mask
     held_out: Mask
+
+    def commitment(self) -> str:
+        """A salted digest of constant size; tells nothing of anybody."""
+        marks = np.packbits(np.concatenate([self.train, self.held_out])).tobytes()
+        return digest("snapshot", secrets.token_bytes(32), marks).hex()
 
     def still_covers(self, later: Participants) -> bool:
         """Does everybody who was used may still be used?"""

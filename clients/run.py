@@ -16,7 +16,7 @@ from confide.clients.training.models import build_model, layout_of
 from confide.clients.training.trainer import LocalTrainer, TrainingPlan, choose_device
 from confide.errors import PolicyError, SealingError
 from confide.privacy.digest import digest
-from confide.privacy.dp import PrivacyEvent, Role, SecureRandom
+from confide.privacy.dp import SecureRandom
 from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.sealing import Agreement, Payload, Segment, make_profile
 from confide.protocol.envelope import Address
@@ -65,40 +65,6 @@ class SiteRun:
             federation=manifest.federation, roster_version=manifest.roster_version, run=manifest.run,
             manifest=manifest.digest, key_epoch=0, round=round_, step=step,
         )  # fmt: skip
-
-    def charges(self, round_: int) -> list[PrivacyEvent]:
-        """What a round costs each role; empty for ε = ∞ on public data."""
-        manifest = self.manifest
-        if not manifest.privacy.is_private:
-            return []
-        found = []
-        if self.manifest.trains_in(round_):
-            found.append(
-                PrivacyEvent(
-                    role=Role.TRAIN,
-                    unit=manifest.privacy.unit,
-                    noise_multiplier=manifest.noise_multiplier,
-                    sample_rate=manifest.privacy.sample_rate,
-                    steps=manifest.training.local_steps,
-                    max_grad_norm=manifest.privacy.max_grad_norm,
-                )
-            )
-        if self.manifest.metric_width(round_):
-            found.append(
-                PrivacyEvent(
-                    role=Role.HELD_OUT,
-                    unit=manifest.privacy.unit,
-                    noise_multiplier=manifest.metrics_noise_multiplier,
-                    sample_rate=1.0,
-                    steps=1,
-                    max_grad_norm=SENSITIVITY,
-                )
-            )
-        return found
-
-    def all_charges(self) -> list[PrivacyEvent]:
-        """What the whole run costs."""
-        return [e for r in range(1, self.manifest.rounds + 2) for e in self.charges(r)]
 
     def compute(self, round_: int, model: ModelState, train: NDArray[np.int64], held_out: NDArray[np.int64]) -> Floats:
         """The round's vector, private by itself.

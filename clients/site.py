@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from confide.clients.agreement import agree
 from confide.clients.data.records import SiteRecords
 from confide.clients.participants import Participants, ParticipantSource
 from confide.clients.policy import SitePolicy
@@ -35,28 +36,10 @@ from confide.privacy.digest import digest
 from confide.privacy.dp import Ledger, PrivacyEvent, SecureRandom
 from confide.privacy.dp.events import event_to_json
 from confide.privacy.sealing import Agreement
-from confide.privacy.sealing.transcript import transcript
+from confide.protocol import messages as m
 from confide.protocol.envelope import EVERYBODY, Address, Envelope, Header, expect, seal_envelope, verify
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
-from confide.protocol.messages import (
-    JoinReply,
-    JoinRequest,
-    KeysReply,
-    KeysRequest,
-    Message,
-    Refusal,
-    ReleaseReply,
-    ReleaseRequest,
-    SealReply,
-    SealRequest,
-    SecretReply,
-    SecretRequest,
-    SumReference,
-    TrainReply,
-    TrainRequest,
-    decode,
-)
 
 __all__ = ["Site"]
 
@@ -69,7 +52,7 @@ Floats = NDArray[np.float64]
 class _Answer:
     """A reply before it is signed, and the effect that must be durable with it."""
 
-    message: Message
+    message: m.Message
     chunks: tuple[bytes, ...] = ()
     update: Update | None = None
     sealed: str | None = None
@@ -127,7 +110,7 @@ class Site:
         self.policy.check(manifest, self.name)
         run = self._run(manifest)
         if manifest.privacy.is_private:
-            self.ledger.check(run.all_charges())
+            self.ledger.check(manifest.all_charges())
         if not self.records.persons:
             raise DataError("holds no records", where=f"site {self.name}", hint="check data.site, or drop the site")
         present = self._participants(run)
@@ -193,7 +176,7 @@ class Site:
     # --- steps -------------------------------------------------------------------------------------------------
 
     def _join(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
-        decode(JoinRequest, header.type, request.body)
+        m.decode(m.JoinRequest, header.type, request.body)
         weights = np.frombuffer(request.chunks[1], dtype="<f4").astype(np.float32)
         model = ModelState(0, weights, run.strategy.initial_state(len(weights)), None)
         if len(weights) != run.manifest.layout.size or model_digest(model) != run.manifest.initial_model:
@@ -201,29 +184,28 @@ class Site:
         self.check(run.manifest)
         self._store.add_run(run.manifest.run, run.manifest.to_bytes(), model)
         self.log.append(audit.Joined(run=run.manifest.run, manifest=run.manifest.digest, coordinator=header.checkpoint))
-        return _Answer(JoinReply(ephemeral=run.keys.public.hex()))
+        return _Answer(m.JoinReply(ephemeral=run.keys.public.hex()))
 
     def _secret(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
-        message = decode(SecretRequest, header.type, request.body)
-        return _Answer(SecretReply(), run.keys.make_secret(run.address(0, "secret"), message.statements))
+        message = m.decode(m.SecretRequest, header.type, request.body)
+        return _Answer(m.SecretReply(), run.keys.make_secret(run.address(0, "secret"), message.statements))
 
     def _keys(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
-        message = decode(KeysRequest, header.type, request.body)
+        message = m.decode(m.KeysRequest, header.type, request.body)
         if len(request.chunks) != 1:
             raise SealingError("a keys request holds one wrapped secret", where=f"site {self.name}")
         made = message.made
         digest_ = run.keys.accept(run.address(0, "keys"), message.statements, made, made.site, request.chunks[0])
         self.log.append(audit.KeysAgreed(run=run.manifest.run, maker=made.site, secret=digest_))
-        return _Answer(KeysReply(secret=digest_))
+        return _Answer(m.KeysReply(secret=digest_))
 
     def _train(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
-        message, round_ = decode(TrainRequest, header.type, request.body), header.round
+        message, round_ = m.decode(m.TrainRequest, header.type, request.body), header.round
         if not 1 <= round_ <= run.manifest.rounds + 1:
             raise SealingError(f"the run has no round {round_}", where=f"run {run.manifest.run}")
         model = self._apply(run, message.sums, request.chunks, before=round_)
         self._settle_unsent(run, round_)
-        charges = run.charges(round_)
-        for event in charges:
+        for event in run.manifest.charges(round_):
             charge = self._charge(run, round_, event)
             self.ledger.reserve(charge, event)
             self.log.append(
@@ -231,7 +213,7 @@ class Site:
             )
         vector = self._compute_until_cut_off(run, round_, model)
         commitment = digest("commitment", secrets.token_bytes(32), vector.tobytes()).hex()
-        reply = TrainReply(
+        reply = m.TrainReply(
             commitment=commitment, model=model_digest(model), state=state_digest(model),
             secret=run.keys.session.secret_digest,
         )  # fmt: skip
@@ -244,8 +226,11 @@ class Site:
         return _Answer(reply, _metric_chunks(model), update=Update(round_, vector))
 
     def _seal(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
-        message, round_ = decode(SealRequest, header.type, request.body), header.round
-        agreed = self._agree(run, round_, message)
+        message, round_ = m.decode(m.SealRequest, header.type, request.body), header.round
+        agreed = agree(
+            run, round_, message, model=self.current_model(run.manifest.run), min_sites=self.policy.min_sites,
+            own_reply=self._store.reply_digest(run.manifest.run, round_, "train"), coordinator=self.policy.coordinator,
+        )  # fmt: skip
         update = self._store.pending(run.manifest.run, round_)
         if update is None:
             raise SealingError(f"there is no update of round {round_} left to seal", where=f"run {run.manifest.run}")
@@ -257,17 +242,17 @@ class Site:
         )  # fmt: skip
         payload = run.keys.session.seal(update.vector, run.segments(round_), Agreement(message.cohort, agreed))
         tags = tuple(f"{tag:x}" for tag in payload.tags)
-        return _Answer(SealReply(transcript=agreed, tags=tags), payload.chunks, sealed=agreed)
+        return _Answer(m.SealReply(transcript=agreed, tags=tags), payload.chunks, sealed=agreed)
 
     def _release(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
-        message = decode(ReleaseRequest, header.type, request.body)
+        message = m.decode(m.ReleaseRequest, header.type, request.body)
         if not self.policy.release:
             raise PolicyError("release is not allowed", where=f"policy of site {self.name}")
         model = self._apply(run, message.sums, request.chunks, before=header.round)
         self._settle_unsent(run, header.round)
         weights = model.weights.astype("<f4").tobytes()
         self.log.append(audit.ModelReleased(run=run.manifest.run, model=model_digest(model)))
-        return _Answer(ReleaseReply(model=model_digest(model)), (weights, *_metric_chunks(model)))
+        return _Answer(m.ReleaseReply(model=model_digest(model)), (weights, *_metric_chunks(model)))
 
     # --- parts of steps ----------------------------------------------------------------------------------------
 
@@ -287,50 +272,16 @@ class Site:
 
     def _log_snapshot(self, run: SiteRun, round_: int, used: Participants, attempts: int) -> None:
         """A commitment of constant size in the federated log, the numbers in the local one."""
-        marks = np.packbits(np.concatenate([used.train, used.held_out])).tobytes()
-        commitment = digest("snapshot", secrets.token_bytes(32), marks).hex()
         self._local_log.append(
             audit.LocalSnapshot(
                 run=run.manifest.run, round=round_, persons=len(self.records.persons), attempts=attempts,
                 training=int(used.train.sum()), held_out=int(used.held_out.sum()),
             )
         )  # fmt: skip
-        self.log.append(audit.SnapshotTaken(run=run.manifest.run, round=round_, commitment=commitment))
-
-    def _agree(self, run: SiteRun, round_: int, message: SealRequest) -> str:
-        """The transcript X, if every cohort member's signed reply agrees with this site's own.
-
-        Raises:
-            SealingError: The cohort is too small, not this site's, or the digests disagree.
-        """
-        manifest, where = run.manifest, f"run {run.manifest.run}, round {round_}"
-        cohort = message.cohort
-        if list(cohort) != sorted(set(cohort)) or len(message.statements) != len(cohort):
-            raise SealingError("the cohort is not a sorted list of different sites, each with its reply", where=where)
-        if len(cohort) < max(manifest.min_sites, self.policy.min_sites):
-            raise SealingError(f"a cohort below min_sites = {manifest.min_sites}", where=where)
-        own = self.current_model(manifest.run)
-        address = run.address(round_, "train")
-        digests: dict[str, str] = {}
-        for site, statement in zip(cohort, message.statements, strict=True):
-            member = manifest.member(site)
-            if member is None:
-                raise SealingError(f"{site} is not in the roster", where=where)
-            envelope = statement.envelope()
-            signed = verify(envelope, bytes.fromhex(member.public_key), sender=site, with_chunks=False)
-            expect(signed, address, sender=site, recipient=self.policy.coordinator)
-            reply = decode(TrainReply, signed.type, envelope.body)
-            held = (model_digest(own), state_digest(own), run.keys.session.secret_digest)
-            if statement.site != site or (reply.model, reply.state, reply.secret) != held:
-                raise SealingError(f"{site} holds another model or run secret than this site", where=where)
-            digests[site] = envelope.digest
-        mine = self._store.reply_digest(manifest.run, round_, "train")
-        if mine is None or digests.get(self.name) != mine:
-            raise SealingError("the cohort does not hold this site's own reply", where=where)
-        return transcript(manifest.digest, manifest.roster_version, 0, round_, digests)
+        self.log.append(audit.SnapshotTaken(run=run.manifest.run, round=round_, commitment=used.commitment()))
 
     def _apply(
-        self, run: SiteRun, sums: tuple[SumReference, ...], chunks: tuple[bytes, ...], *, before: int
+        self, run: SiteRun, sums: tuple[m.SumReference, ...], chunks: tuple[bytes, ...], *, before: int
     ) -> ModelState:
         model, offset = self.current_model(run.manifest.run), 0
         for reference in sums:
@@ -388,9 +339,9 @@ class Site:
         self.last_refusal = error
         _log.warning("site %s refuses a %s request: %s", self.name, header.step, type(error).__name__)
         answer = (
-            Refusal(kind=error.kind, reason=str(error))
+            m.Refusal(kind=error.kind, reason=str(error))
             if error.shareable
-            else Refusal(kind="abstains", reason="abstains")
+            else m.Refusal(kind="abstains", reason="abstains")
         )
         self._local_log.append(audit.LocalRefusal(run=header.run, step=header.step, reason=str(error)))
         self.log.append(

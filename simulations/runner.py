@@ -104,7 +104,7 @@ def plan(experiment: Source = None, *, overrides: Iterable[str] = (), ledger: st
 
 def _plan(world: World) -> Plan:
     experiment, manifest = world.experiment, world.manifest
-    charges = _charges(world, manifest.rounds)
+    charges = manifest.all_charges()
     sites = [
         SitePlan(
             site=name,
@@ -220,7 +220,11 @@ class _Run:
     def _epsilon_after(self, rounds: int) -> float:
         if not self._world.manifest.privacy.is_private:
             return float("inf")
-        return _epsilon(_charges(self._world, rounds), self._world.manifest.privacy.delta)
+        # Metrics of the model after `rounds` rounds ride with the next one.
+        manifest = self._world.manifest
+        trained = [e for e in manifest.all_charges(rounds) if e.role is Role.TRAIN]
+        evaluated = [e for e in manifest.all_charges(rounds + 1) if e.role is Role.HELD_OUT]
+        return _epsilon([*trained, *evaluated], manifest.privacy.delta)
 
     def _finish(self, released: Released) -> Result:
         world, manifest = self._world, self._world.manifest
@@ -275,23 +279,6 @@ def _privacy_line(result: Result) -> str:
         f"({result.epsilon.max:.4g}, {result.delta:g})-differentially private per {result.unit} "
         f"({result.neighbours} {result.unit}), for this run alone."
     )
-
-
-def _charges(world: World, rounds: int) -> list[PrivacyEvent]:
-    """What `rounds` rounds of this run cost, merged per role; metrics count once their round has come."""
-    manifest, privacy = world.manifest, world.manifest.privacy
-    if not privacy.is_private:
-        return []
-    train = PrivacyEvent(
-        role=Role.TRAIN, unit=privacy.unit, noise_multiplier=manifest.noise_multiplier, sample_rate=privacy.sample_rate,
-        steps=rounds * manifest.training.local_steps, max_grad_norm=privacy.max_grad_norm,
-    )  # fmt: skip
-    reported = sum(1 for r in manifest.metric_rounds if r <= rounds + 1)
-    metrics = PrivacyEvent(
-        role=Role.HELD_OUT, unit=privacy.unit, noise_multiplier=manifest.metrics_noise_multiplier, sample_rate=1.0,
-        steps=reported, max_grad_norm=dp_metrics.SENSITIVITY,
-    )  # fmt: skip
-    return [train, metrics]
 
 
 def _epsilon(charges: list[PrivacyEvent], delta: float) -> float:

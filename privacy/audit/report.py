@@ -22,7 +22,7 @@ from confide.privacy.audit.page import write_page
 from confide.privacy.audit.verify import COORDINATOR, Evidence, PartyLog, verify
 from confide.privacy.dp import metrics
 from confide.privacy.dp.accounting import rdp_epsilon, run_epsilon
-from confide.privacy.dp.events import PrivacyEvent, Role, event_from_json
+from confide.privacy.dp.events import PrivacyEvent, Role, event_from_json, merge_events
 from confide.privacy.sealing import make_profile
 
 __all__ = ["write_report"]
@@ -185,7 +185,7 @@ def _charges(log: PartyLog) -> list[tuple[int, int, PrivacyEvent]]:
 
 def _site_epsilon(log: PartyLog, delta: float) -> dict[str, Any]:
     charges = _charges(log)
-    by_role = {role: _merged([e for _, _, e in charges if e.role is role]) for role in Role}
+    by_role = {role: merge_events([e for _, _, e in charges if e.role is role]) for role in Role}
     exact = {role: sum(run_epsilon(e, delta) for e in events) for role, events in by_role.items()}
     numbers = [n for n, _, _ in charges]
     return {
@@ -198,13 +198,6 @@ def _site_epsilon(log: PartyLog, delta: float) -> dict[str, Any]:
     }
 
 
-def _merged(events: list[PrivacyEvent]) -> list[PrivacyEvent]:
-    counts: dict[PrivacyEvent, int] = {}
-    for event in events:
-        counts[event] = counts.get(event, 0) + 1
-    return [event.times(count) for event, count in counts.items()]
-
-
 def _epsilon_chart(evidence: Evidence) -> str:
     delta = evidence.manifest["privacy"]["delta"]
     charges = max((_charges(log) for log in evidence.sites.values()), key=len)
@@ -213,7 +206,7 @@ def _epsilon_chart(evidence: Evidence) -> str:
     for role, name in ((Role.TRAIN, "training"), (Role.HELD_OUT, "evaluation")):
         points = []
         for upto in range(last + 1):
-            events = _merged([e for _, round_, e in charges if e.role is role and round_ <= upto])
+            events = merge_events([e for _, round_, e in charges if e.role is role and round_ <= upto])
             points.append((float(upto), sum(run_epsilon(e, delta) for e in events)))
         series.append(Series(name, points))
     return line_chart("eps", "Privacy loss by round", "round", f"ε per {evidence.manifest['privacy']['unit']}", series)

@@ -32,7 +32,7 @@ from confide.privacy.audit.log import CHECKPOINT_SUFFIX, LOG_SUFFIX, read_lines
 from confide.privacy.audit.merkle import Frontier
 from confide.privacy.digest import digest
 from confide.privacy.dp.accounting import rdp_epsilon, run_epsilon
-from confide.privacy.dp.events import PrivacyEvent, event_from_json
+from confide.privacy.dp.events import PrivacyEvent, event_from_json, merge_events
 from confide.privacy.sealing.transcript import transcript
 
 __all__ = ["Evidence", "Finding", "PartyLog", "load_evidence", "verify"]
@@ -329,7 +329,7 @@ def _charges(evidence: Evidence, site: str, log: PartyLog) -> Iterator[Finding]:
             yield Finding(site, number, f"an update of round {entry.round} that was not charged first")
     limit = float(privacy["epsilon"])
     for role, events in by_role.items():
-        merged = _merge(events)
+        merged = merge_events(events)
         if len(merged) == 1 and run_epsilon(merged[0], privacy["delta"]) > limit * (1 + 1e-6):
             yield Finding(site, None, f"the charges for {role} cost more than the run's ε = {limit:g}")
         if rdp_epsilon(merged, privacy["delta"]) > privacy["site_epsilon_limit"] * (1 + 1e-6):
@@ -345,13 +345,6 @@ def _as_promised(event: PrivacyEvent, manifest: dict[str, Any]) -> bool:
     else:
         promised = (manifest["metrics_noise_multiplier"], 1.0, 1)
     return (event.noise_multiplier, event.sample_rate, event.steps) == promised
-
-
-def _merge(events: list[PrivacyEvent]) -> list[PrivacyEvent]:
-    counts: dict[PrivacyEvent, int] = {}
-    for event in events:
-        counts[event] = counts.get(event, 0) + 1
-    return [event.times(count) for event, count in counts.items()]
 
 
 def _models(evidence: Evidence, folder: Path) -> Iterator[Finding]:

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Literal
 
 from confide.errors import BudgetError
 
-__all__ = ["PrivacyEvent", "Role", "event_from_json", "event_to_json"]
+__all__ = ["PrivacyEvent", "Role", "event_from_json", "event_to_json", "merge_events"]
 
 
 class Role(StrEnum):
@@ -50,9 +51,15 @@ class PrivacyEvent:
         if not (self.noise_multiplier > 0 and 0 < self.sample_rate <= 1 and self.steps >= 0 and self.max_grad_norm > 0):
             raise BudgetError("a privacy event needs σ > 0, 0 < q ≤ 1, steps ≥ 0, clip > 0")
 
-    def times(self, factor: int) -> PrivacyEvent:
-        """The same release, repeated."""
-        return PrivacyEvent(**(asdict(self) | {"steps": self.steps * factor, "role": self.role}))
+
+def merge_events(events: Iterable[PrivacyEvent]) -> list[PrivacyEvent]:
+    """Equal releases counted together: composition does not depend on the order."""
+    steps: dict[PrivacyEvent, int] = {}
+    for event in events:
+        if event.steps:
+            key = replace(event, steps=1)
+            steps[key] = steps.get(key, 0) + event.steps
+    return [replace(key, steps=count) for key, count in steps.items()]
 
 
 def event_to_json(event: PrivacyEvent) -> str:

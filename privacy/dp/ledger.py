@@ -22,7 +22,7 @@ from pathlib import Path
 from confide.errors import BudgetError
 from confide.privacy.dp.accounting import rdp_epsilon
 from confide.privacy.dp.budget import RenyiBudget
-from confide.privacy.dp.events import PrivacyEvent, Role, event_from_json, event_to_json
+from confide.privacy.dp.events import PrivacyEvent, Role, event_from_json, event_to_json, merge_events
 
 __all__ = ["Ledger"]
 
@@ -75,13 +75,8 @@ class Ledger:
 
     def events(self, role: Role) -> list[PrivacyEvent]:
         """What a person holding this role has been exposed to; equal releases are merged."""
-        merged: dict[PrivacyEvent, int] = {}
-        for charge, reserved in self._reserved.items():
-            event = self._settled.get(charge, reserved)
-            if event.role is role and event.steps:
-                key = replace(event, steps=1)
-                merged[key] = merged.get(key, 0) + event.steps
-        return [replace(key, steps=steps) for key, steps in merged.items()]
+        held = (self._settled.get(charge, reserved) for charge, reserved in self._reserved.items())
+        return merge_events(e for e in held if e.role is role)
 
     def epsilon(self, role: Role, more: Sequence[PrivacyEvent] = ()) -> float:
         """RDP ε of the charges of a role, with `more` on top; at the ledger's δ."""

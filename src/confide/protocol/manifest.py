@@ -20,7 +20,8 @@ from confide.config import (
     TrainingConfig,
 )
 from confide.privacy.digest import digest
-from confide.privacy.dp import metrics
+from confide.privacy.dp import PrivacyEvent, Role, metrics
+from confide.privacy.dp.events import merge_events
 
 __all__ = ["Hex32", "Layout", "Manifest", "Member"]
 
@@ -114,3 +115,30 @@ class Manifest(_Part):
     def vector_size(self, round_: int) -> int:
         """Coordinates of a round's vector: the update's, then the metrics'."""
         return (self.layout.size if self.trains_in(round_) else 0) + self.metric_width(round_)
+
+    def charges(self, round_: int) -> list[PrivacyEvent]:
+        """What a round costs each role; empty for ε = ∞ on public data."""
+        privacy, found = self.privacy, list[PrivacyEvent]()
+        if not privacy.is_private:
+            return found
+        if self.trains_in(round_):
+            found.append(
+                PrivacyEvent(
+                    role=Role.TRAIN, unit=privacy.unit, noise_multiplier=self.noise_multiplier,
+                    sample_rate=privacy.sample_rate, steps=self.training.local_steps,
+                    max_grad_norm=privacy.max_grad_norm,
+                )
+            )  # fmt: skip
+        if self.metric_width(round_):
+            found.append(
+                PrivacyEvent(
+                    role=Role.HELD_OUT, unit=privacy.unit, noise_multiplier=self.metrics_noise_multiplier,
+                    sample_rate=1.0, steps=1, max_grad_norm=metrics.SENSITIVITY,
+                )
+            )  # fmt: skip
+        return found
+
+    def all_charges(self, rounds: int | None = None) -> list[PrivacyEvent]:
+        """What the first `rounds` rounds cost (None: the whole run), equal releases merged."""
+        last = self.rounds + 1 if rounds is None else rounds
+        return merge_events(e for r in range(1, last + 1) for e in self.charges(r))
