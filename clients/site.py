@@ -93,6 +93,7 @@ class Site:
         self.log, self._local_log = log, local_log
         self._rng = SecureRandom()
         self._runs: dict[str, SiteRun] = {}
+        self._sources: dict[tuple[str, float], ParticipantSource] = {}
         #: The latest refusal with its full reason, for the operator; only shareable reasons are sent.
         self.last_refusal: ConfideError | None = None
 
@@ -113,7 +114,7 @@ class Site:
             self.ledger.check(manifest.all_charges())
         if not self.records.persons:
             raise DataError("holds no records", where=f"site {self.name}", hint="check data.site, or drop the site")
-        present = self._participants(run)
+        present = self.participants(run.manifest)
         needed = max(self.policy.min_subjects, manifest.min_subjects)
         if int(present.train.sum()) < needed:
             raise DataError(
@@ -128,7 +129,11 @@ class Site:
 
     def participants(self, manifest: Manifest) -> Participants:
         """Who may take part right now. For the site's own use: it never leaves."""
-        return self._participants(self._run(manifest))
+        place = (manifest.purpose, manifest.held_out)
+        source = self._sources.get(place)
+        if source is None:
+            source = self._sources[place] = ParticipantSource(self._registry, self._key, self.records, *place)
+        return source.take(self.ledger if manifest.privacy.is_private else None)
 
     def close(self) -> None:
         """Release the site's files."""
@@ -262,9 +267,9 @@ class Site:
         Nothing of an abandoned attempt leaves, so attempts share one charge.
         """
         for attempt in range(1, _CUT_OFF_ATTEMPTS + 1):
-            used = self._participants(run)
+            used = self.participants(run.manifest)
             vector = run.compute(round_, model, self.records.units_of(used.train), self.records.units_of(used.held_out))
-            if used.still_covers(self._participants(run)):
+            if used.still_covers(self.participants(run.manifest)):
                 self._log_snapshot(run, round_, used, attempt)
                 return vector
         raise ConsentError("consent kept changing while the round was computed", where=f"site {self.name}",
@@ -389,11 +394,6 @@ class Site:
             known = SiteRun(manifest, self.name, self.records, self._rng, self._device, self.policy.coordinator)
             self._runs[manifest.run] = known
         return known
-
-    def _participants(self, run: SiteRun) -> Participants:
-        manifest = run.manifest
-        source = ParticipantSource(self._registry, self._key, self.records, manifest.purpose, manifest.held_out)
-        return source.take(self.ledger if manifest.privacy.is_private else None)
 
     @staticmethod
     def _charge(run: SiteRun, round_: int, event: PrivacyEvent) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pandas as pd
 from confide.clients.data.preprocess import canonical_value
 from confide.clients.data.source import read_table, resolve
 from confide.config import NumberFeature, load_experiment
+from confide.privacy.consent import canonical_subject
 from confide.simulations.world import load_sources
 
 __all__ = ["check_experiment", "describe_table"]
@@ -28,8 +30,8 @@ def check_experiment(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any
     base = path.resolve().parent
     sources = load_sources(experiment, base)
     file = resolve(experiment.data.file, base)
-    table = read_table(file)
-    sizes = table[experiment.data.site].map(canonical_value).value_counts()
+    table = read_table(file, text=(experiment.data.subject, experiment.data.site))
+    sizes = table[experiment.data.site].map(canonical_subject).value_counts()
     refusals, sites = [], []
     for name, records in sources.records.items():
         small = len(records.persons) < experiment.sites.min_subjects
@@ -90,7 +92,9 @@ def describe_table(path: Path) -> dict[str, Any]:
 def _suggest(column: pd.Series[Any], distinct: int) -> str:
     if distinct <= _FEW and distinct > 0:
         values = sorted(column.dropna().unique().tolist(), key=str)
-        shown = ", ".join(canonical_value(v) if not isinstance(v, str) else f'"{v}"' for v in values)
+        shown = ", ".join(
+            json.dumps(v, ensure_ascii=False) if isinstance(v, str) else canonical_value(v) for v in values
+        )
         return f'{{ kind = "category", values = [{shown}] }}'
     if pd.api.types.is_numeric_dtype(column) and distinct:
         return f'{{ kind = "number", bounds = [{column.min():g}, {column.max():g}] }}'

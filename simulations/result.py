@@ -27,13 +27,15 @@ class Epsilon:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One round as it ends. Exact metrics belong to the model *entering* the round, on public data only."""
+    """One round as it ends. Exact metrics belong to the model after `round` rounds, on public data only; released
+    ones arrive later and belong to the model after `released_round` rounds."""
 
     round: int
     rounds: int
     epsilon: float
     metrics: dict[str, float] | None
     released: dict[str, float | None] | None
+    released_round: int | None
     abandoned: bool
 
 

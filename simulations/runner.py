@@ -35,7 +35,7 @@ from confide.simulations.evaluation import ExactEvaluator
 from confide.simulations.figures import write_figures
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
 from confide.simulations.page import write_index
-from confide.simulations.result import NEIGHBOURS, Epsilon, Plan, Progress, Result, SitePlan
+from confide.simulations.result import NEIGHBOURS, Epsilon, Plan, Progress, Result, SitePlan, json_number
 from confide.simulations.world import World, builtin_example, load_sources
 
 __all__ = ["plan", "simulate"]
@@ -97,6 +97,8 @@ def plan(experiment: Source = None, *, overrides: Iterable[str] = (), ledger: st
             shutil.copytree(ledger, ledgers)
         world = World(sources, Path(scratch) / "sites", ledgers, Path(scratch) / "logs")
         try:
+            for site in world.sites.values():
+                site.policy.check(world.manifest, site.name)
             return _plan(world)
         finally:
             world.close()
@@ -153,7 +155,7 @@ class _Run:
             self._evaluator = ExactEvaluator(model, self._task, world.sources.records)
         self._curve: list[dict[str, float]] = []
         self._released_metrics: dict[str, float | None] | None = None
-        self._lines: list[str] = []
+        self._lines: list[dict[str, Any]] = []
 
     def execute(self) -> Result:
         world, released = self._world, list[Released]()
@@ -191,21 +193,28 @@ class _Run:
             epsilon=self._epsilon_after(trained),
             metrics=exact,
             released=released,
+            released_round=None if outcome.metrics_round is None else outcome.metrics_round - 1,
             abandoned=outcome.abandoned,
         )
         self._record(progress)
         self._progress(progress)
 
     def _record(self, progress: Progress) -> None:
-        line = {
+        self._lines.append({
             "round": progress.round,
-            "epsilon": progress.epsilon if self._world.manifest.privacy.is_private else "inf",
+            "epsilon": json_number(progress.epsilon),
             "metrics": progress.metrics,
-            "released_metrics": progress.released,
+            "released_metrics": None,
             "abandoned": progress.abandoned,
-        }
-        self._lines.append(json.dumps(line))
-        write_atomically(self._folder / "rounds.jsonl", ("\n".join(self._lines) + "\n").encode())
+        })  # fmt: skip
+        self._write_lines(progress.released, progress.released_round)
+
+    def _write_lines(self, released: dict[str, float | None] | None, round_: int | None) -> None:
+        """Released metrics stand beside the round whose model they are about, though they arrive later."""
+        if round_ is not None:
+            self._lines[round_]["released_metrics"] = released
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self._lines)
+        write_atomically(self._folder / "rounds.jsonl", text.encode())
 
     def _exact(self, weights: Any) -> dict[str, float] | None:
         if self._evaluator is None:
@@ -230,6 +239,7 @@ class _Run:
         world, manifest = self._world, self._world.manifest
         if released.metrics is not None:
             self._released_metrics = dp_metrics.read(self._task, released.metrics)
+            self._write_lines(self._released_metrics, (released.metrics_round or 1) - 1)
         epsilon = self._epsilon_after(manifest.rounds)
         result = Result(
             run_id=manifest.run,
@@ -304,23 +314,37 @@ def _folders(experiment: Experiment, out: str | Path | None, ledger: str | Path 
         raise ConfigError("is there already and is not an empty folder", where=f"--out {folder}",
                           hint="name a new folder: runs are never overwritten")  # fmt: skip
     ledgers = Path(ledger) if ledger is not None else folder / "ledgers"
-    made = [p for p in (folder, ledgers) if not p.exists()]
+    made = [_topmost_missing(path) for path in (folder, ledgers) if not path.exists()]
+    before = set(ledgers.rglob("*")) if ledgers.is_dir() else set()
     try:
-        for path in (folder, ledgers):
-            path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot be made: {error.strerror}", where=str(folder), hint="name a folder you may write to"
-        ) from None
-    try:
+        for option, path in (("--out", folder), ("--ledger", ledgers)):
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"cannot be made: {error.strerror}", where=f"{option} {path}",
+                                  hint="name a folder you may write to") from None  # fmt: skip
         yield folder, ledgers
     except BaseException:
         if not (folder / "status.json").exists():
             for part in ("sites", "logs"):
                 shutil.rmtree(folder / part, ignore_errors=True)
+            _remove_new(ledgers, before)
             for path in made:
                 shutil.rmtree(path, ignore_errors=True)
         raise
+
+
+def _topmost_missing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.parent.exists():
+        path = path.parent
+    return path
+
+
+def _remove_new(folder: Path, before: set[Path]) -> None:
+    """A ledger made for a run that was refused would fix its limits for ever."""
+    for path in sorted(set(folder.rglob("*")) - before, reverse=True) if folder.is_dir() else ():
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def _fresh(parent: Path, name: str) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from confide.clients.data.preprocess import canonical_value, encoded_width, expand, require_columns
+from confide.clients.data.preprocess import encoded_width, expand, require_columns
 from confide.clients.data.records import SiteRecords
 from confide.clients.data.source import read_table, resolve
 from confide.clients.policy import SitePolicy
@@ -76,7 +76,7 @@ def load_sources(experiment: Experiment, base: Path) -> Sources:
     """
     data = experiment.data
     path = resolve(data.file, base)
-    table, where = read_table(path), path.name
+    table, where = read_table(path, text=(data.subject, data.site)), path.name
     require_columns(table, [data.subject, data.site, data.label.column], where)
     schema = expand(experiment.schema_, list(table.columns), [data.subject, data.site, data.label.column])
     if data.label.column in schema.features:
@@ -241,7 +241,7 @@ def _split(table: pd.DataFrame, experiment: Experiment, where: str) -> dict[str,
     if column.isna().any():
         raise DataError("the site is missing", where=f"{where}, row {column.isna().idxmax()}, column {column.name!r}",
                         hint="every record belongs to a site")  # fmt: skip
-    parts = {str(k): v for k, v in table.groupby(column.map(canonical_value), sort=True)}
+    parts = {str(k): v for k, v in table.groupby(column.map(canonical_subject), sort=True)}
     for name in parts:
         if not _SITE_NAME.fullmatch(name):
             raise DataError(f"{name[:80]!r} cannot be a site's name", where=f"{where}, column {column.name!r}",

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from pandas.api.types import is_bool_dtype, is_numeric_dtype, is_object_dtype, is_string_dtype
 
 from confide.config import CategoryFeature, LabelConfig, NumberFeature, SchemaConfig
+from confide.config.experiment import canonical_value as _canonical
 from confide.errors import DataError
 
 __all__ = ["canonical_value", "encoded_width", "expand", "features", "labels", "require_columns"]
@@ -25,12 +27,8 @@ Floats = NDArray[np.float32]
 
 
 def canonical_value(value: Any) -> str:
-    """One spelling for a category that a table may hold as boolean, integer, whole float or text."""
-    if isinstance(value, bool | np.bool_):
-        return str(int(value))
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
-    return str(value).strip()
+    """One spelling for a category, also where pandas hands out numpy's scalars."""
+    return _canonical(value.item() if isinstance(value, np.generic) else value)
 
 
 def require_columns(table: pd.DataFrame, names: Sequence[str], where: str) -> None:
@@ -50,7 +48,7 @@ def expand(schema: SchemaConfig, columns: Sequence[str], keys: Sequence[str]) ->
     """Replace patterns (`pixel*`) by the columns they match, in natural order, leaving out the key columns."""
     found: dict[str, NumberFeature | CategoryFeature] = {}
     for name, feature in schema.features.items():
-        if not any(c in name for c in "*?["):
+        if name in columns or not any(c in name for c in "*?["):
             found[name] = feature
             continue
         matches = sorted((c for c in columns if fnmatch.fnmatchcase(c, name) and c not in keys), key=_natural)
@@ -93,7 +91,7 @@ def labels(table: pd.DataFrame, label: LabelConfig, where: str) -> Floats:
     if missing.any():
         _refuse(column, missing, "the label is missing", where, "leave such rows out of the table")
     if label.classes is not None:
-        codes = _codes(column, [canonical_value(v) for v in label.classes])
+        codes = _codes(column, [canonical_value(v) for v in label.classes], where)
         if (codes < 0).any():
             _refuse(column, pd.Series(codes < 0, index=column.index), "the label is none of data.label.classes", where,
                     "add the class, or mend the row", show=True)  # fmt: skip
@@ -124,21 +122,28 @@ def _category(column: pd.Series[Any], feature: CategoryFeature, missing: str, wh
     if empty.any() and feature.missing is None and missing == "refuse":
         _refuse_missing(column, where)
     vocabulary = [canonical_value(v) for v in feature.values]
-    codes = _codes(column, vocabulary)
+    codes = _codes(column, vocabulary, where)
     if feature.missing is not None and canonical_value(feature.missing) in vocabulary:
         codes = np.where(empty, vocabulary.index(canonical_value(feature.missing)), codes)
     return np.asarray(codes[:, None] == np.arange(len(vocabulary)), dtype=np.float64)
 
 
-def _codes(column: pd.Series[Any], vocabulary: list[str]) -> NDArray[np.int64]:
+def _codes(column: pd.Series[Any], vocabulary: list[str], where: str) -> NDArray[np.int64]:
     """Index of each value in the vocabulary; −1 outside it or missing."""
     positions = {value: i for i, value in enumerate(vocabulary)}
-    codes, uniques = pd.factorize(column)
+    try:
+        codes, uniques = pd.factorize(column)
+    except TypeError:
+        everywhere = pd.Series(True, index=column.index)
+        _refuse(column, everywhere, "the value is a list", where, "leave the column out", show=True)
     lookup = np.array([positions.get(canonical_value(u), -1) for u in uniques] + [-1], dtype=np.int64)
     return lookup[codes]
 
 
 def _numeric(column: pd.Series[Any], where: str) -> NDArray[np.float64]:
+    if not (is_numeric_dtype(column) or is_bool_dtype(column) or is_string_dtype(column) or is_object_dtype(column)):
+        _refuse(column, pd.Series(True, index=column.index), "the value is not a finite number", where,
+                f"the column holds {column.dtype}: turn it into a number, or leave it out", show=True)  # fmt: skip
     values = pd.to_numeric(column, errors="coerce").astype("float64")
     unreadable = (values.isna() & column.notna()) | np.isinf(values)
     if unreadable.any():

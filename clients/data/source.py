@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import importlib.metadata
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -29,6 +33,8 @@ def resolve(file: str, base: Path) -> Path:
     if file.startswith(_PACKAGE):
         name = file.removeprefix(_PACKAGE)
         distribution = name.split("/", 1)[0]
+        if not distribution or ".." in Path(name).parts:
+            raise DataError("names no file in a package", where=file, hint="write package:distribution/path/in/it")
         hint = f"run: pip install '{_INSTALL.get(distribution, distribution)}'"
         try:
             path = Path(str(importlib.metadata.distribution(distribution).locate_file(name)))
@@ -43,8 +49,12 @@ def resolve(file: str, base: Path) -> Path:
     return path
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path, text: Sequence[str] = ()) -> pd.DataFrame:
     """Read the whole table; the index is the row's line in the file (CSV: the header is line 1).
+
+    Args:
+        path: The file.
+        text: Columns kept as they are written: identifiers, in which `007` and `7` are two people.
 
     Raises:
         DataError: It is neither CSV nor Parquet, or cannot be read.
@@ -54,12 +64,10 @@ def read_table(path: Path) -> pd.DataFrame:
             table = pd.read_parquet(path)
             table.index = pd.RangeIndex(1, len(table) + 1)
         elif path.name.lower().endswith((".csv", ".csv.gz", ".tsv", ".txt")):
-            separator = "\t" if path.suffix.lower() == ".tsv" else ","
-            table = pd.read_csv(path, low_memory=False, sep=separator)
-            table.index = pd.RangeIndex(2, len(table) + 2)
+            table = _read_csv(path, "\t" if path.suffix.lower() == ".tsv" else ",", text)
         else:
             raise DataError("is neither .csv nor .parquet", where=str(path), hint="convert it to one of these")
-    except (OSError, ValueError, UnicodeDecodeError, ImportError) as error:
+    except (OSError, EOFError, ValueError, UnicodeDecodeError, ImportError, csv.Error, zlib.error) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise DataError(
             f"cannot be read as a table: {reason}", where=str(path), hint="check the file's format"
@@ -71,3 +79,24 @@ def read_table(path: Path) -> pd.DataFrame:
     if len(repeated):
         raise DataError(f"names the column {repeated[0]!r} twice", where=str(path), hint="rename one of them")
     return table
+
+
+def _read_csv(path: Path, separator: str, text: Sequence[str]) -> pd.DataFrame:
+    """pandas renames repeated columns and takes surplus fields for an index: look at the first lines before it does."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, delimiter=separator)
+        header = [name.strip() for name in next(reader, [])]
+        first = next((row for row in reader if row), [])
+    for name in header:
+        if header.count(name) > 1:
+            raise DataError(f"names the column {name!r} twice", where=str(path), hint="rename one of them")
+    if len(first) > len(header):
+        raise ValueError(f"{len(first)} fields in the first row, {len(header)} in the header")
+    # Blank lines are read and dropped afterwards, so that row numbers stay those of the file.
+    table = pd.read_csv(
+        path, low_memory=False, sep=separator, index_col=False, skip_blank_lines=False, encoding="utf-8-sig",
+        dtype=dict.fromkeys(text, str), skipinitialspace=False,
+    )  # fmt: skip
+    table.index = pd.RangeIndex(2, len(table) + 2)
+    return table.dropna(how="all") if table.shape[1] > 1 else table

@@ -2,8 +2,8 @@
 
 A layer whose output for one example depends on the others (BatchNorm and its kin) gives a person influence over
 other people's gradients: clipping no longer bounds her part, and every ε printed would be false. Such layers are
-found by type where they are known and by *behaviour* in any case: the first example is shown in two different
-companies, and its outputs must agree.
+found by type where they are known and by *behaviour* in any case: every example is shown in two different companies,
+and its outputs must agree.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from confide.errors import ConfigError
 __all__ = ["admit_model"]
 
 _CROSS_EXAMPLE = (nn.modules.batchnorm._BatchNorm,)
+_PROBES = 4
 _REMEDY = "use LayerNorm or GroupNorm: they look at one example at a time"
 
 
@@ -46,9 +47,9 @@ def admit_model(model: nn.Module, inputs: int, outputs: int) -> None:
 
 
 def _check_behaviour(model: nn.Module, inputs: int, outputs: int) -> None:
+    """Each of four examples keeps its outputs while all the others are replaced."""
     generator = torch.Generator().manual_seed(0)
-    first = torch.rand(1, inputs, generator=generator) * 2 - 1
-    companies = [torch.rand(3, inputs, generator=generator) * 2 - 1 for _ in range(2)]
+    first, other = (torch.rand(_PROBES, inputs, generator=generator) * 2 - 1 for _ in range(2))
     was_training = model.training
     model.train()
     dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
@@ -56,28 +57,36 @@ def _check_behaviour(model: nn.Module, inputs: int, outputs: int) -> None:
         module.eval()  # its randomness is not a dependence on other examples
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            seen = [_outputs_of_first(model, torch.cat([first, company])) for company in companies]
+            alone = _outputs(model, first)
+            seen = []
+            for i in range(_PROBES):
+                company = other.clone()
+                company[i] = first[i]
+                seen.append(_outputs(model, company))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ConfigError(f"fails on a batch of shape [4, {inputs}]: {str(error).splitlines()[0]}", where="model",
                           hint="forward takes [records, features], returns [records, outputs]") from None  # fmt: skip
     finally:
         model.train(was_training)
-    shape = seen[0][-1][1].shape
+    shape = alone[-1][1].shape[1:]
     if shape != (outputs,):
         raise ConfigError(f"returns {list(shape)} an example; the label needs [{outputs}]", where="model")
-    for (name, one), (_, other) in zip(*seen, strict=True):
-        if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True):
-            raise _refusal(name, model.get_submodule(name), "mixes the examples of a batch")
+    for number, (name, one) in enumerate(alone):
+        for i, company_outputs in enumerate(seen):
+            again = company_outputs[number][1]
+            same = one.shape == again.shape and torch.allclose(one[i], again[i], rtol=1e-4, atol=1e-6, equal_nan=True)
+            if not same:
+                raise _refusal(name, model.get_submodule(name), "mixes the examples of a batch")
 
 
-def _outputs_of_first(model: nn.Module, batch: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """(name, output for the first example) of every module, in the order they finish: children before parents."""
+def _outputs(model: nn.Module, batch: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """(name, outputs for the batch) of every module, in the order they finish: children before parents."""
     found: list[tuple[str, torch.Tensor]] = []
 
     def remember(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             if isinstance(output, torch.Tensor) and output.dim() > 0 and len(output) == len(batch):
-                found.append((name, output[0].clone()))
+                found.append((name, output.clone()))
             elif isinstance(output, torch.Tensor) and not name:
                 raise ValueError(f"returned shape {list(output.shape)}")
 

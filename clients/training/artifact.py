@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import nn
@@ -19,7 +19,8 @@ from confide.clients.data.preprocess import encoded_width, features
 from confide.clients.training.models import build_model, layout_of, load_flat
 from confide.clients.training.trainer import predict
 from confide.config import LabelConfig, ModelConfig, SchemaConfig
-from confide.errors import ConfigError, DataError
+from confide.errors import ConfigError
+from confide.privacy.digest import digest
 from confide.privacy.files import write_atomically
 from confide.protocol.manifest import Layout, Manifest
 
@@ -31,7 +32,7 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int = 1
+    format: Literal[1] = 1
     run: str
     purpose: str
     digest: str
@@ -69,7 +70,7 @@ class TrainedModel:
         return frame
 
 
-def save_model(path: Path, weights: NDArray[np.float32], manifest: Manifest, digest: str, privacy: str) -> None:
+def save_model(path: Path, weights: NDArray[np.float32], manifest: Manifest, model: str, privacy: str) -> None:
     """Write the file atomically."""
     tensors, offset = {}, 0
     for name, shape in zip(manifest.layout.names, manifest.layout.shapes, strict=True):
@@ -77,7 +78,7 @@ def save_model(path: Path, weights: NDArray[np.float32], manifest: Manifest, dig
         tensors[name] = np.ascontiguousarray(weights[offset : offset + size].reshape(shape))
         offset += size
     card = ModelCard(
-        run=manifest.run, purpose=manifest.purpose, digest=digest, label=manifest.label, schema_=manifest.schema_,
+        run=manifest.run, purpose=manifest.purpose, digest=model, label=manifest.label, schema_=manifest.schema_,
         model=manifest.model, layout=manifest.layout, privacy=privacy,
     )  # fmt: skip
     write_atomically(path, save(tensors, metadata={"confide": card.model_dump_json()}))
@@ -98,8 +99,10 @@ def load_model(path: Path) -> TrainedModel:
         module = build_model(card.model, encoded_width(card.schema_), card.label.outputs)
         vector = np.concatenate(parts).astype(np.float32)
         if layout_of(module) != card.layout or len(vector) != card.layout.size:
-            raise DataError("the weights do not fit the model that the file describes", where=str(path))
-    except (SafetensorError, KeyError, ValidationError, json.JSONDecodeError, OSError) as error:
+            raise ValueError("layout")
+        if digest("model", vector.astype("<f4").tobytes()).hex() != card.digest:
+            raise ValueError("digest")
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         raise ConfigError(f"is not a confide model ({type(error).__name__})", where=str(path),
                           hint="give the model.safetensors of a finished run") from None  # fmt: skip
     load_flat(module, vector)

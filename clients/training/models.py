@@ -67,6 +67,8 @@ def flatten(model: nn.Module) -> Vector:
 
 def load_flat(model: nn.Module, vector: Vector) -> None:
     """Copy a flat vector into the parameters, in place."""
+    if vector.shape != (sum(p.numel() for p in model.parameters()),):
+        raise ValueError(f"{vector.shape} weights do not fit this model")
     offset = 0
     with torch.no_grad():
         for parameter in model.parameters():
@@ -80,8 +82,10 @@ def _import(path: str) -> Callable[..., object]:
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"cannot be imported: {error}", where=f"model.kind = {path!r}",
+    except Exception as error:  # a user's module may raise anything while it is imported
+        expected = isinstance(error, ImportError | AttributeError | ValueError)
+        reason = f"{error}" if expected else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"cannot be imported: {reason}", where=f"model.kind = {path!r}",
                           hint="install the package, or add its folder to PYTHONPATH") from None  # fmt: skip
     if not callable(found):
         raise ConfigError("is not a function", where=f"model.kind = {path!r}")

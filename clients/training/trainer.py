@@ -150,10 +150,16 @@ class LocalTrainer:
         batch = self._records.gather(units)
         owner, counts = batch.owner.to(self._device), batch.records_of.to(self._device)
         self._loss(batch).backward()  # type: ignore[no-untyped-call]  # torch leaves this untyped
+        finite = torch.ones(len(units), dtype=torch.bool, device=self._device)
         for p in self._parameters:
             sample = p.grad_sample
             person = torch.zeros(len(units), *sample.shape[1:], device=self._device).index_add_(0, owner, sample)
             p.grad_sample = person / counts.view(-1, *[1] * (sample.dim() - 1))
+            finite &= torch.isfinite(p.grad_sample).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            # Clipping does not bound what is not a number; such a person contributes nothing, whoever else is there.
+            for p in self._parameters:
+                p.grad_sample[~finite] = 0.0
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         """Sum of the records' losses: Opacus then leaves each record's own gradient."""

@@ -25,7 +25,10 @@ def canonical_subject(value: object) -> str:
     """One spelling for an identifier that a table may hold as text, integer or whole float: `7`, `7.0` → "7"."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value).strip()
+    text = str(value).strip()
+    # A table exported with floats writes 7.0 where the consent form says 7; nothing else is made equal.
+    whole, dot, zeros = text.partition(".")
+    return whole if dot and whole.isdigit() and zeros and not zeros.strip("0") else text
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -9,10 +9,10 @@ Invariants:
 from __future__ import annotations
 
 import secrets
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -99,11 +99,13 @@ class Registry:
     def __init__(self, path: Path, key: SiteKey) -> None:
         self._path, self._key = path, key
         self._engine = _open(path)
+        self._locators: dict[str, bytes] = {}
+        self._read: dict[str, tuple[int, dict[bytes, list[tuple[int, ConsentEvent]]]]] = {}
 
     def enrol(self, subjects: Iterable[str]) -> dict[str, bytes]:
         """Pseudonyms of these identifiers, making personal keys for new ones."""
-        by_locator = {self._key.locator(s): s for s in subjects}
-        known = self._personal_keys(by_locator)
+        by_locator = {self._locator(s): s for s in subjects}
+        known = self._personal_keys(list(by_locator))
         new = {loc: secrets.token_bytes(KEY_BYTES) for loc in by_locator if loc not in known}
         if new:
             with self._engine.begin() as connection:
@@ -115,9 +117,13 @@ class Registry:
 
     def pseudonyms(self, subjects: Iterable[str]) -> dict[str, bytes]:
         """Pseudonyms of those identifiers that the registry knows; an unknown person has none."""
-        by_locator = {self._key.locator(s): s for s in subjects}
-        known = self._personal_keys(by_locator)
-        return {by_locator[loc]: self._key.pseudonym(by_locator[loc], key) for loc, key in known.items()}
+        keys = self._personal_keys(None)
+        found = {}
+        for subject in subjects:
+            key = keys.get(self._locator(subject))
+            if key is not None:
+                found[subject] = self._key.pseudonym(subject, key)
+        return found
 
     def append(self, events: Sequence[ConsentEvent]) -> int:
         """Add events in one transaction; known event ids are skipped.
@@ -165,22 +171,16 @@ class Registry:
         """
         try:
             head = self.head() if sequence is None else sequence
-            query = (
-                select(_events)
-                .where(_events.c.purpose == purpose, _events.c.seq <= head, _events.c.effective_at <= as_of)
-                .order_by(_events.c.seq)
-            )
-            by_person: dict[bytes, list[ConsentEvent]] = defaultdict(list)
-            with self._engine.connect() as connection:
-                for row in connection.execute(query):
-                    by_person[row.pseudonym].append(_event(row._asdict()))
+            by_person = self._events_of(purpose, head)
         except SQLAlchemyError as error:
             raise ConsentError(
                 f"cannot be read ({type(error).__name__})",
                 where=str(self._path),
                 hint="without the registry nobody may take part; restore it from the site's backup",
             ) from None
-        standings: dict[bytes, Standing] = {p: decide(events, as_of) for p, events in by_person.items()}
+        standings: dict[bytes, Standing] = {
+            p: decide((e for seq, e in events if seq <= head), as_of) for p, events in by_person.items()
+        }
         participants = {p: s.max_epsilon for p, s in standings.items() if s.may_participate}
         return Snapshot(purpose, as_of, head, participants)
 
@@ -188,14 +188,36 @@ class Registry:
         """Release the file."""
         self._engine.dispose()
 
-    def _personal_keys(self, locators: Iterable[bytes]) -> dict[bytes, bytes]:
-        found: dict[bytes, bytes] = {}
-        wanted = list(locators)
+    def _locator(self, subject: str) -> bytes:
+        found = self._locators.get(subject)
+        if found is None:
+            found = self._locators[subject] = self._key.locator(subject)
+        return found
+
+    def _events_of(self, purpose: str, head: int) -> dict[bytes, list[tuple[int, ConsentEvent]]]:
+        """A purpose's events by person. What was read once is kept: events never change, so only new ones are read."""
+        read_to, by_person = self._read.get(purpose, (0, {}))
+        if head > read_to:
+            query = select(*_events.c).where(
+                _events.c.purpose == purpose, _events.c.seq > read_to, _events.c.seq <= head
+            )
+            with self._engine.connect() as connection:
+                for seq, *values in connection.execute(query.order_by(_events.c.seq)):
+                    event_ = _event(values)
+                    by_person.setdefault(event_.pseudonym, []).append((seq, event_))
+            self._read[purpose] = (head, by_person)
+        return by_person
+
+    def _personal_keys(self, locators: Sequence[bytes] | None) -> dict[bytes, bytes]:
+        """Personal keys by locator; None asks for all."""
+        query = select(_subjects.c.locator, _subjects.c.personal_key)
         with self._engine.connect() as connection:
-            for start in range(0, len(wanted), _CHUNK):
-                part = wanted[start : start + _CHUNK]
-                rows = connection.execute(select(_subjects).where(_subjects.c.locator.in_(part)))
-                found.update({row.locator: row.personal_key for row in rows})
+            if locators is None:
+                return {loc: key for loc, key in connection.execute(query)}
+            found: dict[bytes, bytes] = {}
+            for start in range(0, len(locators), _CHUNK):
+                part = query.where(_subjects.c.locator.in_(locators[start : start + _CHUNK]))
+                found.update({loc: key for loc, key in connection.execute(part)})
         return found
 
 
@@ -236,6 +258,12 @@ def _row(item: ConsentEvent) -> dict[str, object]:
     return {name: getattr(item, name) for name in ConsentEvent.__slots__} | {"type": item.type.value}
 
 
-def _event(row: Mapping[str, object]) -> ConsentEvent:
-    fields = {name: row[name] for name in ConsentEvent.__slots__}
-    return ConsentEvent(**(fields | {"type": EventType(str(row["type"]))}))  # type: ignore[arg-type]  # typed by the table
+def _event(values: Sequence[Any]) -> ConsentEvent:
+    """From a row's columns after `seq`, which stand in the order of the event's fields."""
+    event_id, pseudonym, purpose, kind, *rest = values
+    effective_at, valid_until, notice_digest, lawful_basis, jurisdiction, evidence_ref, max_epsilon = rest
+    return ConsentEvent(
+        event_id=event_id, pseudonym=pseudonym, purpose=purpose, type=EventType(kind), effective_at=effective_at,
+        valid_until=valid_until, notice_digest=notice_digest, lawful_basis=lawful_basis, jurisdiction=jurisdiction,
+        evidence_ref=evidence_ref, max_epsilon=max_epsilon,
+    )  # fmt: skip

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from confide.cli.render import out, show_json, table
+from confide.errors import DataError
 
 __all__ = ["app"]
 
@@ -32,6 +34,8 @@ def check(
     if source.suffix.lower() == ".toml":
         found = checks.check_experiment(source, assignments or ())
         show_json(found) if as_json else _show_experiment(found)
+        if found["refusals"]:
+            raise typer.Exit(DataError.exit_code)
     else:
         found = checks.describe_table(source)
         show_json(found) if as_json else _show_table(found)
@@ -46,16 +50,19 @@ def _show_experiment(found: dict[str, Any]) -> None:
     for name in ("feature", "kind", "bounds or values", "missing", "outside (clipped)"):
         features.add_column(name)
     for f in found["features"]:
-        features.add_row(f["name"], f["kind"], f["range"], f"{f['missing']:,}", f"{f['outside']:,}")
+        features.add_row(*map(Text, (f["name"], f["kind"], f["range"], f"{f['missing']:,}", f"{f['outside']:,}")))
     out.print(features)
     sites = Table(box=None, padding=(0, 2, 0, 0), title="Sites", title_justify="left", title_style="bold")
     for name in ("site", "subjects", "records", "declared population", "remark"):
         sites.add_column(name)
     for s in found["sites"]:
-        sites.add_row(s["site"], f"{s['subjects']:,}", f"{s['records']:,}", f"{s['population']:,}", s["remark"])
+        sites.add_row(
+            *map(Text, (s["site"], f"{s['subjects']:,}", f"{s['records']:,}", f"{s['population']:,}", s["remark"]))
+        )
     out.print(sites)
     for line in found["refusals"]:
-        out.print(f"[yellow]would be refused:[/] {line}")
+        out.print("[yellow]would be refused:[/] ", end="")
+        out.print(line, markup=False)
 
 
 def _show_table(found: dict[str, Any]) -> None:
@@ -64,7 +71,7 @@ def _show_table(found: dict[str, Any]) -> None:
     for name in ("column", "type", "missing", "different values", "a schema line to start from"):
         columns.add_column(name, overflow="fold")
     for c in found["columns"]:
-        columns.add_row(c["name"], c["type"], f"{c['missing']:,}", f"{c['distinct']:,}", c["suggestion"])
+        columns.add_row(*map(Text, (c["name"], c["type"], f"{c['missing']:,}", f"{c['distinct']:,}", c["suggestion"])))
     out.print(columns)
     out.print(
         "[yellow]Bounds must be public knowledge[/] (what a value can be), not read off private data: "

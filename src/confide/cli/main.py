@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
+import click
 import typer
 
 from confide import __version__
 from confide.cli import audit, data, model, render, simulate
-from confide.errors import ConfideError
+from confide.errors import ConfideError, ConfigError
 
 __all__ = ["app", "main"]
 
@@ -43,11 +44,21 @@ def root(
 
 def main() -> None:
     """Run a command; an error of ours becomes its text and its exit code."""
+    as_json = "--json" in sys.argv[1:]
     try:
-        app()
+        code = app(standalone_mode=False)
     except ConfideError as error:
-        render.show_error(error, as_json="--json" in sys.argv[1:])
+        render.show_error(error, as_json=as_json)
         raise SystemExit(error.exit_code) from None
+    except click.ClickException as error:
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            render.err.print(error.ctx.get_usage(), markup=False, soft_wrap=True)
+        wrong = ConfigError(error.format_message(), hint="see the command's --help")
+        render.show_error(wrong, as_json=as_json)
+        raise SystemExit(wrong.exit_code) from None
+    except (click.Abort, KeyboardInterrupt):
+        raise SystemExit(130) from None
     except BrokenPipeError:
         sys.stderr.close()
         raise SystemExit(1) from None
+    raise SystemExit(code if isinstance(code, int) else 0)

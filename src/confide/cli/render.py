@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from confide.errors import ConfideError
 
@@ -51,6 +52,6 @@ def table(title: str, rows: list[tuple[str, str]]) -> Table:
     )
     found.add_column(style="dim")
     found.add_column(overflow="fold")
-    for row in rows:
-        found.add_row(*row)
+    for name, value in rows:
+        found.add_row(Text(name), Text(value))  # as it is: a name may hold brackets
     return found

@@ -109,14 +109,16 @@ class _RoundDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if err.is_terminal:
+            self._bar.stop()
 
     def update(self, progress: RoundProgress) -> None:
         note = f"ε {number(progress.epsilon, 2)}"
         if progress.metrics:
             note += "".join(f"  {k} {v:.3f}" for k, v in progress.metrics.items())
         if progress.released:
-            note += "".join(f"  released {k} {number(v)}" for k, v in progress.released.items())
+            shown = ", ".join(f"{k} {number(v)}" for k, v in progress.released.items())
+            note += f"  (released of round {progress.released_round}: {shown})"
         if progress.abandoned:
             note += "  (round abandoned)"
         if err.is_terminal:
@@ -186,11 +188,18 @@ def _show_result(result: Result) -> None:
     if result.released_metrics:
         rows.append(("released, noised" if private else "released", _metrics(result.released_metrics)))
     rows += [
-        ("uplink", f"{result.bytes_per_parameter:.2f} bytes a parameter"),
+        ("uplink", f"{result.bytes_per_parameter:,.2f} bytes a parameter" + _small(result)),
         ("time", f"{result.seconds:.1f} s"),
-        ("written to", str(result.out)),
     ]
     out.print(table("Done", rows))
+    # On a line of its own and never broken, so that it can be copied.
+    out.print(f"written to {result.out}", markup=False, soft_wrap=True)
+
+
+def _small(result: Result) -> str:
+    if result.profile == "open" or result.bytes_per_parameter < 8:
+        return ""
+    return " (a small model pays for one whole ciphertext of 33 kB; from 8,192 parameters on it is about 4)"
 
 
 def _metrics(metrics: dict[str, float] | dict[str, float | None]) -> str:

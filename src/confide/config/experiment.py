@@ -55,7 +55,7 @@ class LabelConfig(_Section):
     """What is predicted: exactly one of a threshold (`at_least`), `classes`, or public `bounds` (regression)."""
 
     column: str
-    at_least: float | None = None
+    at_least: Annotated[float, Field(allow_inf_nan=False)] | None = None
     classes: tuple[Scalar, ...] | None = None
     bounds: tuple[float, float] | None = None
 
@@ -64,7 +64,7 @@ class LabelConfig(_Section):
         given = [k for k in ("at_least", "classes", "bounds") if getattr(self, k) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of at_least, classes, bounds (got {', '.join(given) or 'none'})")
-        if self.classes is not None and (len(self.classes) < 2 or len(set(map(str, self.classes))) < len(self.classes)):
+        if self.classes is not None and (len(self.classes) < 2 or not _all_different(self.classes)):
             raise ValueError("classes needs at least two different values")
         if self.bounds is not None:
             _check_bounds(self.bounds)
@@ -99,7 +99,7 @@ class NumberFeature(_Section):
 
     kind: Literal["number"]
     bounds: tuple[float, float]
-    missing: float | None = None
+    missing: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
     @field_validator("bounds")
     @classmethod
@@ -113,6 +113,14 @@ class CategoryFeature(_Section):
     kind: Literal["category"]
     values: Annotated[tuple[Scalar, ...], Field(min_length=1)]
     missing: Scalar | None = None
+
+    @model_validator(mode="after")
+    def _values(self) -> CategoryFeature:
+        if not _all_different(self.values):
+            raise ValueError("values are not all different")
+        if self.missing is not None and canonical_value(self.missing) not in map(canonical_value, self.values):
+            raise ValueError(f"missing = {self.missing!r} is not one of values")
+        return self
 
 
 Feature = Annotated[NumberFeature | CategoryFeature, Field(discriminator="kind")]
@@ -279,6 +287,20 @@ class Experiment(_Section):
         """Rounds at which the model *entering* the round is evaluated; the last is `rounds + 1`, without training."""
         every = self.run.report_metrics_every
         return (*range(every + 1, self.run.rounds + 1, every), self.run.rounds + 1)
+
+
+def canonical_value(value: object) -> str:
+    """One spelling for a category that a table may hold as boolean, integer, whole float or text."""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    text = str(value).strip()
+    return {"true": "1", "false": "0"}.get(text.lower(), text)
+
+
+def _all_different(values: tuple[Scalar, ...]) -> bool:
+    return len(set(map(canonical_value, values))) == len(values)
 
 
 def _check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:

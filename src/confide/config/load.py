@@ -53,7 +53,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot be read: {error}", where=str(path), hint="give a readable UTF-8 TOML file") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"is not valid TOML: {error}", where=str(path), hint="mend that line and try again") from None
 
 
@@ -64,9 +64,10 @@ def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
     if not equals or not all(path):
         raise ConfigError(f"{text!r} is not an assignment", where="--set", hint="write it as section.key=value")
     try:
-        return path, tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        found = tomllib.loads(f"value = {raw}")
+    except (ValueError, RecursionError):
         return path, raw.strip()
+    return path, found["value"] if len(found) == 1 else raw.strip()
 
 
 def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,49 +75,57 @@ def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _assign(tree: dict[str, Any], path: tuple[str, ...], value: Any, text: str) -> None:
+    # Two ways of saying one thing exclude each other; the override wins over the file.
+    if path[:2] in (("consent", "file"), ("consent", "simulate")) and isinstance(tree.get("consent"), dict):
+        tree["consent"].pop("simulate" if path[1] == "file" else "file", None)
     for part in path[:-1]:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"{part!r} in {text!r} is a value, not a section", where="--set", hint="shorten the key")
-    # Two ways of saying one thing exclude each other; the override wins over the file.
-    if path[:-1] == ("consent",) and path[-1] in ("file", "simulate"):
-        tree.pop("simulate" if path[-1] == "file" else "file", None)
     tree[path[-1]] = value
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The section classes an annotation may hold."""
-    if get_origin(annotation) is Annotated:
-        return _models(get_args(annotation)[0])
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [m for a in get_args(annotation) for m in _models(a)]
-    return []
+def _refuse_unknown(annotation: Any, tree: Any, path: tuple[str, ...], where: str) -> None:
+    """Follow the sections, also inside lists and named tables, and name the nearest known key."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        _refuse_unknown(inner[0], tree, path, where)
+    elif origin is dict and isinstance(tree, dict):
+        for key, value in tree.items():
+            _refuse_unknown(inner[1], value, (*path, str(key)), where)
+    elif origin is tuple and isinstance(tree, list | tuple):
+        for number, value in enumerate(tree):
+            _refuse_unknown(inner[0], value, (*path, str(number)), where)
+    elif origin in (Union, types.UnionType):
+        sections = [a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)]
+        kinds = [m for m in sections if isinstance(tree, dict) and tree.get("kind") in _kinds(m)]
+        for section in sections if len(sections) == 1 else kinds:
+            _refuse_unknown(section, tree, path, where)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel) and isinstance(tree, dict):
+        fields = {field.alias or name: field for name, field in annotation.model_fields.items()}
+        for key, value in tree.items():
+            if key not in fields:
+                raise _unknown(str(key), path, list(fields), where)
+            _refuse_unknown(fields[key].annotation, value, (*path, key), where)
 
 
-def _refuse_unknown(model: type[BaseModel], tree: Any, path: tuple[str, ...], where: str) -> None:
-    if not isinstance(tree, dict):
-        return
-    fields = {field.alias or name: field for name, field in model.model_fields.items()}
-    for key, value in tree.items():
-        if key not in fields:
-            known = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-            full = ".".join((*path, key))
-            hint = (
-                f"did you mean {'.'.join((*path, known[0]))}?" if known else f"known here: {', '.join(sorted(fields))}"
-            )
-            raise ConfigError(f"unknown key {full}", where=where, hint=hint)
-        options = _models(fields[key].annotation)
-        if len(options) == 1:
-            _refuse_unknown(options[0], value, (*path, key), where)
+def _kinds(section: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()
+
+
+def _unknown(key: str, path: tuple[str, ...], known: list[str], where: str) -> ConfigError:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {'.'.join((*path, near[0]))}?" if near else f"known here: {', '.join(sorted(known))}"
+    return ConfigError(f"unknown key {'.'.join((*path, key))}", where=where, hint=hint)
 
 
 def _explain(error: ValidationError, where: str) -> ConfigError:
     lines = []
     for item in error.errors():
-        tags = {"number", "category"}  # pydantic puts the tag of a union into the path
-        loc = ".".join(str(part) for part in item["loc"] if part not in tags)
+        parts = list(item["loc"])
+        if parts[:2] == ["schema", "features"] and len(parts) > 3:
+            del parts[3]  # pydantic puts the tag of a union into the path
+        loc = ".".join(map(str, parts))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "missing":
             lines.append(f"{loc} is required")
