@@ -11,9 +11,9 @@ from confide.clients.store import ModelState
 from confide.errors import SealingError
 from confide.privacy.sealing.transcript import transcript
 from confide.protocol.envelope import expect, verify
-from confide.protocol.messages import SealRequest, TrainReply, decode
+from confide.protocol.messages import ReleaseRequest, SealRequest, Statement, TrainReply, decode
 
-__all__ = ["agree"]
+__all__ = ["agree", "agree_to_release"]
 
 
 def agree(
@@ -49,16 +49,41 @@ def agree(
     held = (model_digest(model), state_digest(model), run.keys.session.secret_digest)
     digests: dict[str, str] = {}
     for site, statement in zip(cohort, message.statements, strict=True):
-        member = manifest.member(site)
-        if member is None or statement.site != site:
-            raise SealingError(f"{site} is not in the roster, or its reply is somebody else's", where=where)
-        envelope = statement.envelope()
-        signed = verify(envelope, bytes.fromhex(member.public_key), sender=site, with_chunks=False)
-        expect(signed, run.address(round_, "train"), sender=site, recipient=coordinator)
-        reply = decode(TrainReply, signed.type, envelope.body)
+        if statement.site != site:
+            raise SealingError(f"the reply of {site} is somebody else's", where=where)
+        reply, name = _train_reply(run, round_, statement, coordinator)
         if (reply.model, reply.state, reply.secret) != held:
             raise SealingError(f"{site} holds another model or run secret than this site", where=where)
-        digests[site] = envelope.digest
+        digests[site] = name
     if own_reply is None or digests.get(run.site) != own_reply:
         raise SealingError("the cohort does not hold this site's own reply", where=where)
     return transcript(manifest.digest, manifest.roster_version, 0, round_, digests)
+
+
+def agree_to_release(
+    run: SiteRun, message: ReleaseRequest, *, model: ModelState, min_sites: int, coordinator: str
+) -> None:
+    """Have enough sites reached the evaluation round with the model that this site is asked for?
+
+    Raises:
+        SealingError: They have not: this would be a model on the way, which `sealed` promises to keep.
+    """
+    manifest, where = run.manifest, f"run {run.manifest.run}, release"
+    sites = {statement.site for statement in message.statements}
+    if len(sites) < max(manifest.min_sites, min_sites) or len(sites) != len(message.statements):
+        raise SealingError("fewer than min_sites sites are at the end of the run", where=where)
+    for statement in message.statements:
+        reply, _ = _train_reply(run, manifest.rounds + 1, statement, coordinator)
+        if (reply.model, reply.state) != (model_digest(model), state_digest(model)):
+            raise SealingError(f"{statement.site} ended with another model than this site", where=where)
+
+
+def _train_reply(run: SiteRun, round_: int, statement: Statement, coordinator: str) -> tuple[TrainReply, str]:
+    """A roster member's signed `train` reply of a round, verified, and the digest that names it."""
+    member = run.manifest.member(statement.site)
+    if member is None:
+        raise SealingError(f"{statement.site[:64]} is not in the roster", where=f"run {run.manifest.run}")
+    envelope = statement.envelope()
+    signed = verify(envelope, bytes.fromhex(member.public_key), sender=statement.site, with_chunks=False)
+    expect(signed, run.address(round_, "train"), sender=statement.site, recipient=coordinator)
+    return decode(TrainReply, signed.type, envelope.body), envelope.digest

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from confide.errors import PolicyError
+from confide.privacy.dp import run_epsilon
 from confide.protocol.manifest import Manifest
 
 __all__ = ["SitePolicy"]
@@ -21,6 +23,8 @@ class SitePolicy:
         purposes: Purposes allowed.
         profiles: Sealing profiles allowed; `open` hands the coordinator every update.
         data_are_public: May ε = ∞ and readable updates be asked for at all?
+        models: Kinds of models allowed; `package.module:function` runs that code here.
+        held_out: Share of persons held out, the same for every run: a person's role is for ever.
         min_sites: Smallest sum this site's update may hide in.
         min_subjects: Fewest consenting persons with which this site takes part.
         population: Declared population: the public normaliser that a run must name.
@@ -35,6 +39,8 @@ class SitePolicy:
     purposes: frozenset[str] = frozenset()
     profiles: frozenset[str] = frozenset()
     data_are_public: bool = False
+    models: frozenset[str] = frozenset({"logistic", "mlp"})
+    held_out: float = 0.2
     min_sites: int = 3
     min_subjects: int = 20
     population: int = 0
@@ -58,13 +64,22 @@ class SitePolicy:
             ("min_sites", manifest.min_sites >= self.min_sites, f">= {self.min_sites}", manifest.min_sites),
             ("population", member is not None and member.population == self.population, self.population,
              member.population if member else "not in the roster"),
+            ("models", manifest.model.kind in self.models, sorted(self.models), manifest.model.kind),
+            ("held_out", manifest.held_out == self.held_out, self.held_out, manifest.held_out),
+            # A threshold of the coordinator's choosing would tell it the number of persons, bit by bit.
+            ("min_subjects", manifest.min_subjects <= self.min_subjects, f"<= {self.min_subjects}",
+             manifest.min_subjects),
             ("delta", asked.delta == self.delta, self.delta, asked.delta),
             ("unit", asked.unit == "subject" or self.data_are_public, "subject", asked.unit),
         ]  # fmt: skip
         if asked.is_private:
             noisy = manifest.noise_multiplier > 0 and manifest.metrics_noise_multiplier > 0
-            lines.append(("epsilon_limit", asked.epsilon <= self.epsilon_limit and noisy, f"<= {self.epsilon_limit:g}",
-                          f"{asked.epsilon:g}" if noisy else "no noise"))  # fmt: skip
+            cost = (
+                max((run_epsilon(e, asked.delta) for e in manifest.all_charges()), default=0.0) if noisy else math.inf
+            )
+            within = max(cost, asked.epsilon) <= self.epsilon_limit and cost <= asked.epsilon * (1 + 1e-9)
+            lines.append(("epsilon_limit", within, f"<= {self.epsilon_limit:g}",
+                          f"{asked.epsilon:g} with noise for {cost:g}" if noisy else "no noise"))  # fmt: skip
         else:
             lines.append(("data_are_public", self.data_are_public, "a finite epsilon", "epsilon = inf"))
         for name, holds, allowed, got in lines:

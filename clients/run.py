@@ -19,6 +19,7 @@ from confide.privacy.digest import digest
 from confide.privacy.dp import SecureRandom
 from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.sealing import Agreement, Payload, Segment, make_profile
+from confide.privacy.sealing.transcript import transcript
 from confide.protocol.envelope import Address
 from confide.protocol.manifest import Manifest
 from confide.protocol.messages import SumReference
@@ -120,6 +121,11 @@ class SiteRun:
         cohort = reference.cohort
         if list(cohort) != sorted(set(cohort)) or not set(cohort) <= members or len(cohort) < self.manifest.min_sites:
             raise SealingError("a sum over a cohort that this run does not allow", where=f"round {reference.round}")
+        # The transcript holds the round: a sum cannot be passed off as that of another one.
+        statements = dict(zip(cohort, reference.statements, strict=False))
+        bound = transcript(self.manifest.digest, self.manifest.roster_version, 0, reference.round, statements)
+        if len(reference.statements) != len(cohort) or reference.transcript != bound:
+            raise SealingError("a sum whose transcript is not of this round", where=f"round {reference.round}")
         total = Payload(tuple(chunks), tuple(int(tag, 16) for tag in reference.tags))
         agreement = Agreement(cohort, reference.transcript)
         opened = self.keys.session.open(total, self.segments(reference.round), agreement)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from confide.clients.agreement import agree
+from confide.clients.agreement import agree, agree_to_release
 from confide.clients.data.records import SiteRecords
 from confide.clients.participants import Participants, ParticipantSource
 from confide.clients.policy import SitePolicy
@@ -115,10 +115,9 @@ class Site:
         if not self.records.persons:
             raise DataError("holds no records", where=f"site {self.name}", hint="check data.site, or drop the site")
         present = self.participants(run.manifest)
-        needed = max(self.policy.min_subjects, manifest.min_subjects)
-        if int(present.train.sum()) < needed:
+        if int(present.train.sum()) < self.policy.min_subjects:
             raise DataError(
-                f"fewer than {needed} consenting subjects to train on",
+                f"fewer than {self.policy.min_subjects} consenting subjects to train on",
                 where=f"site {self.name}",
                 hint="lower sites.min_subjects if this is intended, or leave the site out",
             )
@@ -169,6 +168,8 @@ class Site:
             address = run.address(header.round, header.step)
             recipient = EVERYBODY if step == "join" else self.name
             expect(header, address, sender=self.policy.coordinator, recipient=recipient, request="")
+            if step in ("join", "secret", "keys") and header.round != 0:
+                raise SealingError("keys are agreed on before the first round only", where=f"run {header.run}")
             handler: Callable[[SiteRun, Header, Envelope], _Answer] = getattr(self, f"_{step}")
             return self._commit(run, address, request, handler(run, header, request))
         except ConfideError as error:
@@ -182,9 +183,11 @@ class Site:
 
     def _join(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
         m.decode(m.JoinRequest, header.type, request.body)
+        if len(request.chunks[1]) != 4 * run.manifest.layout.size:
+            raise SealingError("the initial model is not the manifest's", where=f"run {run.manifest.run}")
         weights = np.frombuffer(request.chunks[1], dtype="<f4").astype(np.float32)
         model = ModelState(0, weights, run.strategy.initial_state(len(weights)), None)
-        if len(weights) != run.manifest.layout.size or model_digest(model) != run.manifest.initial_model:
+        if model_digest(model) != run.manifest.initial_model:
             raise SealingError("the initial model is not the manifest's", where=f"run {run.manifest.run}")
         self.check(run.manifest)
         self._store.add_run(run.manifest.run, run.manifest.to_bytes(), model)
@@ -206,8 +209,10 @@ class Site:
 
     def _train(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
         message, round_ = m.decode(m.TrainRequest, header.type, request.body), header.round
-        if not 1 <= round_ <= run.manifest.rounds + 1:
-            raise SealingError(f"the run has no round {round_}", where=f"run {run.manifest.run}")
+        # Rounds only go forward; the release counts as the last.
+        if not self._store.latest_round(run.manifest.run) < round_ <= run.manifest.rounds + 1:
+            raise SealingError(f"there is no round {round_} to come", where=f"run {run.manifest.run}")
+        secret = run.keys.session.secret_digest  # without keys there is nothing to charge for
         model = self._apply(run, message.sums, request.chunks, before=round_)
         self._settle_unsent(run, round_)
         for event in run.manifest.charges(round_):
@@ -220,7 +225,7 @@ class Site:
         commitment = digest("commitment", secrets.token_bytes(32), vector.tobytes()).hex()
         reply = m.TrainReply(
             commitment=commitment, model=model_digest(model), state=state_digest(model),
-            secret=run.keys.session.secret_digest,
+            secret=secret,
         )  # fmt: skip
         self.log.append(
             audit.UpdateCommitted(
@@ -251,10 +256,15 @@ class Site:
 
     def _release(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
         message = m.decode(m.ReleaseRequest, header.type, request.body)
+        if header.round != run.manifest.rounds + 2:
+            raise SealingError("a model is released after the last round", where=f"run {run.manifest.run}")
         if not self.policy.release:
             raise PolicyError("release is not allowed", where=f"policy of site {self.name}")
         model = self._apply(run, message.sums, request.chunks, before=header.round)
         self._settle_unsent(run, header.round)
+        agree_to_release(
+            run, message, model=model, min_sites=self.policy.min_sites, coordinator=self.policy.coordinator
+        )
         weights = model.weights.astype("<f4").tobytes()
         self.log.append(audit.ModelReleased(run=run.manifest.run, model=model_digest(model)))
         return _Answer(m.ReleaseReply(model=model_digest(model)), (weights, *_metric_chunks(model)))
@@ -344,7 +354,7 @@ class Site:
         self.last_refusal = error
         _log.warning("site %s refuses a %s request: %s", self.name, header.step, type(error).__name__)
         answer = (
-            m.Refusal(kind=error.kind, reason=str(error))
+            m.Refusal(kind=error.kind, reason=error.what)
             if error.shareable
             else m.Refusal(kind="abstains", reason="abstains")
         )
@@ -375,6 +385,9 @@ class Site:
         if manifest.digest != header.manifest:
             raise SealingError("the manifest is not the one signed for", where=f"site {self.name}")
         self.policy.check(manifest, self.name)
+        member = manifest.member(self.name)
+        if member is None or member.public_key != self.identity.public_key.hex():
+            raise PolicyError("the roster names another key for this site", where=f"policy of site {self.name}")
         return self._run(manifest)
 
     def _joined(self, header: Header) -> SiteRun:

@@ -106,6 +106,11 @@ class SiteStore:
         ).fetchone()
         return Envelope(row[0], row[1], b"").digest if row else None
 
+    def latest_round(self, run: str) -> int:
+        """The latest round that anything was answered for; 0 before the first."""
+        row = self._db.execute("SELECT MAX(round) FROM reply WHERE run = ?", (run,)).fetchone()
+        return int(row[0] or 0)
+
     def commit_reply(
         self,
         run: str,

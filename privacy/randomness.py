@@ -36,12 +36,13 @@ class SecureRandom:
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """`count` uniforms in the open interval (0, 1): midpoints of 2⁵³ equal cells."""
-        return ((self.words(count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        cells = (self.words(count) >> np.uint64(11)).astype(np.float64)
+        # The largest midpoint rounds to 1.0 in float64; the last representable number below it stands in.
+        return np.minimum((cells + 0.5) * 2.0**-53, 1.0 - 2.0**-53)
 
     def normal(self, count: int) -> NDArray[np.float64]:
         """`count` standard normals."""
-        # The largest midpoint rounds to 1.0 in float64; the last representable number below it stands in.
-        return np.asarray(ndtri(np.minimum(self.uniform(count), 1.0 - 2.0**-53)), dtype=np.float64)
+        return np.asarray(ndtri(self.uniform(count)), dtype=np.float64)
 
     def poisson_sample(self, population: NDArray[np.int64], rate: float) -> NDArray[np.int64]:
         """Each member independently with probability `rate` (Poisson sampling); may be empty."""

@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from confide.errors import ConfideError, PeerError, SealingError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
+from confide.privacy.digest import digest
 from confide.privacy.sealing import Payload, make_profile
 from confide.privacy.sealing.transcript import transcript
+from confide.privacy.sealing.wrapping import usable
 from confide.protocol import messages as m
 from confide.protocol.envelope import EVERYBODY, Address, Envelope, Header, expect, seal_envelope, verify
 from confide.protocol.flower import from_records, to_records
@@ -72,6 +74,7 @@ class _Sum:
 
     round: int
     cohort: tuple[str, ...]
+    statements: tuple[str, ...]
     transcript: str
     payload: Payload
 
@@ -82,7 +85,8 @@ class _Sum:
     @property
     def reference(self) -> m.SumReference:
         return m.SumReference(
-            round=self.round, cohort=self.cohort, transcript=self.transcript, chunks=len(self.chunks),
+            round=self.round, cohort=self.cohort, statements=self.statements, transcript=self.transcript,
+            chunks=len(self.chunks),
             tags=tuple(f"{tag:x}" for tag in self.payload.tags),
         )  # fmt: skip
 
@@ -96,6 +100,9 @@ class _Progress:
     outcomes: list[RoundOutcome] = field(default_factory=list)
     update_bytes: list[float] = field(default_factory=list)
     metrics_logged: int = 0
+    model: str = ""
+    #: Signed `train` replies of the latest round: at the end they show that enough sites are there.
+    last: dict[str, Envelope] = field(default_factory=dict)
 
 
 class Coordinator:
@@ -165,12 +172,23 @@ class Coordinator:
                     header = verify(envelope, bytes.fromhex(member.public_key), sender=member.site)
                 except SealingError:
                     continue
-                if self._accept(header, envelope, request, "join", 0, member.site, m.JoinReply) is not None:
+                if self._joins(header, envelope, request, member.site):
                     self._progress.nodes[member.site] = node
                     self._progress.applied[member.site] = 0
                     self._progress.joined[member.site] = envelope
         if len(self._progress.nodes) < self.manifest.min_sites:
             raise self._too_few("joined")
+
+    def _joins(self, header: Header, envelope: Envelope, request: Envelope, site: str) -> bool:
+        """Is this a reply that every other site will accept too? One site's nonsense must not end the run."""
+        try:
+            reply = self._accept(header, envelope, request, "join", 0, site, m.JoinReply)
+            if reply is not None and (envelope.chunks or not usable(bytes.fromhex(reply.ephemeral))):
+                raise SealingError("a join reply that no site can use", where=f"site {site}")
+        except SealingError as error:
+            self.refusals[site] = m.Refusal(kind="sealing", reason=error.what)
+            return False
+        return reply is not None
 
     def _distribute_keys(self) -> None:
         """One site makes the run secret; what passes through here is wrapped for its recipients and signed by it."""
@@ -223,10 +241,13 @@ class Coordinator:
                 where=f"round {round_}",
                 hint="install one version of confide and numpy at all sites; nothing was applied",
             )
+        if models:
+            self._progress.model = next(iter(models))[0]
         latest = self._progress.sums[-1].round if self._progress.sums else 0
         for site in replies:
             self._progress.applied[site] = latest
-        return {site: envelope for site, (envelope, _) in replies.items()}
+        self._progress.last = {site: envelope for site, (envelope, _) in replies.items()}
+        return self._progress.last
 
     def _seal(self, round_: int, cohort: tuple[str, ...], replies: Mapping[str, Envelope]) -> tuple[_Sum, int] | None:
         statements = tuple(m.Statement.of(s, replies[s]) for s in cohort)
@@ -255,13 +276,15 @@ class Coordinator:
                 return None
         if self.manifest.trains_in(round_):
             self._progress.update_bytes.append(uplink / len(cohort) / self.manifest.layout.size)
-        return _Sum(round_, cohort, agreed, accumulator.total()), uplink
+        digests = tuple(replies[s].digest for s in cohort)
+        return _Sum(round_, cohort, digests, agreed, accumulator.total()), uplink
 
     def _release(self) -> Released:
         round_, requests = self.manifest.rounds + 2, {}
+        statements = tuple(m.Statement.of(s, e) for s, e in sorted(self._progress.last.items()))
         for site in self._progress.nodes:
             missing = [s for s in self._progress.sums if s.round > self._progress.applied[site]]
-            body = m.ReleaseRequest(sums=tuple(s.reference for s in missing))
+            body = m.ReleaseRequest(sums=tuple(s.reference for s in missing), statements=statements)
             requests[site] = self._sign("release", round_, site, body, tuple(c for s in missing for c in s.chunks))
         replies = self._ask("release", round_, requests, m.ReleaseReply)
         if not replies:
@@ -271,6 +294,10 @@ class Coordinator:
             raise SealingError("the sites released different models", where="release", hint="nothing was written")
         metrics_round, metrics = self._opened_metrics({s: e for s, (e, _) in replies.items()}, skip=1)
         envelope, reply = next(iter(replies.values()))
+        # The last sum changes no weights, so all of the last cohort have signed this digest already.
+        if reply.model != self._progress.model or digest("model", envelope.chunks[0]).hex() != reply.model:
+            raise SealingError("the released model is not the one that the sites signed", where="release",
+                               hint="nothing was written")  # fmt: skip
         self.log.append(
             audit.ModelReleased(run=self.manifest.run, model=reply.model),
             audit.RunEnded(run=self.manifest.run, status="finished"),

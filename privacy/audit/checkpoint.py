@@ -67,7 +67,7 @@ def parse_note(note: str, origin: str, name: str, public_key: bytes) -> Checkpoi
     checkpoint = Checkpoint(lines[0], size, root)
     # Re-encoding must give the same bytes: nothing in the file may be changed unnoticed.
     honest = f"{checkpoint.text}\n{prefix}{base64.b64encode(blob).decode()}\n"
-    if note != honest or blob[:4] != _key_id(name, public_key) or len(root) != 32:
+    if note != honest or blob[:4] != _key_id(name, public_key) or len(root) != 32 or size < 0:
         raise AuditError("is not in its canonical form, or signed by another key", where=where)
     try:
         Ed25519PublicKey.from_public_bytes(public_key).verify(blob[4:], checkpoint.text.encode())

@@ -51,9 +51,13 @@ class Log:
         self._checkpoint_path = path.with_suffix(CHECKPOINT_SUFFIX)
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-            self._load()
         except OSError as error:
             raise StorageError(f"cannot be opened: {error.strerror}", where=str(path)) from None
+        try:
+            self._load()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
 
     def append(self, *records: Record) -> None:
         """Add entries durably, in order.
@@ -67,16 +71,18 @@ class Log:
             salt, data = secrets.token_bytes(_SALT_BYTES), encode(record, at)
             lines.append(salt.hex().encode() + b" " + data + b"\n")
             leaves.append(leaf_hash(salt + data))
-        before = os.fstat(self._descriptor).st_size
+        before, frontier = os.fstat(self._descriptor).st_size, self._frontier.copy()
+        for leaf in leaves:
+            frontier.append(leaf)
         try:
             _write_all(self._descriptor, b"".join(lines))
             os.fsync(self._descriptor)
+            self._write_checkpoint(Checkpoint(self.origin, frontier.size, frontier.root()))
         except OSError as error:
             os.ftruncate(self._descriptor, before)
-            raise StorageError(f"cannot be written: {error.strerror}", where=str(self.path)) from None
-        for leaf in leaves:
-            self._frontier.append(leaf)
-        self._write_checkpoint()
+            raise StorageError(f"cannot be written: {error.strerror}", where=str(self.path),
+                               hint="free space, then start again: what was durable is kept") from None  # fmt: skip
+        self._frontier = frontier
 
     def checkpoint(self) -> Checkpoint:
         """The log's state now."""
@@ -86,24 +92,23 @@ class Log:
         """Release the file."""
         os.close(self._descriptor)
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replaced atomically, without fsync: after a crash an older checkpoint is a true statement too."""
-        note = sign_note(self.checkpoint(), self._name, self._public_key, self._sign)
+        note = sign_note(checkpoint, self._name, self._public_key, self._sign)
         temporary = self._checkpoint_path.with_name(f".{self._checkpoint_path.name}")
         try:
             temporary.write_text(note, encoding="utf-8")
             os.replace(temporary, self._checkpoint_path)
-        except OSError as error:
-            raise StorageError(f"cannot be written: {error.strerror}", where=str(self._checkpoint_path)) from None
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
     def _load(self) -> None:
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
-        if whole != len(data):
-            os.ftruncate(self._descriptor, whole)
         noted = None
         if self._checkpoint_path.exists():
-            note = self._checkpoint_path.read_text(encoding="utf-8")
+            note = self._checkpoint_path.read_bytes().decode("utf-8", errors="replace")
             noted = parse_note(note, self.origin, self._name, self._public_key)
         root_then = self._frontier.root() if noted and noted.size == 0 else None
         for _, leaf, _ in read_lines(data[:whole], str(self.path)):
@@ -113,6 +118,8 @@ class Log:
         if noted and root_then != noted.root:
             raise AuditError("does not hold what its own checkpoint says", where=str(self.path),
                              hint="the file was changed or cut; restore it from the backup")  # fmt: skip
+        if whole != len(data):
+            os.ftruncate(self._descriptor, whole)
 
 
 def parse_line(line: bytes) -> tuple[bytes, Record, int]:

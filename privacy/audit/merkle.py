@@ -51,6 +51,12 @@ class Frontier:
         self._roots.append(node)
         self.size += 1
 
+    def copy(self) -> Frontier:
+        """An independent frontier of the same tree."""
+        other = Frontier()
+        other.size, other._roots = self.size, list(self._roots)
+        return other
+
     def root(self) -> bytes:
         """Root of the tree so far."""
         if not self._roots:
@@ -116,7 +122,7 @@ def _subproof(leaves: Sequence[bytes], old: int, whole: bool) -> list[bytes]:
 def verify_consistency(old: int, old_root: bytes, new: int, new_root: bytes, proof: Sequence[bytes]) -> bool:
     """Does the tree of `new` leaves extend the tree of `old` leaves? (RFC 9162 §2.1.4.2)"""
     if old == 0:
-        return not proof
+        return not proof and old_root == EMPTY_ROOT
     if old == new:
         return not proof and old_root == new_root
     if not 0 < old < new or not proof:

@@ -253,12 +253,12 @@ def decode(data: bytes) -> tuple[Record, int]:
         tree = json.loads(data)
         at = tree.pop("at")
         kind, version = _KINDS[tree.pop("kind")], tree.pop("v")
-        if version != _VERSION or set(tree) != {f.name for f in fields(kind)} or not isinstance(at, int):
+        if version != _VERSION or set(tree) != {f.name for f in fields(kind)} or type(at) is not int:
             raise ValueError
         if not all(_FITS[str(f.type)](tree[f.name]) for f in fields(kind)):
             raise ValueError
         record = kind(**tree)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise AuditError("is not a log entry of this version") from None
     if encode(record, at) != data:
         raise AuditError("is not in canonical form")

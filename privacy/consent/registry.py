@@ -9,7 +9,8 @@ Invariants:
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     Column,
+    Connection,
     Engine,
     Float,
     Index,
@@ -69,10 +71,16 @@ _subjects = Table(
 )
 _schema = Table("consent_schema", _metadata, Column("version", Integer, primary_key=True))
 
-_TRIGGERS = tuple(
-    f"CREATE TRIGGER IF NOT EXISTS consent_event_no_{verb.lower()} BEFORE {verb} ON consent_event "
-    "BEGIN SELECT RAISE(ABORT, 'consent events are append-only'); END"
-    for verb in ("UPDATE", "DELETE")
+_TRIGGERS = (
+    *(
+        f"CREATE TRIGGER IF NOT EXISTS consent_event_no_{verb.lower()} BEFORE {verb} ON consent_event "
+        "BEGIN SELECT RAISE(ABORT, 'consent events are append-only'); END"
+        for verb in ("UPDATE", "DELETE")
+    ),
+    # REPLACE removes the row in its way without asking a DELETE trigger; BEFORE INSERT still sees it.
+    "CREATE TRIGGER IF NOT EXISTS consent_event_no_replace BEFORE INSERT ON consent_event "
+    "WHEN EXISTS (SELECT 1 FROM consent_event WHERE seq = NEW.seq OR event_id = NEW.event_id) "
+    "BEGIN SELECT RAISE(ABORT, 'consent events are append-only'); END",
 )
 _CHUNK = 500
 
@@ -132,30 +140,34 @@ class Registry:
             How many were new.
 
         Raises:
-            ConsentError: The database refused; nothing was added.
+            ConsentError: The database refused, or an id is known with another content; nothing was added.
         """
-        unique = {e.event_id: e for e in reversed(events)}
+        fresh: dict[str, ConsentEvent] = {}
+        for item in events:
+            if fresh.setdefault(item.event_id, item) != item:
+                raise _reused(item, self._path)
         try:
             with self._engine.begin() as connection:
-                known: set[str] = set()
-                ids = list(unique)
+                ids = list(fresh)
                 for start in range(0, len(ids), _CHUNK):
-                    part = ids[start : start + _CHUNK]
-                    known.update(connection.scalars(select(_events.c.event_id).where(_events.c.event_id.in_(part))))
-                rows = [_row(e) for e in reversed(unique.values()) if e.event_id not in known]
-                if rows:
-                    connection.execute(_events.insert(), rows)
+                    query = select(*_events.c).where(_events.c.event_id.in_(ids[start : start + _CHUNK]))
+                    for _, *values in connection.execute(query):
+                        known = _event(values)
+                        if fresh.pop(known.event_id) != known:
+                            raise _reused(known, self._path)
+                if fresh:
+                    connection.execute(_events.insert(), [_row(e) for e in fresh.values()])
         except SQLAlchemyError as error:
             raise ConsentError(
                 f"cannot be written ({type(error).__name__})",
                 where=str(self._path),
                 hint="nothing was added; check the disk and the file's permissions",
             ) from None
-        return len(rows)
+        return len(fresh)
 
     def head(self) -> int:
         """The sequence number of the latest event; 0 where there is none."""
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return int(connection.scalar(select(func.max(_events.c.seq))) or 0)
 
     def snapshot(self, purpose: str, as_of: int, sequence: int | None = None) -> Snapshot:
@@ -169,15 +181,9 @@ class Registry:
         Raises:
             ConsentError: The registry cannot be read. The site then abstains.
         """
-        try:
-            head = self.head() if sequence is None else sequence
-            by_person = self._events_of(purpose, head)
-        except SQLAlchemyError as error:
-            raise ConsentError(
-                f"cannot be read ({type(error).__name__})",
-                where=str(self._path),
-                hint="without the registry nobody may take part; restore it from the site's backup",
-            ) from None
+        latest = self.head()
+        head = latest if sequence is None else sequence
+        by_person = self._events_of(purpose, min(head, latest))
         standings: dict[bytes, Standing] = {
             p: decide((e for seq, e in events if seq <= head), as_of) for p, events in by_person.items()
         }
@@ -194,6 +200,19 @@ class Registry:
             found = self._locators[subject] = self._key.locator(subject)
         return found
 
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        """A connection; what cannot be read or understood is one error, after which the site abstains."""
+        try:
+            with self._engine.connect() as connection:
+                yield connection
+        except (SQLAlchemyError, ValueError) as error:
+            raise ConsentError(
+                f"cannot be read ({type(error).__name__})",
+                where=str(self._path),
+                hint="without the registry nobody may take part; restore it from the site's backup",
+            ) from None
+
     def _events_of(self, purpose: str, head: int) -> dict[bytes, list[tuple[int, ConsentEvent]]]:
         """A purpose's events by person. What was read once is kept: events never change, so only new ones are read."""
         read_to, by_person = self._read.get(purpose, (0, {}))
@@ -201,17 +220,17 @@ class Registry:
             query = select(*_events.c).where(
                 _events.c.purpose == purpose, _events.c.seq > read_to, _events.c.seq <= head
             )
-            with self._engine.connect() as connection:
-                for seq, *values in connection.execute(query.order_by(_events.c.seq)):
-                    event_ = _event(values)
-                    by_person.setdefault(event_.pseudonym, []).append((seq, event_))
+            with self._reading() as connection:
+                new = [(seq, _event(values)) for seq, *values in connection.execute(query.order_by(_events.c.seq))]
+            for seq, event_ in new:  # only once all of them could be read
+                by_person.setdefault(event_.pseudonym, []).append((seq, event_))
             self._read[purpose] = (head, by_person)
         return by_person
 
     def _personal_keys(self, locators: Sequence[bytes] | None) -> dict[bytes, bytes]:
         """Personal keys by locator; None asks for all."""
         query = select(_subjects.c.locator, _subjects.c.personal_key)
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             if locators is None:
                 return {loc: key for loc, key in connection.execute(query)}
             found: dict[bytes, bytes] = {}
@@ -252,6 +271,12 @@ def _open(path: Path) -> Engine:
             hint="use the version of confide that made it, or a newer one",
         )
     return engine
+
+
+def _reused(item: ConsentEvent, path: Path) -> ConsentError:
+    """Skipping it silently could lose a withdrawal."""
+    return ConsentError(f"event {item.event_id!r} is known with another content", where=str(path),
+                        hint="give every event an id of its own; nothing was added")  # fmt: skip
 
 
 def _row(item: ConsentEvent) -> dict[str, object]:

@@ -69,7 +69,7 @@ def decide(events: Iterable[ConsentEvent], at: int) -> Standing:
             continue
         erased = erased or event.type is EventType.ERASED
         if event.type in _PRECEDENCE:
-            if decision is None or _rank(event) >= _rank(decision):
+            if decision is None or _rank(event, at) >= _rank(decision, at):
                 decision = event
         elif event.type is not EventType.REQUESTED and (
             # On a tie the restriction stands: "restricted" sorts after nothing it could lose to.
@@ -91,5 +91,6 @@ def decide(events: Iterable[ConsentEvent], at: int) -> Standing:
     return Standing(Status.GIVEN, decision.max_epsilon)
 
 
-def _rank(event: ConsentEvent) -> tuple[int, int]:
-    return event.effective_at, _PRECEDENCE[event.type]
+def _rank(event: ConsentEvent, at: int) -> tuple[int, int, bool]:
+    """Later wins; at the same instant the more protective: an expired grant beats a standing one."""
+    return event.effective_at, _PRECEDENCE[event.type], event.valid_until is not None and at >= event.valid_until

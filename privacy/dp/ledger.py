@@ -33,6 +33,8 @@ CREATE TABLE IF NOT EXISTS entry (
   event TEXT NOT NULL, chain BLOB NOT NULL, UNIQUE (charge, kind));
 CREATE TRIGGER IF NOT EXISTS entry_no_update BEFORE UPDATE ON entry BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER IF NOT EXISTS entry_no_delete BEFORE DELETE ON entry BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER IF NOT EXISTS entry_no_replace BEFORE INSERT ON entry
+  WHEN EXISTS (SELECT 1 FROM entry WHERE seq = NEW.seq) BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER IF NOT EXISTS genesis_no_update BEFORE UPDATE ON genesis BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER IF NOT EXISTS genesis_no_delete BEFORE DELETE ON genesis BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
@@ -45,17 +47,18 @@ class Ledger:
         path: The file; made where it does not exist.
         budget: The budget to fix for a new ledger. An existing ledger keeps its own and refuses another.
         unit: The privacy unit, fixed with the ledger.
+        held_out: Share of persons held out, fixed too: roles compose in parallel only if they are for ever.
 
     Raises:
         BudgetError: The file is damaged, or was made for another limit, δ or unit.
     """
 
-    def __init__(self, path: Path, budget: RenyiBudget, unit: str = "subject") -> None:
+    def __init__(self, path: Path, budget: RenyiBudget, unit: str = "subject", held_out: float = 0.2) -> None:
         self._path = path
         try:
             self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
             self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _SCHEMA)
-            wanted = _genesis(budget, unit)
+            wanted = _genesis(budget, unit, held_out)
             self._db.execute("INSERT OR IGNORE INTO genesis VALUES (1, ?)", (wanted,))
             (found,) = self._db.execute("SELECT content FROM genesis").fetchone()
             if found != wanted:
@@ -119,6 +122,8 @@ class Ledger:
             if known is not None:
                 if known != event:
                     raise BudgetError(f"charge {charge} exists with other parameters", where=str(self._path))
+                if self._settled.get(charge, event) != event:
+                    raise BudgetError(f"charge {charge} was given back already", where=str(self._path))
                 return
             self.check([event])
             self._append(charge, "reserve", event)
@@ -211,11 +216,12 @@ class Ledger:
         )
 
 
-def _genesis(budget: RenyiBudget, unit: str) -> str:
+def _genesis(budget: RenyiBudget, unit: str, held_out: float) -> str:
     return json.dumps(
         {
             "version": 1,
             "unit": unit,
+            "held_out": repr(held_out),
             "epsilon_limit": repr(budget.epsilon_limit),
             "delta": repr(budget.delta),
             "orders": [repr(a) for a in budget.orders],

@@ -38,8 +38,10 @@ def contributions(task: Task, prediction: Floats, label: Floats, weight: Floats)
         label: 0/1, class index, or scaled label; shape [records].
         weight: 1/n of the record's unit; shape [records].
     """
+    # What a model gives may be no number at all; each person still counts once, somewhere.
+    prediction = np.nan_to_num(prediction, nan=0.0, posinf=1.0, neginf=0.0)
     if task == "binary":
-        bins = np.clip((prediction * BINS).astype(np.int64), 0, BINS - 1)
+        bins = (np.clip(prediction, 0.0, 1.0) * BINS).astype(np.int64).clip(0, BINS - 1)
         positive = np.bincount(bins, weights=weight * (label > 0.5), minlength=BINS)
         negative = np.bincount(bins, weights=weight * (label <= 0.5), minlength=BINS)
         return np.concatenate([positive, negative])

@@ -26,6 +26,7 @@ _NOISE_BOUND = 21.5
 MIN_BITS, MAX_BITS = 8, 20
 _MAX_SITES = 1000
 _SMALLEST_PLAIN_BITS = 20
+_LARGEST_PLAIN_BITS = 52  # what the exact inner products of the tags can hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def choose_parameters(sites: int, bits: int) -> BfvParameters:
         raise ConfigError(f"a sealed sum is over 2 to {_MAX_SITES} sites, not {sites}", where="sites")
     modulus = seal.CoeffModulus.Create(DEGREE, [_COEFFICIENT_BITS])[0].value()
     field_bits = bits + math.ceil(math.log2(sites))
-    plain_bits = math.floor(math.log2(modulus / (2 * _NOISE_BOUND * sites)))
+    plain_bits = min(_LARGEST_PLAIN_BITS, math.floor(math.log2(modulus / (2 * _NOISE_BOUND * sites))))
     while plain_bits >= _SMALLEST_PLAIN_BITS:
         plain = seal.PlainModulus.Batching(DEGREE, plain_bits).value()
         if _NOISE_BOUND * sites < modulus / (2 * plain):

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from confide.errors import SealingError
 
-__all__ = ["new_ephemeral", "unwrap", "wrap"]
+__all__ = ["new_ephemeral", "unwrap", "usable", "wrap"]
 
 _SUITE = hpke.Suite(hpke.KEM.X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_256_GCM)
 _MAX_BYTES = 256 * 1024
@@ -22,6 +22,15 @@ def new_ephemeral() -> tuple[bytes, bytes]:
     """A run's X25519 key pair: (private, public), 32 bytes each."""
     key = X25519PrivateKey.generate()
     return key.private_bytes_raw(), key.public_key().public_bytes_raw()
+
+
+def usable(public_key: bytes) -> bool:
+    """Can a secret be shared with this key at all?"""
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public_key))
+    except ValueError:
+        return False
+    return True
 
 
 def wrap(secret: bytes, public_key: bytes, info: bytes) -> bytes:

@@ -50,7 +50,7 @@ class Address(BaseModel):
     run: str
     manifest: Hex32
     key_epoch: int
-    round: Annotated[int, Field(ge=0)]
+    round: Annotated[int, Field(ge=0, le=1_000_000)]
     step: Literal["join", "secret", "keys", "train", "seal", "release"]
 
 

@@ -39,6 +39,8 @@ def from_records(records: RecordDict) -> Envelope:
         raise SealingError("the content is not a confide envelope", where="message") from None
     if set(records) - {"envelope", "chunks"} or set(config) != {"header", "signature", "body"}:
         raise SealingError("the content holds records that nobody signed", where="message")
+    if ("chunks" in records) != ("chunks" in records.array_records):
+        raise SealingError("the chunks are not arrays", where="message")
     arrays = records.array_records.get("chunks", ArrayRecord())
     if len(arrays) > MAX_CHUNKS or list(arrays) != [f"{i:06d}" for i in range(len(arrays))]:
         raise SealingError("the chunks are not numbered from zero", where="message")

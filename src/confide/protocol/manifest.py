@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from confide.config import (
     LabelConfig,
@@ -79,6 +79,13 @@ class Manifest(_Part):
     noise_multiplier: Annotated[float, Field(ge=0)]
     metrics_noise_multiplier: Annotated[float, Field(ge=0)]
     sealing: SealingConfig
+
+    @model_validator(mode="after")
+    def _roster(self) -> Manifest:
+        for values in ([m.site for m in self.members], [m.public_key for m in self.members]):
+            if len(set(values)) != len(values):
+                raise ValueError("a site or a key stands in the roster twice")
+        return self
 
     def to_bytes(self) -> bytes:
         """The bytes that are signed and hashed."""

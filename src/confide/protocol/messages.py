@@ -126,6 +126,8 @@ class SumReference(Message):
     TYPE: ClassVar[str] = "sum"
     round: Annotated[int, Field(ge=1)]
     cohort: Sites
+    #: Digests of the cohort's signed `train` replies: with them a site recomputes the transcript for this very round.
+    statements: tuple[Hex32, ...]
     transcript: Hex32
     chunks: Annotated[int, Field(ge=0)]
     #: Summed authentication tags, hexadecimal: they exceed what JSON numbers hold everywhere.
@@ -169,10 +171,15 @@ class SealReply(Message):
 
 
 class ReleaseRequest(Message):
-    """Coordinator → site: apply the last sums and hand out the model. Chunks: those of the sums."""
+    """Coordinator → site: apply the last sums and hand out the model. Chunks: those of the sums.
+
+    `statements` are signed `train` replies of the evaluation round: they show that at least `min_sites` sites have
+    reached the end with this very model, and so that this is no model on the way.
+    """
 
     TYPE: ClassVar[str] = "release.request"
     sums: tuple[SumReference, ...]
+    statements: tuple[Statement, ...]
 
 
 class ReleaseReply(Message):

@@ -1,0 +1,239 @@
+"""Whatever a coordinator's process could reach during a sealed run, there is no site's secret, update, or sum in it.
+
+The walk follows every reference from the coordinator: attributes, slots, containers, closures, bound methods; bytes
+are searched for secrets, arrays compared. It stops at modules, classes, and the world's own objects (the sites live in
+the same process here, behind the grid).
+"""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tenseal.sealapi as seal
+from numpy.typing import NDArray
+
+from confide.clients.run import SiteRun
+from confide.clients.site import Site
+from confide.privacy.sealing import plain
+from confide.privacy.sealing.bfv import BfvKey, _MemoryFile
+from confide.privacy.sealing.sealed import SealedSession
+from confide.server.coordinator import Coordinator
+from tests.attacks.federation import Federation, open_federation
+
+_KEYS = (seal.SecretKey, seal.Decryptor, seal.KeyGenerator, BfvKey, SealedSession, Site, SiteRun)
+_ATOMS = (int, float, bool, complex, type(None), types.ModuleType, type, types.CodeType, types.BuiltinFunctionType)
+
+
+def walk(root: object, stop: set[int]) -> Iterator[object]:
+    """Every object that can be reached, each once, by reference only."""
+    seen, waiting = set(stop), [root]
+    keep: list[object] = []  # identities are only unique while their objects live
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen or isinstance(thing, _ATOMS):
+            continue
+        seen.add(id(thing))
+        keep.append(thing)
+        yield thing
+        waiting.extend(_referents(thing))
+
+
+def _referents(thing: object) -> Iterator[object]:
+    if isinstance(thing, str | bytes | bytearray | memoryview):
+        return
+    if isinstance(thing, Mapping):
+        yield from thing.keys()
+        yield from thing.values()
+    elif isinstance(thing, list | tuple | set | frozenset):
+        yield from thing
+    elif isinstance(thing, np.ndarray):
+        if thing.dtype == object:
+            yield from thing.ravel().tolist()
+        if thing.base is not None:
+            yield thing.base
+    if isinstance(thing, types.FunctionType):
+        yield from thing.__defaults__ or ()
+        yield from (thing.__kwdefaults__ or {}).values()
+        for cell in thing.__closure__ or ():
+            yield cell.cell_contents
+    if isinstance(thing, types.MethodType):
+        yield thing.__self__
+        yield thing.__func__
+    if isinstance(thing, types.GeneratorType) and thing.gi_frame is not None:
+        yield from thing.gi_frame.f_locals.values()
+    yield from getattr(thing, "__dict__", {}).values()
+    for kind in type(thing).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(thing, name):
+                yield getattr(thing, name)
+
+
+class Secrets:
+    """What sites hold during a run, collected at the sites themselves."""
+
+    def __init__(self, federation: Federation) -> None:
+        self._federation, self.blobs = federation, dict[str, bytes]()
+        self.vectors: dict[str, NDArray[np.float64]] = {}
+
+    def collect(self) -> None:
+        """Every key of every site; called while they live."""
+        run = self._federation.manifest.run
+        for name, site in self._federation.sites.items():
+            self.blobs[f"signing key of {name}"] = site.identity.key.private_bytes_raw()
+            keys = site._runs[run].keys
+            self.blobs[f"ephemeral key of {name}"] = keys._private
+            session = keys._session
+            if isinstance(session, SealedSession):
+                self.blobs["MAC key"] = session._mac_key
+                for peer, shared in session._pairs._shared.items():
+                    self.blobs[f"pair {name}, {peer}"] = shared
+
+    def found_in(self, root: object, stop: set[int]) -> set[str]:
+        """Names of everything secret that can be reached from `root`."""
+        found: set[str] = set()
+        floats = {name: tuple(v.astype(kind).tobytes() for kind in ("<f8", "<f4")) for name, v in self.vectors.items()}
+        for thing in walk(root, stop):
+            if isinstance(thing, _KEYS):
+                found.add(f"a {type(thing).__name__}")
+            if isinstance(thing, np.ndarray) and thing.dtype.kind == "f":
+                found |= {n for n, v in self.vectors.items() if _holds(thing, v)}
+            if isinstance(thing, list | tuple) and thing and all(isinstance(x, float) for x in thing):
+                found |= {n for n, v in self.vectors.items() if _holds(np.array(thing), v)}
+            for data in _bytes_of(thing):
+                found |= {
+                    name for name, blob in self.blobs.items() if blob and (blob in data or blob.hex().encode() in data)
+                }
+                found |= {name for name, forms in floats.items() if any(form in data for form in forms)}
+        return found
+
+
+def _holds(array: NDArray[Any], vector: NDArray[np.float64]) -> bool:
+    flat = array.ravel()
+    if len(flat) < len(vector):
+        return False
+    starts = np.flatnonzero(np.isclose(flat[: len(flat) - len(vector) + 1], vector[0], rtol=1e-6, atol=0))
+    return any(np.allclose(flat[s : s + len(vector)], vector, rtol=1e-6, atol=0) for s in starts)
+
+
+def _bytes_of(thing: object) -> Iterator[bytes]:
+    if isinstance(thing, bytes | bytearray | memoryview):
+        yield bytes(thing)
+    elif isinstance(thing, str):
+        yield thing.encode("utf-8", "surrogatepass")
+    elif isinstance(thing, np.ndarray) and thing.dtype != object:
+        yield thing.tobytes()
+    elif isinstance(thing, _MemoryFile):
+        yield os.pread(thing._descriptor, 2**24, 0)
+
+
+class Watched:
+    """A whole run that is looked through after every round."""
+
+    def __init__(self, federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.federation, self.secrets = federation, Secrets(federation)
+        self.found: dict[int, set[str]] = {}
+        self.objects = 0
+        compute, size = SiteRun.compute, federation.manifest.layout.size
+        self._grid = federation.grid()
+
+        def computed(run: SiteRun, round_: int, *rest: Any) -> Any:
+            vector = compute(run, round_, *rest)
+            self.secrets.vectors[f"vector of {run.site}, round {round_}"] = vector.copy()
+            return vector
+
+        opened = SealedSession.open
+
+        def opening(session: SealedSession, total: Any, *rest: Any) -> Any:
+            vector = opened(session, total, *rest)
+            if len(vector) == size or len(vector) > 20:  # a sum of metrics alone is released by the run
+                self.secrets.vectors[f"sum of {len(vector)} coordinates"] = vector[:size].copy()
+            return vector
+
+        monkeypatch.setattr(SiteRun, "compute", computed)
+        monkeypatch.setattr(SealedSession, "open", opening)
+        self.coordinator: Coordinator = federation.coordinator(self._grid, after_round=self._look)
+
+    def _look(self, outcome: Any) -> None:
+        self.secrets.collect()
+        names = self.federation.names
+        model = self.federation.model(names[0])
+        if model.round:
+            self.secrets.vectors[f"model after round {model.round}"] = model.weights.astype(np.float64)
+        stop = {id(self.federation), id(self.federation.world), id(self), id(self._grid._app), id(self._grid._drop)}
+        self.objects = sum(1 for _ in walk(self.coordinator, stop))
+        self.found[outcome.round] = self.secrets.found_in([self.coordinator, outcome], stop)
+
+
+@pytest.fixture
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    """A sealed run."""
+    with open_federation(tmp_path / "f") as federation:
+        yield Watched(federation, monkeypatch)
+
+
+def test_in_a_sealed_run_the_coordinator_never_holds_a_secret_an_update_or_a_sum(watched: Watched) -> None:
+    released = watched.coordinator.run()
+    rounds = watched.federation.manifest.rounds
+    assert watched.found == {r: set() for r in range(1, rounds + 2)}
+    assert watched.objects > 200, "the walk went somewhere"
+    kinds = {name.split()[0] for name in (*watched.secrets.blobs, *watched.secrets.vectors)}
+    assert kinds == {"signing", "ephemeral", "MAC", "pair", "vector", "sum", "model"}, "and knew what to look for"
+    assert released.weights.tobytes() == watched.federation.model("ash").weights.tobytes()
+
+
+PLANTS = {
+    "MAC key": lambda w: w.secrets.blobs["MAC key"],
+    "ephemeral key of ash": lambda w: {"deep": [("inside", w.secrets.blobs["ephemeral key of ash"] + b"padding")]},
+    "pair ash, birch": lambda w: bytearray(w.secrets.blobs["pair ash, birch"]),
+    "signing key of doum": lambda w: w.secrets.blobs["signing key of doum"].hex(),
+    "vector of cedar, round 1": lambda w: w.secrets.vectors["vector of cedar, round 1"].astype(np.float32),
+    "vector of birch, round 2": lambda w: (lambda kept: lambda: kept)(w.secrets.vectors["vector of birch, round 2"]),
+    "vector of ash, round 1": lambda w: w.secrets.vectors["vector of ash, round 1"].tobytes(),
+    "sum of 4 coordinates": lambda w: w.secrets.vectors["sum of 4 coordinates"].tolist(),
+    "a SealedSession": lambda w: w.federation.sites["ash"]._runs[w.federation.manifest.run].keys,
+    "a SecretKey": lambda _w: seal.SecretKey(),
+}
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_what_is_planted_in_the_coordinator_is_found(watched: Watched, name: str) -> None:
+    """The control: the walk does find each kind of secret, wherever it hides."""
+    looking = watched._look
+
+    def plant_then_look(outcome: Any) -> None:
+        watched.secrets.collect()
+        if outcome.round == 3:
+            watched.coordinator._progress.joined["planted"] = PLANTS[name](watched)
+        looking(outcome)
+
+    watched.coordinator._after_round = plant_then_look
+    try:
+        watched.coordinator.run()
+    finally:
+        watched.coordinator._progress.joined.pop("planted", None)
+    assert name in watched.found[3]
+    assert name not in watched.found[2]
+
+
+def test_in_an_open_run_the_coordinator_does_hold_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another control, without planting: the profile that hides nothing."""
+    with open_federation(tmp_path / "f", sealing={"profile": "open"}) as federation:
+        watched = Watched(federation, monkeypatch)
+        opened = plain._OpenSession.open
+
+        def opening(session: Any, total: Any, *rest: Any) -> Any:
+            vector = opened(session, total, *rest)
+            if len(vector) != 20:
+                watched.secrets.vectors["open sum"] = vector[: federation.manifest.layout.size].copy()
+            return vector
+
+        monkeypatch.setattr(plain._OpenSession, "open", opening)
+        watched.coordinator.run()
+        assert "open sum" in watched.found[2]
