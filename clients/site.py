@@ -45,6 +45,7 @@ __all__ = ["Site"]
 
 _log = logging.getLogger(__name__)
 _CUT_OFF_ATTEMPTS = 5
+_NOT_AUTHENTIC = "a sum was not authentic: this site has left the run for good"
 Floats = NDArray[np.float64]
 
 
@@ -162,8 +163,8 @@ class Site:
             stored = self._store.stored_reply(header.run, header.round, header.step, request.digest)
             if stored is not None:
                 return stored
-            if (reason := self._store.stopped(header.run)) is not None:
-                raise SealingError(f"this site has left the run for good: a sum {reason}", where=f"run {header.run}")
+            if self._store.stopped(header.run) is not None:
+                raise SealingError(_NOT_AUTHENTIC, where=f"run {header.run}")
             run = self._joining(header, request) if step == "join" else self._joined(header)
             address = run.address(header.round, header.step)
             recipient = EVERYBODY if step == "join" else self.name
@@ -266,7 +267,7 @@ class Site:
             run, message, model=model, min_sites=self.policy.min_sites, coordinator=self.policy.coordinator
         )
         weights = model.weights.astype("<f4").tobytes()
-        self.log.append(audit.ModelReleased(run=run.manifest.run, model=model_digest(model)))
+        self.log.append(audit.ModelReleased(run=run.manifest.run, model=model_digest(model), sites=[], checkpoints=[]))
         return _Answer(m.ReleaseReply(model=model_digest(model)), (weights, *_metric_chunks(model)))
 
     # --- parts of steps ----------------------------------------------------------------------------------------
@@ -311,10 +312,12 @@ class Site:
                 model = run.apply(model, reference, part)
             except SealingError as error:
                 # A second look at a forged sum would be an oracle: the keys go, and the run ends here, for good.
+                # Which check failed stays at the site, for the same reason.
                 run.keys.destroy()
                 self._store.stop_run(run.manifest.run, error.what)
-                self.log.append(audit.RunStopped(run=run.manifest.run, reason=error.what))
-                raise
+                self._local_log.append(audit.LocalRefusal(run=run.manifest.run, step="open", reason=str(error)))
+                self.log.append(audit.RunStopped(run=run.manifest.run, reason=_NOT_AUTHENTIC))
+                raise SealingError(_NOT_AUTHENTIC, where=f"round {reference.round}") from error
             self.log.append(
                 audit.Opened(
                     run=run.manifest.run, round=reference.round, transcript=reference.transcript,
@@ -358,10 +361,11 @@ class Site:
             if error.shareable
             else m.Refusal(kind="abstains", reason="abstains")
         )
-        self._local_log.append(audit.LocalRefusal(run=header.run, step=header.step, reason=str(error)))
-        self.log.append(
-            audit.Refused(run=header.run, round=header.round, step=header.step, party=self.name, reason=answer.reason)
-        )
+        try:
+            self._note_refusal(header, error, answer)
+        except StorageError as lost:
+            self.last_refusal = lost
+            raise
         address = Address(**{f: getattr(header, f) for f in Address.model_fields})
         return seal_envelope(
             self.identity,
@@ -371,6 +375,12 @@ class Site:
             body=answer.to_bytes(),
             checkpoint=self.log.checkpoint().short,
             request=request.digest,
+        )
+
+    def _note_refusal(self, header: Header, error: ConfideError, answer: m.Refusal) -> None:
+        self._local_log.append(audit.LocalRefusal(run=header.run, step=header.step, reason=str(error)))
+        self.log.append(
+            audit.Refused(run=header.run, round=header.round, step=header.step, party=self.name, reason=answer.reason)
         )
 
     # --- look-ups ----------------------------------------------------------------------------------------------

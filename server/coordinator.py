@@ -299,7 +299,12 @@ class Coordinator:
             raise SealingError("the released model is not the one that the sites signed", where="release",
                                hint="nothing was written")  # fmt: skip
         self.log.append(
-            audit.ModelReleased(run=self.manifest.run, model=reply.model),
+            audit.ModelReleased(
+                run=self.manifest.run,
+                model=reply.model,
+                sites=sorted(replies),
+                checkpoints=[Header.model_validate_json(replies[s][0].header).checkpoint for s in sorted(replies)],
+            ),
             audit.RunEnded(run=self.manifest.run, status="finished"),
         )
         return Released(

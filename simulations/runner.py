@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from confide.clients.data.preprocess import encoded_width
 from confide.clients.training.artifact import save_model
 from confide.clients.training.models import build_model
 from confide.config import Experiment, load_experiment
-from confide.errors import ConfigError
+from confide.errors import ConfigError, PeerError, StorageError
 from confide.privacy.dp import PrivacyEvent, Role, run_epsilon
 from confide.privacy.dp import metrics as dp_metrics
 from confide.privacy.files import write_atomically
@@ -76,7 +76,16 @@ def simulate(
         except BaseException as error:
             if (folder / "status.json").exists():
                 status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-                _write_json(folder / "status.json", {"status": status, "run_id": world.manifest.run})
+                with suppress(OSError):  # the first error is the one to tell
+                    _write_json(folder / "status.json", {"status": status, "run_id": world.manifest.run})
+            if isinstance(error, OSError):
+                raise StorageError(f"cannot be written: {error.strerror}", where=str(error.filename or folder),
+                                   hint="free space and start again: what was durable is kept") from error  # fmt: skip
+            lost = next(
+                (s.last_refusal for s in world.sites.values() if isinstance(s.last_refusal, StorageError)), None
+            )
+            if isinstance(error, PeerError) and lost is not None:
+                raise lost from error
             raise
         finally:
             world.close()

@@ -55,6 +55,9 @@ class Log:
             raise StorageError(f"cannot be opened: {error.strerror}", where=str(path)) from None
         try:
             self._load()
+        except OSError as error:
+            os.close(self._descriptor)
+            raise StorageError(f"cannot be opened: {error.strerror}", where=str(path)) from None
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -120,6 +123,9 @@ class Log:
                              hint="the file was changed or cut; restore it from the backup")  # fmt: skip
         if whole != len(data):
             os.ftruncate(self._descriptor, whole)
+        if noted is None:
+            # A log has a checkpoint from the start: a missing one is always a finding.
+            self._write_checkpoint(self.checkpoint())
 
 
 def parse_line(line: bytes) -> tuple[bytes, Record, int]:

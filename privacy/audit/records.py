@@ -188,10 +188,13 @@ class MetricsReleased(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelReleased(Record):
-    """Site or coordinator: a model handed out, by digest."""
+    """Site or coordinator: a model handed out, by digest. The coordinator adds who gave it, and the states of their
+    logs that their replies carried."""
 
     KIND = "model_released"
     model: str
+    sites: list[str]
+    checkpoints: list[str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

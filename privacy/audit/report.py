@@ -7,6 +7,7 @@ The page is made from the logs alone, but for two things that stand beside them 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,14 +17,16 @@ import numpy as np
 from markupsafe import Markup
 
 from confide.config import SealingConfig
+from confide.errors import AuditError, ConfideError
 from confide.privacy.audit import records as r
 from confide.privacy.audit.chart import Series, line_chart
+from confide.privacy.audit.evidence import COORDINATOR, Evidence, PartyLog
 from confide.privacy.audit.page import write_page
-from confide.privacy.audit.verify import COORDINATOR, Evidence, PartyLog, verify
+from confide.privacy.audit.verify import standing_charges, verify
 from confide.privacy.dp import metrics
 from confide.privacy.dp.accounting import rdp_epsilon, run_epsilon
-from confide.privacy.dp.events import PrivacyEvent, Role, event_from_json, merge_events
-from confide.privacy.sealing import make_profile
+from confide.privacy.dp.events import Role, merge_events
+from confide.privacy.sealing import Exposure, make_profile
 
 __all__ = ["write_report"]
 
@@ -54,7 +57,11 @@ def write_report(folder: Path, path: Path) -> dict[str, Any]:
         OSError: The page cannot be written.
     """
     evidence = verify(folder)
-    context = _context(evidence, folder)
+    try:
+        context = _context(evidence, folder)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise AuditError(f"the run's manifest makes no sense ({type(error).__name__})", where=str(folder),
+                         hint="see confide audit verify") from None  # fmt: skip
     write_page(Path(__file__).with_name("report.html.j2"), context, path)
     return {
         "verified": not evidence.findings,
@@ -98,7 +105,7 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
         "exact": _exact_note(exact),
         "profile": manifest["sealing"]["profile"],
         "sealing": _sealing(manifest),
-        "exposure": make_profile(SealingConfig(**manifest["sealing"]), len(manifest["members"])).describe_exposure(),
+        "exposure": _exposure(manifest),
         "limits": (
             "The coordinator chooses the cohorts: together with all but one of a cohort’s sites it isolates the last.",
             "The sum’s integrity falls to the coordinator together with one site; its secrecy does not.",
@@ -109,6 +116,14 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
         "law": _LAW,
         "versions": _versions(evidence),
     }
+
+
+def _exposure(manifest: Mapping[str, Any]) -> tuple[Exposure, ...]:
+    try:
+        profile = make_profile(SealingConfig(**manifest["sealing"]), len(manifest["members"]))
+    except (ConfideError, ValueError, TypeError):
+        return (Exposure("everybody", "unknown: this version knows no such profile"),)
+    return profile.describe_exposure()
 
 
 def _story(evidence: Evidence, rounds: list[dict[str, Any]], epsilon: float | None, ended: bool) -> str:
@@ -177,14 +192,8 @@ def _label(label: Mapping[str, Any]) -> str:
     return f"{label['column']} (a number between {label['bounds'][0]:g} and {label['bounds'][1]:g})"
 
 
-def _charges(log: PartyLog) -> list[tuple[int, int, PrivacyEvent]]:
-    """(entry, round, event) of what stands: settled charges cost nothing."""
-    settled = {e.charge for _, e in log.of(r.Settled)}
-    return [(n, e.round, event_from_json(e.event)) for n, e in log.of(r.Charged) if e.charge not in settled]
-
-
 def _site_epsilon(log: PartyLog, delta: float) -> dict[str, Any]:
-    charges = _charges(log)
+    charges = standing_charges(log)
     by_role = {role: merge_events([e for _, _, e in charges if e.role is role]) for role in Role}
     exact = {role: sum(run_epsilon(e, delta) for e in events) for role, events in by_role.items()}
     numbers = [n for n, _, _ in charges]
@@ -200,7 +209,7 @@ def _site_epsilon(log: PartyLog, delta: float) -> dict[str, Any]:
 
 def _epsilon_chart(evidence: Evidence) -> str:
     delta = evidence.manifest["privacy"]["delta"]
-    charges = max((_charges(log) for log in evidence.sites.values()), key=len)
+    charges = max((standing_charges(log) for log in evidence.sites.values()), key=len)
     last = max((round_ for _, round_, _ in charges), default=0)
     series = []
     for role, name in ((Role.TRAIN, "training"), (Role.HELD_OUT, "evaluation")):
@@ -264,7 +273,7 @@ def _quality_chart(releases: list[dict[str, Any]], exact: list[dict[str, Any]]) 
     if not keys:
         return ""
     key, series = keys[0], list[Series]()
-    points = [(float(line["round"]), line["metrics"][key]) for line in exact if (line.get("metrics") or {}).get(key)]
+    points = [(float(line["round"]), line["metrics"][key]) for line in exact if line["metrics"].get(key) is not None]
     if points:
         series.append(Series("exact", points))
     shown = [x for x in releases if x["key"] == key and x["number"] is not None]
@@ -285,7 +294,20 @@ def _exact_note(exact: list[dict[str, Any]]) -> str:
 
 def _consent(evidence: Evidence, folder: Path) -> str:
     snapshots = sum(1 for log in evidence.sites.values() for _ in log.of(r.SnapshotTaken))
-    config = _json(folder / "experiment.json").get("consent") or {}
+    config = _json(folder / "experiment.json").get("consent")
+    try:
+        source = _consent_source(config if isinstance(config, dict) else {})
+    except (AttributeError, LookupError, TypeError, ValueError):
+        source = "Where consent came from cannot be read from experiment.json."
+    return (
+        f"{source} A site took a snapshot for every round and checked it again just before it committed to its update: "
+        f"{snapshots} snapshots are committed to in the logs, by salted digests of constant size that tell nothing "
+        "of anybody. How many persons were considered or left out stays in each site’s local log. Whoever is not in "
+        "the registry, has withdrawn, or whose consent has run out takes part in nothing."
+    )
+
+
+def _consent_source(config: Mapping[str, Any]) -> str:
     source = "Consent was recorded in each site’s own registry."
     if config.get("simulate"):
         source = (
@@ -293,12 +315,7 @@ def _consent(evidence: Evidence, folder: Path) -> str:
         )
     elif config.get("file"):
         source = f"Consent was imported from {config['file']}."
-    return (
-        f"{source} A site took a snapshot for every round and checked it again just before it committed to its update: "
-        f"{snapshots} snapshots are committed to in the logs, by salted digests of constant size that tell nothing "
-        "of anybody. How many persons were considered or left out stays in each site’s local log. Whoever is not in "
-        "the registry, has withdrawn, or whose consent has run out takes part in nothing."
-    )
+    return source
 
 
 def _refusals(evidence: Evidence) -> list[dict[str, Any]]:
@@ -351,18 +368,27 @@ def _versions(evidence: Evidence) -> list[tuple[str, str]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """A file beside the logs; what cannot be read is as if it were not there."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """Rounds with exact metrics, as far as they can be read."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError):
         return []
+    return [
+        x for x in lines if isinstance(x, dict) and isinstance(x.get("round"), int) and _is_metrics(x.get("metrics"))
+    ]
+
+
+def _is_metrics(found: object) -> bool:
+    return isinstance(found, dict) and all(isinstance(v, float) and math.isfinite(v) for v in found.values())
 
 
 def _when(micros: int) -> str:

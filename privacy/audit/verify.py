@@ -10,7 +10,7 @@ Steps (numbered in the code):
 6. Every update has its charges before it, with the manifest's parameters; ε recomputed from them by two accountants is
    within what the manifest promises.
 7. All sites opened each sum to the same model, and the released model is the last of these.
-8. Every refusal a site sent is in both logs.
+8. Every refusal received was sent, and in a run that ended every refusal sent was received.
 
 Keys come from the manifest in the coordinator's log: whoever doubts the roster compares its fingerprints out of band.
 """
@@ -19,70 +19,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from confide.errors import AuditError, ConfideError
+from confide.errors import ConfideError
 from confide.privacy.audit import records as r
-from confide.privacy.audit.checkpoint import Checkpoint, parse_note
-from confide.privacy.audit.log import CHECKPOINT_SUFFIX, LOG_SUFFIX, read_lines
-from confide.privacy.audit.merkle import Frontier
+from confide.privacy.audit.evidence import COORDINATOR, Evidence, Finding, PartyLog, load_evidence
 from confide.privacy.digest import digest
 from confide.privacy.dp.accounting import rdp_epsilon, run_epsilon
 from confide.privacy.dp.events import PrivacyEvent, event_from_json, merge_events
 from confide.privacy.sealing.transcript import transcript
 
-__all__ = ["Evidence", "Finding", "PartyLog", "load_evidence", "verify"]
-
-COORDINATOR = "coordinator"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something that does not hold: whose log, which entry (None: the whole log), and what it means."""
-
-    party: str
-    entry: int | None
-    what: str
-
-    def __str__(self) -> str:
-        place = f"log of {self.party}" + (f", entry {self.entry}" if self.entry is not None else "")
-        return f"{place}: {self.what}"
-
-
-@dataclass(slots=True)
-class PartyLog:
-    """One party's log, parsed."""
-
-    party: str
-    entries: list[r.Record] = field(default_factory=list)
-    times: list[int] = field(default_factory=list)
-    #: Root after each number of entries; `roots[n]` is that of the first n.
-    roots: list[bytes] = field(default_factory=list)
-
-    def of(self, kind: type[r.Record]) -> Iterator[tuple[int, Any]]:
-        """(entry number, record) of a kind."""
-        return ((i, e) for i, e in enumerate(self.entries) if isinstance(e, kind))
-
-
-@dataclass(slots=True)
-class Evidence:
-    """Everything that could be read, and what could not."""
-
-    manifest: dict[str, Any]
-    manifest_digest: str
-    software: dict[str, str]
-    coordinator: PartyLog
-    sites: dict[str, PartyLog]
-    findings: list[Finding]
-
-    @property
-    def run(self) -> str:
-        """The run's name."""
-        return str(self.manifest["run"])
+__all__ = ["COORDINATOR", "Evidence", "Finding", "PartyLog", "standing_charges", "verify"]
 
 
 def verify(folder: Path) -> Evidence:
@@ -97,7 +48,7 @@ def verify(folder: Path) -> Evidence:
     evidence = load_evidence(folder)
     found = evidence.findings
     steps: list[Callable[[], Iterator[Finding]]] = [
-        *(partial(_times, log) for log in (evidence.coordinator, *evidence.sites.values())),
+        *(partial(_times, log) for log in (evidence.coordinator, *evidence.sites.values(), *evidence.local)),
         partial(_seen_checkpoints, evidence),
         *(partial(_charges, evidence, site, log) for site, log in evidence.sites.items()),
         partial(_cohorts, evidence),
@@ -107,113 +58,11 @@ def verify(folder: Path) -> Evidence:
     for step in steps:
         try:
             found += step()
-        except (KeyError, TypeError, ValueError, IndexError, ConfideError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, ConfideError) as error:
             # A manifest can be signed and still be nonsense; that is a finding, not a crash.
             found.append(Finding(COORDINATOR, 0, f"the manifest makes no sense ({type(error).__name__})"))
     found.sort(key=lambda f: (f.party != COORDINATOR, f.party, -1 if f.entry is None else f.entry))
     return evidence
-
-
-def load_evidence(folder: Path) -> Evidence:
-    """Steps 1 and 2.
-
-    Raises:
-        AuditError: There is no readable coordinator's log that starts with a run.
-    """
-    logs = folder / "logs" if (folder / "logs").is_dir() else folder
-    path = logs / f"{COORDINATOR}{LOG_SUFFIX}"
-    if not path.is_file():
-        raise AuditError("there is no coordinator's log here", where=str(folder),
-                         hint="give the output folder of a run, or a folder of exported logs")  # fmt: skip
-    findings: list[Finding] = []
-    coordinator = _read(path, COORDINATOR, findings)
-    first = coordinator.entries[0] if coordinator.entries else None
-    if not isinstance(first, r.RunCreated):
-        why = f" ({findings[0]})" if findings else ""
-        raise AuditError(f"the first entry is not a run{why}", where=str(path),
-                         hint="the log is damaged from its start, or is no coordinator's log")  # fmt: skip
-    try:
-        manifest = json.loads(first.manifest)
-        keys = {m["site"]: bytes.fromhex(m["public_key"]) for m in manifest["members"]}
-        coordinator_key = bytes.fromhex(manifest["coordinator_key"])
-        federation = str(manifest["federation"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise AuditError(f"the run's manifest cannot be read ({type(error).__name__})", where=str(path)) from None
-    evidence = Evidence(
-        manifest, digest("manifest", first.manifest.encode()).hex(), first.software, coordinator, {}, findings
-    )
-    _check_signature(path, coordinator, f"confide/{federation}/{COORDINATOR}/coordinator", coordinator_key, findings)
-    for site, key in keys.items():
-        evidence.sites[site] = _site_log(logs / f"{site}{LOG_SUFFIX}", site, federation, key, evidence)
-        local = folder / "sites" / site / f"local{LOG_SUFFIX}"
-        if local.is_file():
-            # A local log is there only when its own site verifies; it never travels.
-            log = _read(local, f"{site} (local)", findings)
-            _check_signature(local, log, f"confide/{federation}/{site}/local", key, findings, name=site)
-    for extra in sorted(logs.glob(f"*{LOG_SUFFIX}")):
-        if extra.stem != COORDINATOR and extra.stem not in keys:
-            findings.append(Finding(extra.stem, None, "is no site of this run's roster"))
-    return evidence
-
-
-def _site_log(path: Path, site: str, federation: str, key: bytes, evidence: Evidence) -> PartyLog:
-    if not path.is_file():
-        evidence.findings.append(Finding(site, None, "the log is missing"))
-        return PartyLog(site, roots=[Frontier().root()])
-    log = _read(path, site, evidence.findings)
-    _check_signature(path, log, f"confide/{federation}/{site}/federated", key, evidence.findings)
-    for number, entry in enumerate(log.entries):
-        if entry.run != evidence.run:
-            evidence.findings.append(Finding(site, number, f"belongs to another run ({entry.run})"))
-            break
-    for number, joined in log.of(r.Joined):
-        if joined.manifest != evidence.manifest_digest:
-            evidence.findings.append(Finding(site, number, "joined another manifest than the coordinator's"))
-    return log
-
-
-def _read(path: Path, party: str, findings: list[Finding]) -> PartyLog:
-    """Step 1: entries up to the first bad one."""
-    data, log, frontier = path.read_bytes(), PartyLog(party), Frontier()
-    log.roots.append(frontier.root())
-    if not data.endswith(b"\n") and data:
-        findings.append(Finding(party, data.count(b"\n"), "is not complete"))
-    try:
-        for record, leaf, at in read_lines(data, str(path)):
-            frontier.append(leaf)
-            log.entries.append(record)
-            log.times.append(at)
-            log.roots.append(frontier.root())
-    except AuditError as error:
-        findings.append(Finding(party, len(log.entries), error.what))
-    return log
-
-
-def _check_signature(
-    path: Path, log: PartyLog, origin: str, key: bytes, findings: list[Finding], name: str | None = None
-) -> None:
-    try:
-        note = path.with_suffix(CHECKPOINT_SUFFIX).read_bytes().decode("utf-8")
-        checkpoint = parse_note(note, origin, name or log.party, key)
-    except (OSError, UnicodeDecodeError):
-        findings.append(Finding(log.party, None, "there is no readable checkpoint"))
-        return
-    except AuditError as error:
-        findings.append(Finding(log.party, None, f"the checkpoint {error.what}"))
-        return
-    if checkpoint.size > len(log.entries):
-        # Where an entry is unreadable that finding already says so; otherwise entries are gone.
-        if not any(f.party == log.party for f in findings):
-            findings.append(Finding(log.party, len(log.entries), "entries are missing that the checkpoint covers"))
-    elif log.roots[checkpoint.size] != checkpoint.root:
-        findings.append(Finding(log.party, _first_difference(log, checkpoint), "is not what was signed"))
-    elif checkpoint.size < len(log.entries):
-        findings.append(Finding(log.party, checkpoint.size, "entries follow that no checkpoint covers"))
-
-
-def _first_difference(log: PartyLog, checkpoint: Checkpoint) -> int | None:
-    """A signed root names no entry; only other parties' checkpoints can narrow it down (step 4)."""
-    return 0 if checkpoint.size == 1 else None
 
 
 def _times(log: PartyLog) -> Iterator[Finding]:
@@ -228,6 +77,10 @@ def _seen_checkpoints(evidence: Evidence) -> Iterator[Finding]:
     claims: list[tuple[PartyLog, str, str, int]] = []
     for number, cohort in evidence.coordinator.of(r.Cohort):
         for site, seen in zip(cohort.cohort, cohort.checkpoints, strict=False):
+            if site in evidence.sites:
+                claims.append((evidence.sites[site], seen, COORDINATOR, number))
+    for number, released in evidence.coordinator.of(r.ModelReleased):
+        for site, seen in zip(released.sites, released.checkpoints, strict=False):
             if site in evidence.sites:
                 claims.append((evidence.sites[site], seen, COORDINATOR, number))
     for site, log in evidence.sites.items():
@@ -265,6 +118,8 @@ def _cohorts(evidence: Evidence) -> Iterator[Finding]:
         if cohort.round in rounds:
             yield Finding(COORDINATOR, number, f"round {cohort.round} was sealed for a second cohort")
         rounds.add(cohort.round)
+        if len(cohort.checkpoints) != len(members):
+            yield Finding(COORDINATOR, number, "a cohort without the state of every member's log")
         if len(members) < manifest["min_sites"] or members != sorted(set(members)) or not set(members) <= roster:
             yield Finding(COORDINATOR, number, "a cohort that the run does not allow")
         expected = transcript(
@@ -308,20 +163,27 @@ def _charges(evidence: Evidence, site: str, log: PartyLog) -> Iterator[Finding]:
     if privacy["epsilon"] in ("Infinity", "inf", None):
         return
     charged: dict[int, list[tuple[int, PrivacyEvent]]] = {}
-    settled = {e.charge for _, e in log.of(r.Settled)}
     by_role: dict[str, list[PrivacyEvent]] = {}
     for number, entry in log.of(r.Charged):
         try:
             event = event_from_json(entry.event)
-        except Exception:  # an unreadable event is a finding, whatever is wrong with it
+        except ConfideError:
             yield Finding(site, number, "a charge that cannot be read")
             continue
         charged.setdefault(entry.round, []).append((number, event))
-        if entry.charge not in settled:
-            by_role.setdefault(event.role.value, []).append(event)
         if not _as_promised(event, evidence.manifest):
             yield Finding(site, number, "a charge with other parameters than the manifest's")
+    sealed_rounds = {e.round for _, e in log.of(r.Sealed)}
+    rounds = {e.charge: e.round for _, e in log.of(r.Charged)}
+    for number, entry in log.of(r.Settled):
+        if entry.steps or rounds.get(entry.charge) in sealed_rounds or entry.charge not in rounds:
+            yield Finding(site, number, "a charge was taken back though what it paid for has left")
+    for _, _, event in standing_charges(log):
+        by_role.setdefault(event.role.value, []).append(event)
+    snapshots = {e.round: n for n, e in reversed(list(log.of(r.SnapshotTaken)))}
     for number, entry in log.of(r.UpdateCommitted):
+        if snapshots.get(entry.round, number) >= number:
+            yield Finding(site, number, f"an update of round {entry.round} without a snapshot of who consents")
         before = {e.role.value for n, e in charged.get(entry.round, []) if n < number}
         needed = {"train"} if entry.round <= evidence.manifest["rounds"] else set()
         needed |= {"held_out"} if entry.round in evidence.manifest["metric_rounds"] else set()
@@ -334,6 +196,22 @@ def _charges(evidence: Evidence, site: str, log: PartyLog) -> Iterator[Finding]:
             yield Finding(site, None, f"the charges for {role} cost more than the run's ε = {limit:g}")
         if rdp_epsilon(merged, privacy["delta"]) > privacy["site_epsilon_limit"] * (1 + 1e-6):
             yield Finding(site, None, f"the charges for {role} exceed the ledger's limit")
+
+
+def standing_charges(log: PartyLog) -> list[tuple[int, int, PrivacyEvent]]:
+    """(entry, round, event) of what a site's log says was spent. A charge counts as given back only if nothing was
+    sealed in its round; what cannot be read is left out here, and is a finding."""
+    sealed = {e.round for _, e in log.of(r.Sealed)}
+    settled = {e.charge for _, e in log.of(r.Settled)}
+    found = []
+    for number, entry in log.of(r.Charged):
+        if entry.charge in settled and entry.round not in sealed:
+            continue
+        try:
+            found.append((number, entry.round, event_from_json(entry.event)))
+        except ConfideError:
+            continue
+    return found
 
 
 def _as_promised(event: PrivacyEvent, manifest: dict[str, Any]) -> bool:
@@ -349,44 +227,62 @@ def _as_promised(event: PrivacyEvent, manifest: dict[str, Any]) -> bool:
 
 def _models(evidence: Evidence, folder: Path) -> Iterator[Finding]:
     """Step 7."""
-    by_round: dict[int, dict[str, tuple[str, int]]] = {}
+    opened: dict[int, dict[str, tuple[int, r.Opened]]] = {}
+    agreed = {e.round: e.transcript for _, e in evidence.coordinator.of(r.Cohort)}
     for site, log in evidence.sites.items():
+        if log.entries and not isinstance(log.entries[0], r.Joined | r.Refused):
+            yield Finding(site, 0, "the log does not start with joining the run")
         for number, entry in log.of(r.Opened):
-            by_round.setdefault(entry.round, {})[site] = (entry.model, number)
-    for round_, models in sorted(by_round.items()):
-        if len({model for model, _ in models.values()}) > 1:
-            site, (_, number) = next(iter(models.items()))
-            yield Finding(site, number, f"the sites opened round {round_} to different models")
+            opened.setdefault(entry.round, {})[site] = (number, entry)
+            if entry.transcript != agreed.get(entry.round):
+                yield Finding(site, number, f"opened round {entry.round} under another transcript than its cohort's")
+    last = evidence.manifest["initial_model"]
+    for round_, found in sorted(opened.items()):
+        last = Counter(e.model for _, e in found.values()).most_common(1)[0][0]
+        for site, (number, entry) in found.items():
+            if entry.model != last:
+                yield Finding(site, number, f"opened round {round_} to another model than most sites")
     released = list(evidence.coordinator.of(r.ModelReleased))
-    last = next(iter(by_round[max(by_round)].values()))[0] if by_round else evidence.manifest["initial_model"]
-    for number, entry in released:
-        if entry.model != last:
-            yield Finding(COORDINATOR, number, "released another model than the sites opened last")
+    for party, log in ((COORDINATOR, evidence.coordinator), *evidence.sites.items()):
+        for number, entry in log.of(r.ModelReleased):
+            if entry.model != last:
+                yield Finding(party, number, "released another model than the sites opened last")
+            if party != COORDINATOR and not released:
+                yield Finding(
+                    COORDINATOR, None, f"does not tell of the model that {party} released (its entry {number})"
+                )
     path = folder / "model.safetensors"
-    if path.is_file() and released:
-        claimed = _weights_digest(path)
-        if claimed != released[-1][1].model:
-            yield Finding(COORDINATOR, released[-1][0], "model.safetensors does not hold the released model")
+    if path.is_file() and not released:
+        yield Finding(COORDINATOR, None, "tells of no release, yet there is a model.safetensors")
+    if path.is_file() and released and _weights_digest(path, evidence.manifest) != released[-1][1].model:
+        yield Finding(COORDINATOR, released[-1][0], "model.safetensors does not hold the released model")
 
 
-def _weights_digest(path: Path) -> str:
-    """Digest of the weights in a safetensors file, in the order of the manifest's layout (the file's own card)."""
+def _weights_digest(path: Path, manifest: dict[str, Any]) -> str:
+    """Digest of the weights in a safetensors file, in the order of the manifest's layout."""
     try:
         data = path.read_bytes()
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
-        names = json.loads(header["__metadata__"]["confide"])["layout"]["names"]
+        names = manifest["layout"]["names"]
         body = data[8 + size :]
         weights = b"".join(body[slice(*header[name]["data_offsets"])] for name in names)
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return hashlib.sha256(b"unreadable").hexdigest()
     return digest("model", weights).hex()
 
 
 def _refusals(evidence: Evidence) -> Iterator[Finding]:
-    """Step 8: what the coordinator received was sent."""
-    for number, entry in evidence.coordinator.of(r.Refused):
-        log = evidence.sites.get(entry.party)
-        sent = {(e.round, e.step, e.reason) for _, e in log.of(r.Refused)} if log is not None else set()
-        if (entry.round, entry.step, entry.reason) not in sent:
-            yield Finding(COORDINATOR, number, f"a refusal by {entry.party} that its own log does not hold")
+    """Step 8: what the coordinator received was sent, and what was sent was received."""
+    received = {(e.party, e.round, e.step, e.reason): n for n, e in evidence.coordinator.of(r.Refused)}
+    # Without an end the coordinator may have stopped before it could note what it received.
+    ended = any(True for _ in evidence.coordinator.of(r.RunEnded))
+    sent: set[tuple[str, int, str, str]] = set()
+    for site, log in evidence.sites.items():
+        for number, entry in log.of(r.Refused):
+            sent.add((site, entry.round, entry.step, entry.reason))
+            if ended and (site, entry.round, entry.step, entry.reason) not in received:
+                yield Finding(site, number, "a refusal that the coordinator's log does not hold")
+    for refusal, number in received.items():
+        if refusal not in sent:
+            yield Finding(COORDINATOR, number, f"a refusal by {refusal[0]} that its own log does not hold")

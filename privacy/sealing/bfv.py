@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import tenseal.sealapi as seal
@@ -34,7 +34,9 @@ class _MemoryFile:
     def save(self, thing: object) -> bytes:
         os.ftruncate(self._descriptor, 0)
         thing.save(self._path)  # type: ignore[attr-defined]  # any SEAL object
-        return os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+        data = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+        os.ftruncate(self._descriptor, 0)  # it may have been a key
+        return data
 
     def load(self, thing: object, context: object, data: bytes) -> None:
         os.ftruncate(self._descriptor, 0)
@@ -46,8 +48,8 @@ class _MemoryFile:
         finally:
             os.ftruncate(self._descriptor, 0)
 
-    def __del__(self) -> None:
-        os.close(self._descriptor)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self._descriptor)  # bound here: at interpreter exit the module may be gone already
 
 
 class Bfv:

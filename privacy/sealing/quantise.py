@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from confide.errors import SealingError
+from confide.errors import DataError
 from confide.privacy.randomness import SecureRandom
 from confide.privacy.sealing.parameters import BfvParameters
 from confide.privacy.sealing.profile import Segment
@@ -25,7 +25,8 @@ Words = NDArray[np.uint64]
 def quantise(vector: Floats, segments: Sequence[Segment], bits: int, rng: SecureRandom) -> Words:
     """Integers in [0, 2^bits − 1]; shape of `vector`."""
     if np.isnan(vector).any():
-        raise SealingError("holds a coordinate that is no number", where="update", hint="the site abstains this round")
+        # Not a SealingError, whose text may be sent: whether it happens may depend on the data.
+        raise DataError("an update holds a coordinate that is no number", hint="the site abstains this round")
     top, parts, offset = 2**bits - 1, list[Words](), 0
     for segment in segments:
         values = vector[offset : offset + segment.size]

@@ -35,7 +35,7 @@ def folder(make_experiment: Callable[..., dict[str, Any]], tmp_path: Path, monke
 
 def open_ledger(path: Path) -> Ledger:
     """A ledger as the experiment's sites made it."""
-    return Ledger(path, RenyiBudget.for_limit(8.0, 1e-5))
+    return Ledger(path, RenyiBudget.for_limit(8.0, 1e-5), held_out=0.25)
 
 
 # --- what the program says about itself -----------------------------------------------------------------------------

@@ -35,8 +35,11 @@ def verify(folder: _Folder, as_json: _Json = False) -> None:
             "run_id": evidence.run, "parties": 1 + len(evidence.sites), "entries": entries,
             "verified": not findings, "findings": findings,
         })  # fmt: skip
+    if findings and as_json:
+        err.print(f"{folder}: {len(findings)} findings; first: {evidence.findings[0]}", markup=False, soft_wrap=True)
+        raise typer.Exit(AuditError.exit_code)
     if findings:
-        for finding in evidence.findings[1:20] if not as_json else ():
+        for finding in evidence.findings[1:20]:
             err.print(f"also: {finding}", markup=False, soft_wrap=True)
         raise AuditError(
             f"{len(findings)} finding{'s' if len(findings) > 1 else ''}; first: {evidence.findings[0]}",
