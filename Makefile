@@ -16,8 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@# torch first and exactly: a looser requirement may bring gigabytes of CUDA.
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,dev]'
+	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,dev]'
 	@touch $@
 
 venv: $(STAMP) ## make .venv with everything in it

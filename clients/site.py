@@ -19,21 +19,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from confide.clients.agreement import agree, agree_to_release
+from confide.clients.cutoff import compute_until_cut_off
 from confide.clients.data.records import SiteRecords
 from confide.clients.participants import Participants, ParticipantSource
 from confide.clients.policy import SitePolicy
 from confide.clients.run import SiteRun, model_digest, state_digest
 from confide.clients.store import ModelState, SiteStore, Update
-from confide.errors import ConfideError, ConsentError, DataError, PolicyError, SealingError, StorageError
+from confide.errors import ConfideError, DataError, PolicyError, SealingError, StorageError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.consent import Registry, SiteKey
 from confide.privacy.digest import digest
-from confide.privacy.dp import Ledger, PrivacyEvent, SecureRandom
+from confide.privacy.dp import Ledger, SecureRandom
 from confide.privacy.dp.events import event_to_json
 from confide.privacy.sealing import Agreement
 from confide.protocol import messages as m
@@ -44,9 +44,7 @@ from confide.protocol.manifest import Manifest
 __all__ = ["Site"]
 
 _log = logging.getLogger(__name__)
-_CUT_OFF_ATTEMPTS = 5
 _NOT_AUTHENTIC = "a sum was not authentic: this site has left the run for good"
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +215,15 @@ class Site:
         model = self._apply(run, message.sums, request.chunks, before=round_)
         self._settle_unsent(run, round_)
         for event in run.manifest.charges(round_):
-            charge = self._charge(run, round_, event)
+            charge = f"{run.manifest.run}/{round_}/{event.role.value}"
             self.ledger.reserve(charge, event)
             self.log.append(
                 audit.Charged(run=run.manifest.run, round=round_, charge=charge, event=event_to_json(event))
             )
-        vector = self._compute_until_cut_off(run, round_, model)
+        vector, used, attempts = compute_until_cut_off(
+            run, round_, model, self.records, lambda: self.participants(run.manifest)
+        )
+        self._log_snapshot(run, round_, used, attempts)
         commitment = digest("commitment", secrets.token_bytes(32), vector.tobytes()).hex()
         reply = m.TrainReply(
             commitment=commitment, model=model_digest(model), state=state_digest(model),
@@ -234,7 +235,7 @@ class Site:
                 coordinator=header.checkpoint,
             )
         )  # fmt: skip
-        return _Answer(reply, _metric_chunks(model), update=Update(round_, vector))
+        return _Answer(reply, model.metric_chunks, update=Update(round_, vector))
 
     def _seal(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
         message, round_ = m.decode(m.SealRequest, header.type, request.body), header.round
@@ -268,23 +269,7 @@ class Site:
         )
         weights = model.weights.astype("<f4").tobytes()
         self.log.append(audit.ModelReleased(run=run.manifest.run, model=model_digest(model), sites=[], checkpoints=[]))
-        return _Answer(m.ReleaseReply(model=model_digest(model)), (weights, *_metric_chunks(model)))
-
-    # --- parts of steps ----------------------------------------------------------------------------------------
-
-    def _compute_until_cut_off(self, run: SiteRun, round_: int, model: ModelState) -> Floats:
-        """Compute, then look again: what was computed with a person who has withdrawn meanwhile is thrown away.
-
-        Nothing of an abandoned attempt leaves, so attempts share one charge.
-        """
-        for attempt in range(1, _CUT_OFF_ATTEMPTS + 1):
-            used = self.participants(run.manifest)
-            vector = run.compute(round_, model, self.records.units_of(used.train), self.records.units_of(used.held_out))
-            if used.still_covers(self.participants(run.manifest)):
-                self._log_snapshot(run, round_, used, attempt)
-                return vector
-        raise ConsentError("consent kept changing while the round was computed", where=f"site {self.name}",
-                           hint="the site abstains this round")  # fmt: skip
+        return _Answer(m.ReleaseReply(model=model_digest(model)), (weights, *model.metric_chunks))
 
     def _log_snapshot(self, run: SiteRun, round_: int, used: Participants, attempts: int) -> None:
         """A commitment of constant size in the federated log, the numbers in the local one."""
@@ -337,21 +322,27 @@ class Site:
                 self.log.append(audit.Settled(run=run.manifest.run, charge=charge, steps=0))
 
     def _commit(self, run: SiteRun, address: Address, request: Envelope, answer: _Answer) -> Envelope:
-        reply = seal_envelope(
-            self.identity,
-            address,
-            recipient=self.policy.coordinator,
-            type_=answer.message.TYPE,
-            body=answer.message.to_bytes(),
-            checkpoint=self.log.checkpoint().short,
-            chunks=answer.chunks,
-            request=request.digest,
-        )
+        reply = self._sign(address, request, answer.message, answer.chunks)
         self._store.commit_reply(
             run.manifest.run, address.round, address.step, request.digest, reply,
             update=answer.update, sealed=answer.sealed,
         )  # fmt: skip
         return reply
+
+    def _sign(
+        self, address: Address, request: Envelope, message: m.Message, chunks: tuple[bytes, ...] = ()
+    ) -> Envelope:
+        """A signed reply to the coordinator, with the state of the log as it is now."""
+        return seal_envelope(
+            self.identity,
+            address,
+            recipient=self.policy.coordinator,
+            type_=message.TYPE,
+            body=message.to_bytes(),
+            checkpoint=self.log.checkpoint().short,
+            chunks=chunks,
+            request=request.digest,
+        )
 
     def _refuse(self, header: Header, request: Envelope, error: ConfideError) -> Envelope:
         self.last_refusal = error
@@ -366,24 +357,13 @@ class Site:
         except StorageError as lost:
             self.last_refusal = lost
             raise
-        address = Address(**{f: getattr(header, f) for f in Address.model_fields})
-        return seal_envelope(
-            self.identity,
-            address,
-            recipient=self.policy.coordinator,
-            type_=answer.TYPE,
-            body=answer.to_bytes(),
-            checkpoint=self.log.checkpoint().short,
-            request=request.digest,
-        )
+        return self._sign(Address(**{f: getattr(header, f) for f in Address.model_fields}), request, answer)
 
     def _note_refusal(self, header: Header, error: ConfideError, answer: m.Refusal) -> None:
         self._local_log.append(audit.LocalRefusal(run=header.run, step=header.step, reason=str(error)))
         self.log.append(
             audit.Refused(run=header.run, round=header.round, step=header.step, party=self.name, reason=answer.reason)
         )
-
-    # --- look-ups ----------------------------------------------------------------------------------------------
 
     def _joining(self, header: Header, request: Envelope) -> SiteRun:
         if len(request.chunks) != 2:
@@ -417,11 +397,3 @@ class Site:
             known = SiteRun(manifest, self.name, self.records, self._rng, self._device, self.policy.coordinator)
             self._runs[manifest.run] = known
         return known
-
-    @staticmethod
-    def _charge(run: SiteRun, round_: int, event: PrivacyEvent) -> str:
-        return f"{run.manifest.run}/{round_}/{event.role.value}"
-
-
-def _metric_chunks(model: ModelState) -> tuple[bytes, ...]:
-    return () if model.metrics is None else (model.metrics.astype("<f8").tobytes(),)

@@ -55,6 +55,11 @@ class ModelState:
     state: tuple[NDArray[np.float64], ...]
     metrics: NDArray[np.float64] | None
 
+    @property
+    def metric_chunks(self) -> tuple[bytes, ...]:
+        """The opened metrics as they leave: float64, little endian; nothing where none are due."""
+        return () if self.metrics is None else (self.metrics.astype("<f8").tobytes(),)
+
 
 class SiteStore:
     """See the module. One writer: a site's agent is one process."""

@@ -9,11 +9,10 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from flwr.app import Message
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
@@ -25,22 +24,14 @@ from confide.privacy.sealing import Payload, make_profile
 from confide.privacy.sealing.transcript import transcript
 from confide.privacy.sealing.wrapping import usable
 from confide.protocol import messages as m
-from confide.protocol.envelope import EVERYBODY, Address, Envelope, Header, expect, seal_envelope, verify
-from confide.protocol.flower import from_records, to_records
+from confide.protocol.envelope import EVERYBODY, Envelope, Header, verify
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
+from confide.server.exchange import Exchange
 from confide.server.software import software_versions
 
 __all__ = ["Coordinator", "Released", "RoundOutcome"]
 
-_MESSAGE_TYPES = {
-    "join": "query.join",
-    "secret": "query.secret",
-    "keys": "query.keys",
-    "train": "train.train",
-    "seal": "train.seal",
-    "release": "query.release",
-}
 Floats = NDArray[np.float64]
 
 
@@ -131,13 +122,17 @@ class Coordinator:
         after_round: Callable[[RoundOutcome], None] = lambda _: None,
         timeout: float | None = None,
     ) -> None:
-        self._grid, self._identity, self.manifest, self._initial = grid, identity, manifest, initial_model
-        self._before_round, self._after_round, self._timeout = before_round, after_round, timeout
+        self._grid, self.manifest, self._initial = grid, manifest, initial_model
+        self._before_round, self._after_round = before_round, after_round
         self._profile = make_profile(manifest.sealing, len(manifest.members))
         self._progress = _Progress()
         self.log = log
-        #: Why sites did not take part, by site: public reasons only.
-        self.refusals: dict[str, m.Refusal] = {}
+        self._exchange = Exchange(grid, identity, manifest, log, timeout)
+
+    @property
+    def refusals(self) -> dict[str, m.Refusal]:
+        """Why sites did not take part, by site: public reasons only."""
+        return self._exchange.refusals
 
     def run(self) -> Released:
         """Run to the end.
@@ -165,8 +160,8 @@ class Coordinator:
 
     def _join(self) -> None:
         chunks = (self.manifest.to_bytes(), self._initial.astype("<f4").tobytes())
-        request = self._sign("join", 0, EVERYBODY, m.JoinRequest(), chunks)
-        for node, envelope in self._exchange("join", dict.fromkeys(self._grid.get_node_ids(), request)).items():
+        request = self._exchange.sign("join", 0, EVERYBODY, m.JoinRequest(), chunks)
+        for node, envelope in self._exchange.send("join", dict.fromkeys(self._grid.get_node_ids(), request)).items():
             for member in self.manifest.members:
                 try:
                     header = verify(envelope, bytes.fromhex(member.public_key), sender=member.site)
@@ -182,11 +177,11 @@ class Coordinator:
     def _joins(self, header: Header, envelope: Envelope, request: Envelope, site: str) -> bool:
         """Is this a reply that every other site will accept too? One site's nonsense must not end the run."""
         try:
-            reply = self._accept(header, envelope, request, "join", 0, site, m.JoinReply)
+            reply = self._exchange.accept(header, envelope, request, "join", 0, site, m.JoinReply)
             if reply is not None and (envelope.chunks or not usable(bytes.fromhex(reply.ephemeral))):
                 raise SealingError("a join reply that no site can use", where=f"site {site}")
         except SealingError as error:
-            self.refusals[site] = m.Refusal(kind="sealing", reason=error.what)
+            self._exchange.refusals[site] = m.Refusal(kind="sealing", reason=error.what)
             return False
         return reply is not None
 
@@ -195,16 +190,16 @@ class Coordinator:
         names = sorted(self._progress.joined)
         statements = tuple(m.Statement.of(s, self._progress.joined[s]) for s in names)
         for maker in names:
-            request = self._sign("secret", 0, maker, m.SecretRequest(statements=statements))
-            made = self._ask("secret", 0, {maker: request}, m.SecretReply)
+            request = self._exchange.sign("secret", 0, maker, m.SecretRequest(statements=statements))
+            made = self._exchange.ask("secret", 0, self._progress.nodes, {maker: request}, m.SecretReply)
             if maker in made and len(made[maker][0].chunks) == len(names):
                 break
         else:
             raise self._too_few("could make a run secret")
         envelope = made[maker][0]
         body = m.KeysRequest(statements=statements, made=m.Statement.of(maker, envelope))
-        requests = {s: self._sign("keys", 0, s, body, (envelope.chunks[i],)) for i, s in enumerate(names)}
-        agreed = self._ask("keys", 0, requests, m.KeysReply)
+        requests = {s: self._exchange.sign("keys", 0, s, body, (envelope.chunks[i],)) for i, s in enumerate(names)}
+        agreed = self._exchange.ask("keys", 0, self._progress.nodes, requests, m.KeysReply)
         if len({reply.secret for _, reply in agreed.values()}) > 1:
             raise SealingError("the sites hold different run secrets", where="key agreement")
         self._progress.nodes = {s: n for s, n in self._progress.nodes.items() if s in agreed}
@@ -215,7 +210,7 @@ class Coordinator:
         committed = self._train(round_)
         metrics_round, metrics = self._opened_metrics(committed)
         if len(committed) < self.manifest.min_sites:
-            if not committed and set(self.refusals) >= set(self._progress.nodes):
+            if not committed and set(self._exchange.refusals) >= set(self._progress.nodes):
                 raise self._too_few(f"took part in round {round_}")
             self._log_abandoned(round_, "too few sites trained")
             return RoundOutcome(round_, (), True, 0, metrics_round, metrics)
@@ -232,8 +227,10 @@ class Coordinator:
         for site in self._progress.nodes:
             missing = [s for s in self._progress.sums if s.round > self._progress.applied[site]]
             body = m.TrainRequest(sums=tuple(s.reference for s in missing))
-            requests[site] = self._sign("train", round_, site, body, tuple(c for s in missing for c in s.chunks))
-        replies = self._ask("train", round_, requests, m.TrainReply)
+            requests[site] = self._exchange.sign(
+                "train", round_, site, body, tuple(c for s in missing for c in s.chunks)
+            )
+        replies = self._exchange.ask("train", round_, self._progress.nodes, requests, m.TrainReply)
         models = {(reply.model, reply.state) for _, reply in replies.values()}
         if len(models) > 1:
             raise SealingError(
@@ -262,7 +259,13 @@ class Coordinator:
                 statements=[replies[s].digest for s in cohort], checkpoints=[headers[s].checkpoint for s in cohort],
             )
         )  # fmt: skip
-        sealed = self._ask("seal", round_, {s: self._sign("seal", round_, s, body) for s in cohort}, m.SealReply)
+        sealed = self._exchange.ask(
+            "seal",
+            round_,
+            self._progress.nodes,
+            {s: self._exchange.sign("seal", round_, s, body) for s in cohort},
+            m.SealReply,
+        )
         if set(sealed) != set(cohort) or any(reply.transcript != agreed for _, reply in sealed.values()):
             return None
         accumulator, uplink = self._profile.accumulator(self.manifest.vector_size(round_)), 0
@@ -272,7 +275,7 @@ class Coordinator:
             try:
                 accumulator.add(Payload(envelope.chunks, tuple(int(tag, 16) for tag in reply.tags)))
             except SealingError as error:
-                self.refusals[site] = m.Refusal(kind="sealing", reason=error.what)
+                self._exchange.refusals[site] = m.Refusal(kind="sealing", reason=error.what)
                 return None
         if self.manifest.trains_in(round_):
             self._progress.update_bytes.append(uplink / len(cohort) / self.manifest.layout.size)
@@ -285,8 +288,10 @@ class Coordinator:
         for site in self._progress.nodes:
             missing = [s for s in self._progress.sums if s.round > self._progress.applied[site]]
             body = m.ReleaseRequest(sums=tuple(s.reference for s in missing), statements=statements)
-            requests[site] = self._sign("release", round_, site, body, tuple(c for s in missing for c in s.chunks))
-        replies = self._ask("release", round_, requests, m.ReleaseReply)
+            requests[site] = self._exchange.sign(
+                "release", round_, site, body, tuple(c for s in missing for c in s.chunks)
+            )
+        replies = self._exchange.ask("release", round_, self._progress.nodes, requests, m.ReleaseReply)
         if not replies:
             raise self._too_few("released the model")
         models = {reply.model for _, reply in replies.values()} | {e.chunks[:1] for e, _ in replies.values()}
@@ -340,94 +345,8 @@ class Coordinator:
             self._progress.metrics_logged = latest
         return latest, values
 
-    def _ask(
-        self, step: str, round_: int, requests: Mapping[str, Envelope], kind: type[m._M]
-    ) -> dict[str, tuple[Envelope, m._M]]:
-        """Send a signed request to each site; authentic, positive replies come back by site."""
-        by_node = {self._progress.nodes[site]: (site, request) for site, request in requests.items()}
-        found: dict[str, tuple[Envelope, m._M]] = {}
-        for node, envelope in self._exchange(step, {n: r for n, (_, r) in by_node.items()}).items():
-            site, request = by_node[node]
-            member = self.manifest.member(site)
-            if member is None:
-                continue
-            try:
-                header = verify(envelope, bytes.fromhex(member.public_key), sender=site)
-                reply = self._accept(header, envelope, request, step, round_, site, kind)
-            except SealingError as error:
-                self.refusals[site] = m.Refusal(kind="sealing", reason=error.what)
-                continue
-            if reply is not None:
-                found[site] = (envelope, reply)
-        return found
-
-    def _accept(
-        self,
-        header: Header,
-        envelope: Envelope,
-        request: Envelope,
-        step: str,
-        round_: int,
-        site: str,
-        kind: type[m._M],
-    ) -> m._M | None:
-        expect(
-            header,
-            self._address(step, round_),
-            sender=site,
-            recipient=self._identity.name,
-            request=request.digest,
-        )
-        if header.type == m.Refusal.TYPE:
-            refusal = m.decode(m.Refusal, header.type, envelope.body)
-            self.refusals[site] = refusal
-            self.log.append(
-                audit.Refused(run=self.manifest.run, round=round_, step=step, party=site, reason=refusal.reason)
-            )
-            return None
-        return m.decode(kind, header.type, envelope.body)
-
-    def _exchange(self, step: str, requests: Mapping[int, Envelope]) -> dict[int, Envelope]:
-        outgoing: Sequence[Message] = [
-            # A record object of its own for each node: nodes must not share what they may change.
-            self._grid.create_message(to_records(request), _MESSAGE_TYPES[step], node, group_id=str(step))
-            for node, request in requests.items()
-        ]
-        found = {}
-        for reply in self._grid.send_and_receive(outgoing, timeout=self._timeout):
-            if reply.has_error():
-                continue
-            try:
-                found[reply.metadata.src_node_id] = from_records(reply.content)
-            except SealingError:
-                continue
-        return found
-
-    def _sign(self, step: str, round_: int, site: str, body: m.Message, chunks: tuple[bytes, ...] = ()) -> Envelope:
-        return seal_envelope(
-            self._identity,
-            self._address(step, round_),
-            recipient=site,
-            type_=body.TYPE,
-            body=body.to_bytes(),
-            checkpoint=self.log.checkpoint().short,
-            chunks=chunks,
-        )
-
-    def _address(self, step: str, round_: int) -> Address:
-        manifest = self.manifest
-        return Address(
-            federation=manifest.federation,
-            roster_version=manifest.roster_version,
-            run=manifest.run,
-            manifest=manifest.digest,
-            key_epoch=0,
-            round=round_,
-            step=step,
-        )
-
     def _too_few(self, what: str) -> ConfideError:
-        reasons = "; ".join(f"{site}: {r.reason}" for site, r in sorted(self.refusals.items())) or "no reply"
+        reasons = "; ".join(f"{site}: {r.reason}" for site, r in sorted(self._exchange.refusals.items())) or "no reply"
         return PeerError(
             f"fewer than {self.manifest.min_sites} sites {what} ({reasons})",
             where=f"run {self.manifest.run}",

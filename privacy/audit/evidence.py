@@ -48,6 +48,8 @@ class PartyLog:
     times: list[int] = field(default_factory=list)
     #: Root after each number of entries; `roots[n]` is that of the first n.
     roots: list[bytes] = field(default_factory=list)
+    #: False where reading stopped at a bad entry: what follows from missing entries then needs no finding of its own.
+    complete: bool = True
 
     def of(self, kind: type[r.Record]) -> Iterator[tuple[int, Any]]:
         """(entry number, record) of a kind."""
@@ -156,6 +158,7 @@ def _read(path: Path, party: str, findings: list[Finding]) -> PartyLog:
         data = path.read_bytes()
     except OSError as error:
         findings.append(Finding(party, None, f"the log cannot be read ({error.strerror})"))
+        log.complete = False
         return log
     if not data.endswith(b"\n") and data:
         findings.append(Finding(party, data.count(b"\n"), "is not complete"))
@@ -167,6 +170,7 @@ def _read(path: Path, party: str, findings: list[Finding]) -> PartyLog:
             log.roots.append(frontier.root())
     except AuditError as error:
         findings.append(Finding(party, len(log.entries), error.what))
+        log.complete = False
     return log
 
 

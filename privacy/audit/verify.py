@@ -61,7 +61,8 @@ def verify(folder: Path) -> Evidence:
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, ConfideError) as error:
             # A manifest can be signed and still be nonsense; that is a finding, not a crash.
             found.append(Finding(COORDINATOR, 0, f"the manifest makes no sense ({type(error).__name__})"))
-    found.sort(key=lambda f: (f.party != COORDINATOR, f.party, -1 if f.entry is None else f.entry))
+    # The first bad entry of a log first; what no single entry shows comes after.
+    found.sort(key=lambda f: (f.party != COORDINATOR, f.party, f.entry is None, f.entry or 0))
     return evidence
 
 
@@ -90,6 +91,8 @@ def _seen_checkpoints(evidence: Evidence) -> Iterator[Finding]:
     for log, seen, witness, number in sorted(claims, key=lambda c: _size(c[1])):
         size, root = _size(seen), seen.partition(":")[2]
         if log.party in reported:
+            continue
+        if not 0 <= size < len(log.roots) and not log.complete:
             continue
         if not 0 <= size < len(log.roots):
             reported.add(log.party)
@@ -133,7 +136,7 @@ def _cohorts(evidence: Evidence) -> Iterator[Finding]:
             yield Finding(COORDINATOR, number, "the transcript is not the hash of what was agreed")
         for site in members:
             log = evidence.sites.get(site)
-            if log is None:
+            if log is None or not log.complete:
                 continue
             sealed = [(n, e) for n, e in log.of(r.Sealed) if e.round == cohort.round]
             if cohort.round not in opened:

@@ -478,7 +478,8 @@ def chromium() -> str:
     """A browser. In CI it must be there; elsewhere one attempt is made to install it."""
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None and os.environ.get("CI", "").lower() != "true":
-        subprocess.run(["apt-get", "install", "-y", "chromium"], capture_output=True, check=False, timeout=300)
+        command = "apt-get update -qq && apt-get install -y -qq chromium"
+        subprocess.run(["sh", "-c", command], capture_output=True, check=False, timeout=300)
         found = shutil.which("chromium")
     if found is None:
         pytest.fail("no Chromium: apt-get install -y chromium", pytrace=False)
