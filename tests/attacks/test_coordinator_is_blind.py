@@ -222,6 +222,16 @@ def test_what_is_planted_in_the_coordinator_is_found(watched: Watched, name: str
     assert name not in watched.found[2]
 
 
+def test_the_coordinators_files_hold_no_secret_update_or_sum(watched: Watched) -> None:
+    watched.coordinator.run()
+    log = watched.coordinator.log.path
+    files = [path.read_bytes() for path in (log, log.with_suffix(".checkpoint"))]
+    assert all(files)
+    assert watched.secrets.found_in(files, set()) == set()
+    planted = [*files, b"line " + watched.secrets.blobs["MAC key"].hex().encode()]
+    assert watched.secrets.found_in(planted, set()) == {"MAC key"}, "the control"
+
+
 def test_in_an_open_run_the_coordinator_does_hold_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another control, without planting: the profile that hides nothing."""
     with open_federation(tmp_path / "f", sealing={"profile": "open"}) as federation:
