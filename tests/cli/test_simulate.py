@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import signal
 import subprocess
@@ -244,6 +246,32 @@ def test_the_installed_script_runs_and_prints_its_completion(folder: Path) -> No
     assert list(json.loads(out)) == RESULT_KEYS
     assert "round 1/1" in err
     assert load_model(folder / "out" / "model.safetensors").card.run == json.loads(out)["run_id"]
+
+
+def test_on_a_terminal_a_bar_tells_the_round_and_what_it_has_cost(folder: Path) -> None:
+    """Under a pseudo-terminal: what a person sees there is drawn by other code than what a script reads."""
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [SCRIPT, "simulate", "experiment.toml", "--out", "out"], cwd=folder, stdin=subprocess.DEVNULL,
+        stdout=terminal, stderr=terminal, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            part = os.read(controller, 65_536)
+        except OSError:  # the terminal is gone with its last user
+            break
+        if not part:
+            break
+        shown += part
+    os.close(controller)
+    assert process.wait(timeout=60) == 0, shown.decode()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert "training" in text
+    assert re.search(r"round 3/3  ε 4\.00", text)
+    assert "Traceback" not in text
+    assert "written to out" in text
 
 
 def test_interrupted_in_the_middle_it_says_so_and_what_was_charged_stays_charged(folder: Path) -> None:

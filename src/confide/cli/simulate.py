@@ -96,7 +96,7 @@ class _RoundDisplay:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("round {task.completed:.0f}/{task.total:.0f}  {task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             console=err,
             transient=True,
@@ -121,12 +121,12 @@ class _RoundDisplay:
             note += f"  (released of round {progress.released_round}: {shown})"
         if progress.abandoned:
             note += "  (round abandoned)"
+        line = f"round {progress.round}/{progress.rounds}  {note}"
         if err.is_terminal:
-            self._bar.update(
-                self._task, description="training", completed=progress.round, total=progress.rounds, note=note
-            )
+            done, all_ = progress.round, progress.rounds
+            self._bar.update(self._task, description="training", completed=done, total=all_, note=line)
         else:
-            err.print(f"round {progress.round}/{progress.rounds}  {note}", soft_wrap=True)
+            err.print(line, soft_wrap=True)
 
 
 def _show_plan(plan: Plan) -> None:
