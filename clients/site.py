@@ -246,13 +246,13 @@ class Site:
         update = self._store.pending(run.manifest.run, round_)
         if update is None:
             raise SealingError(f"there is no update of round {round_} left to seal", where=f"run {run.manifest.run}")
+        payload = run.keys.session.seal(update.vector, run.segments(round_), Agreement(message.cohort, agreed))
         self.log.append(
             audit.Sealed(
                 run=run.manifest.run, round=round_, cohort=list(message.cohort), transcript=agreed,
                 coordinator=header.checkpoint,
             )
         )  # fmt: skip
-        payload = run.keys.session.seal(update.vector, run.segments(round_), Agreement(message.cohort, agreed))
         tags = tuple(f"{tag:x}" for tag in payload.tags)
         return _Answer(m.SealReply(transcript=agreed, tags=tags), payload.chunks, sealed=agreed)
 

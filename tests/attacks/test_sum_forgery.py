@@ -360,20 +360,27 @@ def test_sums_that_a_late_site_replays_cannot_be_put_in_another_order(federation
     assert federation.model("ash").weights.tobytes() == before
 
 
-def test_a_sum_of_updates_cannot_be_passed_off_as_metrics_and_so_reach_the_coordinator(federation: Federation) -> None:
+@pytest.mark.parametrize("bound", [True, False], ids=["bound to its round", "the control: not bound"])
+def test_a_sum_of_updates_cannot_be_passed_off_as_metrics_and_so_reach_the_coordinator(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, bound: bool
+) -> None:
+    """All sites are at the end, so that nothing but the binding of a sum to its round stands in the way."""
     first = federation.round(1)
     last = federation.manifest.rounds + 1
-    federation.train(last, first)
+    ended = federation.train(last, first)
     run = federation.sites["ash"]._runs[federation.manifest.run]
     secret_sum = run.keys.session.open(_payload(first), run.segments(1), _agreement(first))
     moved = relabelled(first, last)
-    answer = federation.ask("ash", "release", last + 1, federation.release_request(moved), moved.chunks)
-    if not is_refusal(answer):
+    if not bound:
+        monkeypatch.setattr("confide.clients.run.transcript", lambda *_: moved.reference.transcript)
+    answer = federation.ask("ash", "release", last + 1, federation.release_request(moved, ended=ended), moved.chunks)
+    assert is_refusal(answer) is bound
+    if not bound:
         segment, scaled = run.segments(1)[0], run.segments(last)[0]
         metrics = np.frombuffer(answer.chunks[1], dtype="<f8")[: len(secret_sum)]
         integers = (metrics - 4 * scaled.low) / (scaled.high - scaled.low)
         recovered = integers * (segment.high - segment.low) + 4 * segment.low
-        pytest.fail(f"the coordinator holds the sum of the updates: {np.abs(recovered - secret_sum).max():.1e} off")
+        assert np.allclose(recovered, secret_sum), "the coordinator holds the sum of the updates"
 
 
 def test_without_tags_an_old_sum_is_applied_twice(federation: Federation, no_tags: Callable[[], None]) -> None:
