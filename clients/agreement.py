@@ -9,11 +9,12 @@ from __future__ import annotations
 from confide.clients.run import SiteRun, model_digest, state_digest
 from confide.clients.store import ModelState
 from confide.errors import SealingError
+from confide.privacy.sealing import Agreement
 from confide.privacy.sealing.transcript import transcript
-from confide.protocol.envelope import expect, verify
-from confide.protocol.messages import ReleaseRequest, SealRequest, Statement, TrainReply, decode
+from confide.protocol.messages import ReleaseRequest, SealReply, SealRequest, Statement, TrainReply, UnlockRequest
+from confide.protocol.statements import signed_reply
 
-__all__ = ["agree", "agree_to_release"]
+__all__ = ["agree", "agree_to_release", "agree_to_unlock"]
 
 
 def agree(
@@ -25,6 +26,7 @@ def agree(
     own_reply: str | None,
     min_sites: int,
     coordinator: str,
+    attempt: int = 0,
 ) -> str:
     """The transcript X.
 
@@ -36,6 +38,7 @@ def agree(
         own_reply: Digest of this site's own `train` reply of the round; None where it gave none.
         min_sites: The site's own policy; the manifest's threshold holds as well.
         coordinator: Whom the replies were addressed to.
+        attempt: Which attempt to seal the round this is.
 
     Raises:
         SealingError: The cohort is too small, not this site's, or its members disagree.
@@ -57,7 +60,7 @@ def agree(
         digests[site] = name
     if own_reply is None or digests.get(run.site) != own_reply:
         raise SealingError("the cohort does not hold this site's own reply", where=where)
-    return transcript(manifest.digest, manifest.roster_version, 0, round_, digests)
+    return transcript(manifest.digest, manifest.roster_version, run.keys.epoch, round_, digests, attempt)
 
 
 def agree_to_release(
@@ -78,12 +81,28 @@ def agree_to_release(
             raise SealingError(f"{statement.site} ended with another model than this site", where=where)
 
 
+def agree_to_unlock(
+    run: SiteRun, round_: int, attempt: int, message: UnlockRequest, *, sealed: str | None, coordinator: str
+) -> Agreement:
+    """Has every member of this attempt's cohort sealed it, under the transcript that this site sealed it under?
+
+    Raises:
+        SealingError: No: this site's own mask stays.
+    """
+    where = f"run {run.manifest.run}, round {round_}"
+    cohort = tuple(statement.site for statement in message.statements)
+    if sealed is None or list(cohort) != sorted(set(cohort)) or len(cohort) < run.manifest.min_sites:
+        raise SealingError("there is no attempt of this cohort to unlock", where=where)
+    place = run.address(round_, "seal", attempt=attempt)
+    for statement in message.statements:
+        reply = signed_reply(run.manifest, statement, statement.site, place, coordinator, SealReply)
+        if reply.transcript != sealed:
+            raise SealingError(f"{statement.site} sealed something else than this site", where=where)
+    return Agreement(cohort, sealed, self_masked=True)
+
+
 def _train_reply(run: SiteRun, round_: int, statement: Statement, coordinator: str) -> tuple[TrainReply, str]:
     """A roster member's signed `train` reply of a round, verified, and the digest that names it."""
-    member = run.manifest.member(statement.site)
-    if member is None:
-        raise SealingError(f"{statement.site[:64]} is not in the roster", where=f"run {run.manifest.run}")
-    envelope = statement.envelope()
-    signed = verify(envelope, bytes.fromhex(member.public_key), sender=statement.site, with_chunks=False)
-    expect(signed, run.address(round_, "train"), sender=statement.site, recipient=coordinator)
-    return decode(TrainReply, signed.type, envelope.body), envelope.digest
+    place = run.address(round_, "train")
+    reply = signed_reply(run.manifest, statement, statement.site, place, coordinator, TrainReply)
+    return reply, statement.envelope().digest

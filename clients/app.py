@@ -1,4 +1,4 @@
-"""The Flower ClientApp: six message types, each answered by the site that lives on this node."""
+"""The Flower ClientApp: seven message types, each answered by the site that lives on this node."""
 
 from __future__ import annotations
 
@@ -61,6 +61,10 @@ def make_client_app(find_site: Callable[[Context], Site]) -> ClientApp:
     @app.train("seal")
     def seal(message: Message, context: Context) -> Message:
         return answer("seal", message, context)
+
+    @app.train("unlock")
+    def unlock(message: Message, context: Context) -> Message:
+        return answer("unlock", message, context)
 
     @app.query("release")
     def release(message: Message, context: Context) -> Message:

@@ -1,23 +1,30 @@
-"""A site's keys for one run: its ephemeral X25519 key, its peers' authenticated ones, and the run secret.
+"""A site's keys for one run: its ephemeral X25519 key, its peers' authenticated ones, the run secret, and the key that
+its own state of the run is encrypted under.
 
 Invariants:
 1. An ephemeral key counts only inside its owner's signed `join` reply, checked against the roster.
-2. The run secret counts only inside its maker's signed `secret` reply, and only at this site's own position in it.
-3. Nothing of this is ever written to a disk; a site whose process ends has left the run.
+2. The run secret counts only inside its maker's signed `secret` reply, at this site's own place in it, for one epoch.
+3. They touch a disk only in a vault, if the operator gave one a passphrase; without it a site whose process ends has
+   left the run. Destroyed means gone from both.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 from collections.abc import Sequence
 
 from confide.errors import SealingError
+from confide.privacy.atrest import new_key
 from confide.privacy.digest import framed
 from confide.privacy.sealing import Profile, Session
+from confide.privacy.sealing.vault import Vault
 from confide.privacy.sealing.wrapping import new_ephemeral, unwrap, wrap
 from confide.protocol.envelope import Address, expect, verify
 from confide.protocol.manifest import Manifest
 from confide.protocol.messages import JoinReply, SecretReply, Statement, decode
+from confide.protocol.statements import signed_reply
 
 __all__ = ["RunKeys"]
 
@@ -30,13 +37,24 @@ class RunKeys:
         site: This site's name.
         profile: The run's profile.
         coordinator: The coordinator's name: signed replies are addressed to it.
+        vault: Where keys are kept across restarts; None: in memory only.
     """
 
-    def __init__(self, manifest: Manifest, site: str, profile: Profile, coordinator: str) -> None:
+    def __init__(
+        self, manifest: Manifest, site: str, profile: Profile, coordinator: str, vault: Vault | None = None
+    ) -> None:
         self._manifest, self._site, self._profile, self._coordinator = manifest, site, profile, coordinator
-        self._private, self.public = new_ephemeral()
-        self._session: Session | None = None if profile.keyed else profile.session(site, b"", b"", {})
-        self._destroyed = False
+        self._vault, self._session, self._destroyed = vault, None, False
+        #: Which run secret is in force; secrets are numbered from 0.
+        self.epoch = 0
+        self._entry = f"run-{hashlib.sha256(manifest.digest.encode()).hexdigest()[:32]}"
+        if not self._restore():
+            self._private, self.public = new_ephemeral()
+            self._storage = new_key()
+        if not profile.keyed:
+            self._session = profile.session(site, b"", b"", {})
+
+    _session: Session | None
 
     @property
     def session(self) -> Session:
@@ -47,27 +65,49 @@ class RunKeys:
         """
         if self._session is None or self._destroyed:
             raise SealingError("this site holds no keys for the run", where=f"site {self._site}",
-                               hint="they live in memory only: a restarted site waits for the next run")  # fmt: skip
+                               hint="a site restarted without a vault waits for the next run")  # fmt: skip
         return self._session
+
+    @property
+    def destroyed(self) -> bool:
+        """Are the keys gone for good?"""
+        return self._destroyed
+
+    @property
+    def storage(self) -> bytes:
+        """The key that this site's own state of the run is encrypted under.
+
+        Raises:
+            SealingError: It was destroyed.
+        """
+        if self._destroyed:
+            raise SealingError("the run's keys were destroyed", where=f"site {self._site}")
+        return self._storage
+
+    def save(self) -> None:
+        """Put what is held into the vault, where there is one."""
+        self._save(b"", {})
 
     def make_secret(self, address: Address, statements: Sequence[Statement]) -> tuple[bytes, ...]:
         """A fresh run secret, wrapped for every participant, in the order of their names."""
         peers = self._peers(address, statements)
         secret = self._profile.make_secret()
-        return tuple(wrap(secret, peers[site], self._info(self._site, site)) for site in sorted(peers))
+        return tuple(
+            wrap(secret, peers[site], self._info(address.key_epoch, self._site, site)) for site in sorted(peers)
+        )
 
     def accept(
         self, address: Address, statements: Sequence[Statement], made: Statement, maker: str, wrapped: bytes
     ) -> str:
-        """Take the run secret that `maker` wrapped for this site.
+        """Take the run secret that `maker` wrapped for this site; `address.key_epoch` numbers it.
 
         Returns:
             The secret's digest.
 
         Raises:
-            SealingError: A signature, the position, or the wrap is not right, or another secret was taken before.
+            SealingError: A signature, the position, the epoch or the wrap is not right, or another secret was taken.
         """
-        peers = self._peers(address, statements)
+        peers, epoch = self._peers(address, statements), address.key_epoch
         member = self._manifest.member(maker)
         if member is None or maker not in peers or self._site not in peers:
             raise SealingError("a run secret from outside the participants", where=f"site {maker}")
@@ -79,18 +119,23 @@ class RunKeys:
         position = sorted(peers).index(self._site)
         if len(header.chunks) != len(peers) or hashlib.sha256(wrapped).hexdigest() != header.chunks[position]:
             raise SealingError("is not what its maker signed for this site", where="run secret")
-        secret = unwrap(wrapped, self._private, self._info(maker, self._site))
+        secret = unwrap(wrapped, self._private, self._info(epoch, maker, self._site))
         session = self._profile.session(self._site, secret, self._private, peers)
-        if self._session is not None and self._session.secret_digest != session.secret_digest:
+        older = self._session is not None and epoch < self.epoch
+        if older or (self._session and epoch == self.epoch and self._session.secret_digest != session.secret_digest):
             raise SealingError("another run secret was accepted before", where=f"site {self._site}")
-        self._session = session
+        self._session, self.epoch = session, epoch
+        self._save(secret, peers)
         return session.secret_digest
 
     def destroy(self) -> None:
         """Forget everything; final."""
         if self._session is not None:
             self._session.destroy()
-        self._private, self._destroyed = b"", True
+        if self._vault is not None:
+            self._vault.destroy(self._entry)
+        self._private = self._storage = b""
+        self._destroyed = True
 
     def _peers(self, address: Address, statements: Sequence[Statement]) -> dict[str, bytes]:
         """Ephemeral public keys from signed `join` replies.
@@ -98,24 +143,43 @@ class RunKeys:
         Raises:
             SealingError: One is not authentic, or appears twice.
         """
-        place = address.model_copy(update={"step": "join", "round": 0})
+        place = address.model_copy(update={"step": "join", "round": 0, "key_epoch": 0})
         found: dict[str, bytes] = {}
         for statement in statements:
-            envelope = statement.envelope()
-            member = self._manifest.member(statement.site)
-            if member is None or statement.site in found:
-                raise SealingError("is not in the roster, or appears twice", where=f"site {statement.site}")
-            header = verify(envelope, bytes.fromhex(member.public_key), sender=statement.site, with_chunks=False)
-            expect(header, place, sender=statement.site, recipient=self._coordinator)
-            found[statement.site] = bytes.fromhex(decode(JoinReply, header.type, envelope.body).ephemeral)
+            if statement.site in found:
+                raise SealingError("appears twice", where=f"site {statement.site}")
+            reply = signed_reply(self._manifest, statement, statement.site, place, self._coordinator, JoinReply)
+            found[statement.site] = bytes.fromhex(reply.ephemeral)
         if found.get(self._site) != self.public or len(found) < self._manifest.min_sites:
             raise SealingError(
                 "this site's own key is not among at least min_sites participants", where="key agreement"
             )
         return found
 
-    def _info(self, maker: str, recipient: str) -> bytes:
+    def _info(self, epoch: int, maker: str, recipient: str) -> bytes:
         manifest = self._manifest
-        return b"confide/1/run-secret" + framed(
-            (manifest.digest.encode(), str(manifest.roster_version).encode(), b"0", maker.encode(), recipient.encode())
-        )
+        place = (manifest.digest, str(manifest.roster_version), str(epoch), maker, recipient)
+        return b"confide/1/run-secret" + framed(part.encode() for part in place)
+
+    def _save(self, secret: bytes, peers: dict[str, bytes]) -> None:
+        if self._vault is None:
+            return
+        held = {"private": self._private, "public": self.public, "storage": self._storage, "secret": secret, **{
+            f"peer {site}": key for site, key in peers.items()
+        }}  # fmt: skip
+        tree = {"epoch": self.epoch, "keys": {name: base64.b64encode(key).decode() for name, key in held.items()}}
+        self._vault.save(self._entry, json.dumps(tree).encode())
+
+    def _restore(self) -> bool:
+        """Take over what an earlier process of this site left in the vault."""
+        data = self._vault.load(self._entry) if self._vault is not None else None
+        if data is None:
+            return False
+        tree = json.loads(data)
+        keys = {name: base64.b64decode(key) for name, key in tree["keys"].items()}
+        self._private, self.public, self._storage = keys["private"], keys["public"], keys["storage"]
+        self.epoch = int(tree["epoch"])
+        if keys["secret"]:
+            peers = {name.removeprefix("peer "): key for name, key in keys.items() if name.startswith("peer ")}
+            self._session = self._profile.session(self._site, keys["secret"], self._private, peers)
+        return True

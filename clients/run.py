@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from confide.clients.data.preprocess import encoded_width
 from confide.clients.data.records import SiteRecords
 from confide.clients.keys import RunKeys
+from confide.clients.ranges import segments
 from confide.clients.store import ModelState
 from confide.clients.training.admission import admit_model
 from confide.clients.training.models import build_model, layout_of
@@ -20,9 +21,11 @@ from confide.privacy.dp import SecureRandom
 from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.sealing import Agreement, Payload, Segment, make_profile
 from confide.privacy.sealing.transcript import transcript
+from confide.privacy.sealing.vault import Vault
 from confide.protocol.envelope import Address
 from confide.protocol.manifest import Manifest
-from confide.protocol.messages import SumReference
+from confide.protocol.messages import SumReference, UnlockReply
+from confide.protocol.statements import signed_reply
 from confide.strategies import StepInput, make_strategy
 
 __all__ = ["SiteRun", "model_digest", "state_digest"]
@@ -31,15 +34,22 @@ Floats = NDArray[np.float64]
 
 
 class SiteRun:
-    """Everything a site derives from the manifest. Holds no state that a restart must keep."""
+    """Everything a site derives from the manifest, and its keys; a restart makes it anew."""
 
     def __init__(
-        self, manifest: Manifest, site: str, records: SiteRecords, rng: SecureRandom, device: str, coordinator: str
+        self,
+        manifest: Manifest,
+        site: str,
+        records: SiteRecords,
+        rng: SecureRandom,
+        device: str,
+        coordinator: str,
+        vault: Vault | None = None,
     ) -> None:
-        self.manifest, self.site, self._rng = manifest, site, rng
+        self.manifest, self.site, self._rng, self._coordinator = manifest, site, rng, coordinator
         self.profile = make_profile(manifest.sealing, len(manifest.members))
         self.strategy = make_strategy(manifest.strategy)
-        self.keys = RunKeys(manifest, site, self.profile, coordinator)
+        self.keys = RunKeys(manifest, site, self.profile, coordinator, vault)
         inputs, outputs = encoded_width(manifest.schema_), manifest.label.outputs
         model = build_model(manifest.model, inputs, outputs)
         if layout_of(model) != manifest.layout or records.inputs != inputs:
@@ -58,13 +68,22 @@ class SiteRun:
             population=member.population,
         )
         self.trainer = LocalTrainer(model, records, plan, choose_device(device), rng)
+        #: The round and the update that waits to be sealed. Never on a disk.
+        self.pending: tuple[int, Floats] | None = None
 
-    def address(self, round_: int, step: str) -> Address:
-        """Where a message of this run belongs."""
+    def destroy(self) -> None:
+        """Forget every key, and an update that waits."""
+        self.pending = None
+        self.keys.destroy()
+
+    def address(self, round_: int, step: str, *, epoch: int | None = None, attempt: int = 0) -> Address:
+        """Where a message of this run belongs; the key epoch is the one in force unless another is named."""
         manifest = self.manifest
+        in_force = 0 if step == "join" else self.keys.epoch
         return Address(
             federation=manifest.federation, roster_version=manifest.roster_version, run=manifest.run,
-            manifest=manifest.digest, key_epoch=0, round=round_, step=step,
+            manifest=manifest.digest, key_epoch=in_force if epoch is None else epoch, round=round_, step=step,
+            attempt=attempt,
         )  # fmt: skip
 
     def compute(self, round_: int, model: ModelState, train: NDArray[np.int64], held_out: NDArray[np.int64]) -> Floats:
@@ -86,30 +105,8 @@ class SiteRun:
         return np.concatenate(parts)
 
     def segments(self, round_: int) -> list[Segment]:
-        """Public ranges of a round's vector, from the manifest alone, the same at every site.
-
-        A step moves the weights by at most lr · C (everybody drawn pulls the same way, at the expected number of
-        draws) plus noise of standard deviation lr · σ · C / (q N); Adam's step is below 3.2 · lr (Kingma, Ba 2015,
-        with β = 0.9, 0.999). Half as much again and eight standard deviations are left for the unexpected; what still
-        lies outside is clipped after the noise, which costs accuracy, never privacy.
-        """
-        manifest, training, found = self.manifest, self.manifest.training, []
-        smallest = min(m.population for m in manifest.members)
-        if manifest.trains_in(round_):
-            steps, lr, clip = training.local_steps, training.learning_rate, manifest.privacy.max_grad_norm
-            noise = manifest.noise_multiplier * clip * steps**0.5 / (manifest.privacy.sample_rate * smallest)
-            pull = (
-                3.2 * steps
-                if training.optimizer == "adam"
-                else (1.5 * clip * steps + 8 * noise) / (1 - training.momentum)
-            )
-            bound = lr * pull * max(manifest.weight(m.site) for m in manifest.members)
-            found.append(Segment(manifest.layout.size, -bound, bound))
-        if size := manifest.metric_width(round_):
-            spread = 8 * SENSITIVITY * manifest.metrics_noise_multiplier
-            largest = max(m.population for m in manifest.members)
-            found.append(Segment(size, -spread - 1, largest + spread + 1))
-        return found
+        """Public ranges of a round's vector."""
+        return segments(self.manifest, round_)
 
     def apply(self, model: ModelState, reference: SumReference, chunks: Sequence[bytes]) -> ModelState:
         """The replicated strategy step for one opened sum.
@@ -123,20 +120,34 @@ class SiteRun:
             raise SealingError("a sum over a cohort that this run does not allow", where=f"round {reference.round}")
         # The transcript holds the round: a sum cannot be passed off as that of another one.
         statements = dict(zip(cohort, reference.statements, strict=False))
-        bound = transcript(self.manifest.digest, self.manifest.roster_version, 0, reference.round, statements)
+        manifest, attempt = self.manifest, reference.attempt
+        bound = transcript(
+            manifest.digest, manifest.roster_version, self.keys.epoch, reference.round, statements, attempt
+        )
         if len(reference.statements) != len(cohort) or reference.transcript != bound:
             raise SealingError("a sum whose transcript is not of this round", where=f"round {reference.round}")
         total = Payload(tuple(chunks), tuple(int(tag, 16) for tag in reference.tags))
-        agreement = Agreement(cohort, reference.transcript)
-        opened = self.keys.session.open(total, self.segments(reference.round), agreement)
+        opened = self.keys.session.open(total, self.segments(reference.round), self._agreement(reference))
+        values = opened.values
         size = self.manifest.metric_width(reference.round)
-        metrics = opened[len(opened) - size :] if size else None
+        metrics = values[len(values) - size :] if size else None
         weights, state = model.weights, model.state
         if self.manifest.trains_in(reference.round):
             weight = sum(self.manifest.weight(site) for site in cohort)
-            update = opened[: self.manifest.layout.size]
+            update = values[: self.manifest.layout.size]
             weights, state = self.strategy.step(StepInput(weights, update, weight, state))
-        return ModelState(reference.round, weights, state, metrics)
+        return ModelState(reference.round, weights, state, metrics, opened.saturated)
+
+    def _agreement(self, reference: SumReference) -> Agreement:
+        """What a sum claims to be bound to; unlocked seeds count only inside their owners' signed replies."""
+        seeds = []
+        for site, statement in zip(reference.cohort, reference.unlocked, strict=False):
+            place = self.address(reference.round, "unlock", attempt=reference.attempt)
+            reply = signed_reply(self.manifest, statement, site, place, self._coordinator, UnlockReply)
+            if reply.transcript != reference.transcript:
+                raise SealingError("a seed that was unlocked for another sum", where=f"round {reference.round}")
+            seeds.append(bytes.fromhex(reply.seed))
+        return Agreement(reference.cohort, reference.transcript, self.manifest.sealing.retry, tuple(seeds))
 
 
 def model_digest(model: ModelState) -> str:

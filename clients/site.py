@@ -4,7 +4,8 @@ Invariants (DESIGN's promises, as kept here):
 1. *No consent, no gradient*: a snapshot is taken for every round and again at the cut-off, just before the site
    commits to its update; if anybody used has lost consent meanwhile, the update is computed anew.
 2. *No budget, no update*: the round's charges are durable before a record is read for it.
-3. *At most one cohort a round*, durably; only for a cohort of the run's size whose digests all agree.
+3. *At most one cohort a round*, durably; only for a cohort of the run's size whose digests all agree. Where the run
+   retries, one attempt a round is unlocked, ever. An update lives in memory only: nothing restored can seal it again.
 4. *Nothing unsaid leaves*: only the messages of `confide.protocol.messages`; a refusal whose reason is not public is
    the uniform `abstains`.
 5. The same request gets the stored answer; nothing is trained or charged twice.
@@ -13,29 +14,24 @@ Invariants (DESIGN's promises, as kept here):
 from __future__ import annotations
 
 import logging
-import secrets
 import sqlite3
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from pydantic import ValidationError
 
-from confide.clients.agreement import agree, agree_to_release
-from confide.clients.cutoff import compute_until_cut_off
 from confide.clients.data.records import SiteRecords
 from confide.clients.participants import Participants, ParticipantSource
 from confide.clients.policy import SitePolicy
-from confide.clients.run import SiteRun, model_digest, state_digest
-from confide.clients.store import ModelState, SiteStore, Update
+from confide.clients.rounds import NOT_AUTHENTIC, Answer, RoundSteps
+from confide.clients.run import SiteRun, model_digest
+from confide.clients.store import ModelState, SiteStore
 from confide.errors import ConfideError, DataError, PolicyError, SealingError, StorageError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.consent import Registry, SiteKey
-from confide.privacy.digest import digest
 from confide.privacy.dp import Ledger, SecureRandom
-from confide.privacy.dp.events import event_to_json
-from confide.privacy.sealing import Agreement
+from confide.privacy.sealing.vault import Vault
 from confide.protocol import messages as m
 from confide.protocol.envelope import EVERYBODY, Address, Envelope, Header, expect, seal_envelope, verify
 from confide.protocol.identity import Identity
@@ -44,17 +40,6 @@ from confide.protocol.manifest import Manifest
 __all__ = ["Site"]
 
 _log = logging.getLogger(__name__)
-_NOT_AUTHENTIC = "a sum was not authentic: this site has left the run for good"
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """A reply before it is signed, and the effect that must be durable with it."""
-
-    message: m.Message
-    chunks: tuple[bytes, ...] = ()
-    update: Update | None = None
-    sealed: str | None = None
 
 
 class Site:
@@ -71,6 +56,7 @@ class Site:
         log: Its federated log: nothing in it depends on one person, and it may travel.
         local_log: Its local log: exact numbers and full reasons; never leaves.
         device: `auto`, `cpu`, `cuda:N`.
+        vault: Where run keys are kept across restarts; None: in memory only.
     """
 
     def __init__(
@@ -86,13 +72,22 @@ class Site:
         log: Log,
         local_log: Log,
         device: str = "auto",
+        vault: Vault | None = None,
     ) -> None:
         self.identity, self.policy, self.records, self.ledger = identity, policy, records, ledger
         self._registry, self._key, self._store, self._device = registry, key, store, device
-        self.log, self._local_log = log, local_log
+        self.log, self._local_log, self._vault = log, local_log, vault
         self._rng = SecureRandom()
         self._runs: dict[str, SiteRun] = {}
         self._sources: dict[tuple[str, float], ParticipantSource] = {}
+        self._rounds = RoundSteps(
+            policy=lambda: self.policy, records=records, participants=self.participants, ledger=ledger, store=store,
+            log=log, local_log=local_log,
+        )  # fmt: skip
+        self._steps: dict[str, Callable[[SiteRun, Header, Envelope], Answer]] = {
+            "join": self._join, "secret": self._secret, "keys": self._keys, "train": self._rounds.train,
+            "seal": self._rounds.seal, "unlock": self._rounds.unlock, "release": self._rounds.release,
+        }  # fmt: skip
         #: The latest refusal with its full reason, for the operator; only shareable reasons are sent.
         self.last_refusal: ConfideError | None = None
 
@@ -122,8 +117,12 @@ class Site:
             )
 
     def current_model(self, run: str) -> ModelState:
-        """The replicated model of a run, for this site's own use."""
-        return self._store.model(run)
+        """The replicated model of a run under way, for this site's own use.
+
+        Raises:
+            SealingError: The run is over for this site: its keys, and with them this copy, are gone.
+        """
+        return self._store.model(run, self._runs[run].keys.storage)
 
     def participants(self, manifest: Manifest) -> Participants:
         """Who may take part right now. For the site's own use: it never leaves."""
@@ -158,19 +157,28 @@ class Site:
         if header.step != step:
             raise SealingError("was sent as another step than it was signed for", where=f"site {self.name}")
         try:
-            stored = self._store.stored_reply(header.run, header.round, header.step, request.digest)
+            stored = self._store.stored_reply(_place(header), request.digest)
             if stored is not None:
                 return stored
             if self._store.stopped(header.run) is not None:
-                raise SealingError(_NOT_AUTHENTIC, where=f"run {header.run}")
+                raise SealingError(NOT_AUTHENTIC, where=f"run {header.run}")
             run = self._joining(header, request) if step == "join" else self._joined(header)
-            address = run.address(header.round, header.step)
+            making_keys = header.step in ("secret", "keys")
+            address = run.address(
+                header.round, header.step,
+                epoch=header.key_epoch if making_keys else None,
+                attempt=header.attempt if header.step in ("seal", "unlock") else 0,
+            )  # fmt: skip
             recipient = EVERYBODY if step == "join" else self.name
             expect(header, address, sender=self.policy.coordinator, recipient=recipient, request="")
+            if making_keys and self._store.latest_round(header.run) > 0:
+                raise SealingError("keys are agreed on before the first round only", where=f"run {header.run}")
             if step in ("join", "secret", "keys") and header.round != 0:
                 raise SealingError("keys are agreed on before the first round only", where=f"run {header.run}")
-            handler: Callable[[SiteRun, Header, Envelope], _Answer] = getattr(self, f"_{step}")
-            return self._commit(run, address, request, handler(run, header, request))
+            reply = self._commit(run, address, request, self._steps[step](run, header, request))
+            if step == "release":
+                self._rounds.end(run)
+            return reply
         except ConfideError as error:
             return self._refuse(header, request, error)
         except (sqlite3.Error, OSError) as error:
@@ -180,7 +188,7 @@ class Site:
 
     # --- steps -------------------------------------------------------------------------------------------------
 
-    def _join(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
+    def _join(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
         m.decode(m.JoinRequest, header.type, request.body)
         if len(request.chunks[1]) != 4 * run.manifest.layout.size:
             raise SealingError("the initial model is not the manifest's", where=f"run {run.manifest.run}")
@@ -189,144 +197,29 @@ class Site:
         if model_digest(model) != run.manifest.initial_model:
             raise SealingError("the initial model is not the manifest's", where=f"run {run.manifest.run}")
         self.check(run.manifest)
-        self._store.add_run(run.manifest.run, run.manifest.to_bytes(), model)
+        run.keys.save()
+        self._store.add_run(run.manifest.run, run.manifest.to_bytes(), model, run.keys.storage)
         self.log.append(audit.Joined(run=run.manifest.run, manifest=run.manifest.digest, coordinator=header.checkpoint))
-        return _Answer(m.JoinReply(ephemeral=run.keys.public.hex()))
+        return Answer(m.JoinReply(ephemeral=run.keys.public.hex()))
 
-    def _secret(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
+    def _secret(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
         message = m.decode(m.SecretRequest, header.type, request.body)
-        return _Answer(m.SecretReply(), run.keys.make_secret(run.address(0, "secret"), message.statements))
+        place = run.address(0, "secret", epoch=header.key_epoch)
+        return Answer(m.SecretReply(), run.keys.make_secret(place, message.statements))
 
-    def _keys(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
+    def _keys(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
         message = m.decode(m.KeysRequest, header.type, request.body)
         if len(request.chunks) != 1:
             raise SealingError("a keys request holds one wrapped secret", where=f"site {self.name}")
         made = message.made
-        digest_ = run.keys.accept(run.address(0, "keys"), message.statements, made, made.site, request.chunks[0])
-        self.log.append(audit.KeysAgreed(run=run.manifest.run, maker=made.site, secret=digest_))
-        return _Answer(m.KeysReply(secret=digest_))
+        place = run.address(0, "keys", epoch=header.key_epoch)
+        digest_ = run.keys.accept(place, message.statements, made, made.site, request.chunks[0])
+        self.log.append(audit.KeysAgreed(run=run.manifest.run, epoch=header.key_epoch, maker=made.site, secret=digest_))
+        return Answer(m.KeysReply(secret=digest_))
 
-    def _train(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
-        message, round_ = m.decode(m.TrainRequest, header.type, request.body), header.round
-        # Rounds only go forward; the release counts as the last.
-        if not self._store.latest_round(run.manifest.run) < round_ <= run.manifest.rounds + 1:
-            raise SealingError(f"there is no round {round_} to come", where=f"run {run.manifest.run}")
-        secret = run.keys.session.secret_digest  # without keys there is nothing to charge for
-        model = self._apply(run, message.sums, request.chunks, before=round_)
-        self._settle_unsent(run, round_)
-        for event in run.manifest.charges(round_):
-            charge = f"{run.manifest.run}/{round_}/{event.role.value}"
-            self.ledger.reserve(charge, event)
-            self.log.append(
-                audit.Charged(run=run.manifest.run, round=round_, charge=charge, event=event_to_json(event))
-            )
-        vector, used, attempts = compute_until_cut_off(
-            run, round_, model, self.records, lambda: self.participants(run.manifest)
-        )
-        self._log_snapshot(run, round_, used, attempts)
-        commitment = digest("commitment", secrets.token_bytes(32), vector.tobytes()).hex()
-        reply = m.TrainReply(
-            commitment=commitment, model=model_digest(model), state=state_digest(model),
-            secret=secret,
-        )  # fmt: skip
-        self.log.append(
-            audit.UpdateCommitted(
-                run=run.manifest.run, round=round_, commitment=commitment, model=reply.model, state=reply.state,
-                coordinator=header.checkpoint,
-            )
-        )  # fmt: skip
-        return _Answer(reply, model.metric_chunks, update=Update(round_, vector))
-
-    def _seal(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
-        message, round_ = m.decode(m.SealRequest, header.type, request.body), header.round
-        agreed = agree(
-            run, round_, message, model=self.current_model(run.manifest.run), min_sites=self.policy.min_sites,
-            own_reply=self._store.reply_digest(run.manifest.run, round_, "train"), coordinator=self.policy.coordinator,
-        )  # fmt: skip
-        update = self._store.pending(run.manifest.run, round_)
-        if update is None:
-            raise SealingError(f"there is no update of round {round_} left to seal", where=f"run {run.manifest.run}")
-        payload = run.keys.session.seal(update.vector, run.segments(round_), Agreement(message.cohort, agreed))
-        self.log.append(
-            audit.Sealed(
-                run=run.manifest.run, round=round_, cohort=list(message.cohort), transcript=agreed,
-                coordinator=header.checkpoint,
-            )
-        )  # fmt: skip
-        tags = tuple(f"{tag:x}" for tag in payload.tags)
-        return _Answer(m.SealReply(transcript=agreed, tags=tags), payload.chunks, sealed=agreed)
-
-    def _release(self, run: SiteRun, header: Header, request: Envelope) -> _Answer:
-        message = m.decode(m.ReleaseRequest, header.type, request.body)
-        if header.round != run.manifest.rounds + 2:
-            raise SealingError("a model is released after the last round", where=f"run {run.manifest.run}")
-        if not self.policy.release:
-            raise PolicyError("release is not allowed", where=f"policy of site {self.name}")
-        model = self._apply(run, message.sums, request.chunks, before=header.round)
-        self._settle_unsent(run, header.round)
-        agree_to_release(
-            run, message, model=model, min_sites=self.policy.min_sites, coordinator=self.policy.coordinator
-        )
-        weights = model.weights.astype("<f4").tobytes()
-        self.log.append(audit.ModelReleased(run=run.manifest.run, model=model_digest(model), sites=[], checkpoints=[]))
-        return _Answer(m.ReleaseReply(model=model_digest(model)), (weights, *model.metric_chunks))
-
-    def _log_snapshot(self, run: SiteRun, round_: int, used: Participants, attempts: int) -> None:
-        """A commitment of constant size in the federated log, the numbers in the local one."""
-        self._local_log.append(
-            audit.LocalSnapshot(
-                run=run.manifest.run, round=round_, persons=len(self.records.persons), attempts=attempts,
-                training=int(used.train.sum()), held_out=int(used.held_out.sum()),
-            )
-        )  # fmt: skip
-        self.log.append(audit.SnapshotTaken(run=run.manifest.run, round=round_, commitment=used.commitment()))
-
-    def _apply(
-        self, run: SiteRun, sums: tuple[m.SumReference, ...], chunks: tuple[bytes, ...], *, before: int
-    ) -> ModelState:
-        model, offset = self.current_model(run.manifest.run), 0
-        for reference in sums:
-            part = chunks[offset : offset + reference.chunks]
-            offset += reference.chunks
-            if reference.round <= model.round:
-                continue
-            sealed = self._store.sealed_transcript(run.manifest.run, reference.round)
-            if reference.round >= before or (sealed is not None and sealed != reference.transcript):
-                raise SealingError("a sum that this site did not agree to", where=f"round {reference.round}")
-            try:
-                model = run.apply(model, reference, part)
-            except SealingError as error:
-                # A second look at a forged sum would be an oracle: the keys go, and the run ends here, for good.
-                # Which check failed stays at the site, for the same reason.
-                run.keys.destroy()
-                self._store.stop_run(run.manifest.run, error.what)
-                self._local_log.append(audit.LocalRefusal(run=run.manifest.run, step="open", reason=str(error)))
-                self.log.append(audit.RunStopped(run=run.manifest.run, reason=_NOT_AUTHENTIC))
-                raise SealingError(_NOT_AUTHENTIC, where=f"round {reference.round}") from error
-            self.log.append(
-                audit.Opened(
-                    run=run.manifest.run, round=reference.round, transcript=reference.transcript,
-                    model=model_digest(model),
-                )
-            )  # fmt: skip
-            self._store.put_model(run.manifest.run, model)
-        if offset != len(chunks):
-            raise SealingError("chunks that no sum names", where=f"run {run.manifest.run}")
-        return model
-
-    def _settle_unsent(self, run: SiteRun, round_: int) -> None:
-        """An update that was never sealed is destroyed; as nothing of it left, its charge shrinks to nothing."""
-        for unsent in self._store.drop_pending(run.manifest.run, round_):
-            for charge in self.ledger.open_charges(f"{run.manifest.run}/{unsent}/"):
-                self.ledger.settle(charge, 0)
-                self.log.append(audit.Settled(run=run.manifest.run, charge=charge, steps=0))
-
-    def _commit(self, run: SiteRun, address: Address, request: Envelope, answer: _Answer) -> Envelope:
+    def _commit(self, run: SiteRun, address: Address, request: Envelope, answer: Answer) -> Envelope:
         reply = self._sign(address, request, answer.message, answer.chunks)
-        self._store.commit_reply(
-            run.manifest.run, address.round, address.step, request.digest, reply,
-            update=answer.update, sealed=answer.sealed,
-        )  # fmt: skip
+        self._store.commit_reply(address, request.digest, reply, sealed=answer.sealed, unlocked=answer.unlocked)
         return reply
 
     def _sign(
@@ -357,7 +250,7 @@ class Site:
         except StorageError as lost:
             self.last_refusal = lost
             raise
-        return self._sign(Address(**{f: getattr(header, f) for f in Address.model_fields}), request, answer)
+        return self._sign(_place(header), request, answer)
 
     def _note_refusal(self, header: Header, error: ConfideError, answer: m.Refusal) -> None:
         self._local_log.append(audit.LocalRefusal(run=header.run, step=header.step, reason=str(error)))
@@ -394,6 +287,13 @@ class Site:
             stored = self._store.manifest(manifest.run)
             if stored is not None and stored != manifest.to_bytes():
                 raise SealingError(f"run {manifest.run} was joined with another manifest", where=f"site {self.name}")
-            known = SiteRun(manifest, self.name, self.records, self._rng, self._device, self.policy.coordinator)
+            known = SiteRun(
+                manifest, self.name, self.records, self._rng, self._device, self.policy.coordinator, self._vault
+            )
             self._runs[manifest.run] = known
         return known
+
+
+def _place(header: Header) -> Address:
+    """Where in the run a message says it belongs."""
+    return Address(**{name: getattr(header, name) for name in Address.model_fields})

@@ -1,15 +1,19 @@
 """A site's durable state of its runs, in one SQLite file: what was answered, what may be sealed, which model holds.
 
 Invariants:
-1. A request is answered at most one way: the same request gets the stored reply; the same (run, round, step) with
-   another request is an equivocation and refused.
-2. An update is sealed for at most one cohort, ever, across restarts.
-3. The update of a round that has passed is destroyed.
+1. A request is answered at most one way: the same request gets the stored reply; the same place (run, epoch, round,
+   step, attempt) with another request is an equivocation and refused.
+2. A round is sealed for one cohort, ever (once for each attempt, and unlocked once, where the run retries). An update
+   itself is never here: it lives in its process's memory, so that no restart and no restored backup can seal it twice.
+3. The replicated model is encrypted under the run's storage key: with the run's keys its copies in backups are gone.
 """
 
 from __future__ import annotations
 
+import io
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,48 +21,73 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confide.errors import SealingError
-from confide.protocol.envelope import Envelope
+from confide.privacy.atrest import close_box, open_box
+from confide.protocol.envelope import Address, Envelope
 
-__all__ = ["ModelState", "SiteStore", "Update"]
+__all__ = ["ModelState", "SiteStore"]
 
 _SCHEMA = """
 PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA secure_delete=ON;
 CREATE TABLE IF NOT EXISTS run (run TEXT PRIMARY KEY, manifest BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS reply (
-  run TEXT, round INTEGER, step TEXT, request TEXT NOT NULL, header BLOB NOT NULL, signature BLOB NOT NULL,
-  body BLOB NOT NULL, PRIMARY KEY (run, round, step));
+  run TEXT, epoch INTEGER, round INTEGER, step TEXT, attempt INTEGER, request TEXT NOT NULL, header BLOB NOT NULL,
+  signature BLOB NOT NULL, body BLOB NOT NULL, PRIMARY KEY (run, epoch, round, step, attempt));
 CREATE TABLE IF NOT EXISTS chunk (
-  run TEXT, round INTEGER, step TEXT, number INTEGER, data BLOB NOT NULL, PRIMARY KEY (run, round, step, number));
-CREATE TABLE IF NOT EXISTS pending (run TEXT, round INTEGER, vector BLOB NOT NULL, PRIMARY KEY (run, round));
-CREATE TABLE IF NOT EXISTS sealed (run TEXT, round INTEGER, transcript TEXT NOT NULL, PRIMARY KEY (run, round));
+  run TEXT, epoch INTEGER, round INTEGER, step TEXT, attempt INTEGER, number INTEGER, data BLOB NOT NULL,
+  PRIMARY KEY (run, epoch, round, step, attempt, number));
+CREATE TABLE IF NOT EXISTS sealed (
+  run TEXT, round INTEGER, attempt INTEGER, transcript TEXT NOT NULL, PRIMARY KEY (run, round, attempt));
+CREATE TABLE IF NOT EXISTS unlocked (
+  run TEXT, round INTEGER, transcript TEXT NOT NULL, PRIMARY KEY (run, round));
 CREATE TABLE IF NOT EXISTS stopped (run TEXT PRIMARY KEY, reason TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS model (
-  run TEXT PRIMARY KEY, round INTEGER NOT NULL, weights BLOB NOT NULL, state BLOB NOT NULL, parts INTEGER NOT NULL,
-  metrics BLOB);
+CREATE TABLE IF NOT EXISTS model (run TEXT PRIMARY KEY, round INTEGER NOT NULL, box BLOB NOT NULL);
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """An update that waits to be sealed."""
-
-    round: int
-    vector: NDArray[np.float64]
+_REPLY = (
+    "SELECT request, header, signature, body FROM reply "
+    "WHERE run = ? AND epoch = ? AND round = ? AND step = ? AND attempt = ?"
+)
+_CHUNKS = (
+    "SELECT data FROM chunk WHERE run = ? AND epoch = ? AND round = ? AND step = ? AND attempt = ? ORDER BY number"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """The replicated model: the last round whose sum was applied, weights, strategy memory, metrics just opened."""
+    """The replicated model: the last round whose sum was applied, weights, strategy memory, metrics just opened, and
+    the share of that sum's coordinates that were clipped."""
 
     round: int
     weights: NDArray[np.float32]
     state: tuple[NDArray[np.float64], ...]
     metrics: NDArray[np.float64] | None
+    saturated: float = 0.0
 
     @property
     def metric_chunks(self) -> tuple[bytes, ...]:
         """The opened metrics as they leave: float64, little endian; nothing where none are due."""
         return () if self.metrics is None else (self.metrics.astype("<f8").tobytes(),)
+
+    def to_bytes(self) -> bytes:
+        """As it is stored."""
+        arrays = {"weights": self.weights, "saturated": np.array(self.saturated)}
+        arrays |= {f"state{i}": part for i, part in enumerate(self.state)}
+        arrays |= {} if self.metrics is None else {"metrics": self.metrics}
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub wants a bool among the keywords
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, round_: int, data: bytes) -> ModelState:
+        """Inverse of `to_bytes`."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as held:
+            parts = sum(name.startswith("state") for name in held)
+            return cls(
+                round=round_,
+                weights=held["weights"],
+                state=tuple(held[f"state{i}"] for i in range(parts)),
+                metrics=held.get("metrics"),
+                saturated=float(held["saturated"]),
+            )
 
 
 class SiteStore:
@@ -68,48 +97,40 @@ class SiteStore:
         self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
         self._db.executescript(_SCHEMA)
 
-    def add_run(self, run: str, manifest: bytes, model: ModelState) -> None:
+    def add_run(self, run: str, manifest: bytes, model: ModelState, key: bytes) -> None:
         """Remember a run that was joined. Joining again changes nothing."""
-        self._db.execute("BEGIN IMMEDIATE")
-        if not self._db.execute("SELECT 1 FROM run WHERE run = ?", (run,)).fetchone():
-            self._db.execute("INSERT INTO run VALUES (?, ?)", (run, manifest))
-            self._put_model(run, model)
-        self._db.execute("COMMIT")
+        with self._transaction():
+            if not self._db.execute("SELECT 1 FROM run WHERE run = ?", (run,)).fetchone():
+                self._db.execute("INSERT INTO run VALUES (?, ?)", (run, manifest))
+                self.put_model(run, model, key)
 
     def manifest(self, run: str) -> bytes | None:
         """The manifest of a joined run."""
         row = self._db.execute("SELECT manifest FROM run WHERE run = ?", (run,)).fetchone()
         return row[0] if row else None
 
-    def stored_reply(self, run: str, round_: int, step: str, request: str) -> Envelope | None:
-        """What was answered before, or None.
+    def stored_reply(self, place: Address, request: str) -> Envelope | None:
+        """What was answered before at a place, or None.
 
         Raises:
-            SealingError: Another request was answered at this place.
+            SealingError: Another request was answered there.
         """
-        key = (run, round_, step)
-        row = self._db.execute(
-            "SELECT request, header, signature, body FROM reply WHERE run = ? AND round = ? AND step = ?", key
-        ).fetchone()
+        row = self._db.execute(_REPLY, _key(place)).fetchone()
         if row is None:
             return None
         if row[0] != request:
             raise SealingError(
-                f"another {step} request for round {round_} was answered already: the coordinator contradicts itself",
-                where=f"run {run}",
+                f"another {place.step} request for round {place.round} was answered already: "
+                "the coordinator contradicts itself",
+                where=f"run {place.run}",
             )
-        chunks = self._db.execute(
-            "SELECT data FROM chunk WHERE run = ? AND round = ? AND step = ? ORDER BY number", key
-        ).fetchall()
+        chunks = self._db.execute(_CHUNKS, _key(place)).fetchall()
         return Envelope(row[1], row[2], row[3], tuple(c for (c,) in chunks))
 
-    def reply_digest(self, run: str, round_: int, step: str) -> str | None:
+    def reply_digest(self, place: Address) -> str | None:
         """Digest of the reply given at a place, or None."""
-        row = self._db.execute(
-            "SELECT header, signature FROM reply WHERE run = ? AND round = ? AND step = ?",
-            (run, round_, step),
-        ).fetchone()
-        return Envelope(row[0], row[1], b"").digest if row else None
+        row = self._db.execute(_REPLY, _key(place)).fetchone()
+        return Envelope(row[1], row[2], b"").digest if row else None
 
     def latest_round(self, run: str) -> int:
         """The latest round that anything was answered for; 0 before the first."""
@@ -117,95 +138,69 @@ class SiteStore:
         return int(row[0] or 0)
 
     def commit_reply(
-        self,
-        run: str,
-        round_: int,
-        step: str,
-        request: str,
-        reply: Envelope,
-        *,
-        update: Update | None = None,
-        sealed: str | None = None,
+        self, place: Address, request: str, reply: Envelope, *, sealed: str | None = None, unlocked: str | None = None
     ) -> None:
         """Make a reply durable together with its effect, before it is sent.
 
         Args:
-            run: The run.
-            round_: The round.
-            step: The step.
+            place: Where in the run it belongs.
             request: Digest of the request.
             reply: The signed reply.
-            update: The update that a `train` reply commits to.
-            sealed: Transcript that a `seal` reply used the update for; the update is destroyed.
+            sealed: Transcript that a `seal` reply is for.
+            unlocked: Transcript that an `unlock` reply is for.
 
         Raises:
-            SealingError: The round was sealed before.
+            SealingError: The round was sealed for another cohort, or unlocked, before.
         """
-        self._db.execute("BEGIN IMMEDIATE")
         try:
-            if update is not None:
-                self._db.execute("DELETE FROM pending WHERE run = ?", (run,))
-                self._db.execute("INSERT INTO pending VALUES (?, ?, ?)", (run, update.round, update.vector.tobytes()))
-            if sealed is not None:
-                self._db.execute("INSERT INTO sealed VALUES (?, ?, ?)", (run, round_, sealed))
-                self._db.execute("DELETE FROM pending WHERE run = ? AND round = ?", (run, round_))
-            # Bulk of rounds long past need not be answered again.
-            self._db.execute("DELETE FROM chunk WHERE run = ? AND round < ?", (run, round_ - 1))
-            self._db.execute(
-                "INSERT INTO reply VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (run, round_, step, request, reply.header, reply.signature, reply.body),
-            )
-            self._db.executemany(
-                "INSERT INTO chunk VALUES (?, ?, ?, ?, ?)",
-                [(run, round_, step, i, c) for i, c in enumerate(reply.chunks)],
-            )
-            self._db.execute("COMMIT")
+            with self._transaction():
+                if sealed is not None:
+                    values = (place.run, place.round, place.attempt, sealed)
+                    self._db.execute("INSERT INTO sealed VALUES (?, ?, ?, ?)", values)
+                if unlocked is not None:
+                    self._db.execute("INSERT INTO unlocked VALUES (?, ?, ?)", (place.run, place.round, unlocked))
+                # Bulk of rounds long past need not be answered again.
+                self._db.execute("DELETE FROM chunk WHERE run = ? AND round < ?", (place.run, place.round - 1))
+                self._db.execute(
+                    "INSERT INTO reply VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (*_key(place), request, reply.header, reply.signature, reply.body),
+                )
+                self._db.executemany(
+                    "INSERT INTO chunk VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    ((*_key(place), number, chunk) for number, chunk in enumerate(reply.chunks)),
+                )
         except sqlite3.IntegrityError:
-            self._db.execute("ROLLBACK")
-            raise SealingError(f"round {round_} was answered already", where=f"run {run}") from None
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
+            raise SealingError(f"round {place.round} was sealed or unlocked before", where=f"run {place.run}") from None
 
-    def pending(self, run: str, round_: int) -> Update | None:
-        """The update of a round, as long as it may be sealed."""
-        row = self._db.execute("SELECT vector FROM pending WHERE run = ? AND round = ?", (run, round_)).fetchone()
-        return Update(round_, np.frombuffer(row[0], dtype=np.float64)) if row else None
-
-    def drop_pending(self, run: str, before: int) -> list[int]:
-        """Destroy updates of earlier rounds; returns the rounds whose update never left."""
-        rounds = [
-            r for (r,) in self._db.execute("SELECT round FROM pending WHERE run = ? AND round < ?", (run, before))
-        ]
-        self._db.execute("DELETE FROM pending WHERE run = ? AND round < ?", (run, before))
-        return rounds
-
-    def sealed_transcript(self, run: str, round_: int) -> str | None:
-        """The transcript under which this site sealed a round."""
-        row = self._db.execute("SELECT transcript FROM sealed WHERE run = ? AND round = ?", (run, round_)).fetchone()
+    def sealed_transcript(self, run: str, round_: int, attempt: int = 0) -> str | None:
+        """The transcript under which this site sealed an attempt of a round."""
+        row = self._db.execute(
+            "SELECT transcript FROM sealed WHERE run = ? AND round = ? AND attempt = ?", (run, round_, attempt)
+        ).fetchone()
         return row[0] if row else None
 
-    def model(self, run: str) -> ModelState:
-        """The replicated model of a joined run."""
-        row = self._db.execute(
-            "SELECT round, weights, state, parts, metrics FROM model WHERE run = ?", (run,)
-        ).fetchone()
-        state = np.frombuffer(row[2], dtype=np.float64)
-        return ModelState(
-            round=row[0],
-            weights=np.frombuffer(row[1], dtype=np.float32),
-            state=tuple(np.split(state, row[3])) if row[3] else (),
-            metrics=np.frombuffer(row[4], dtype=np.float64) if row[4] is not None else None,
-        )
+    def unlocked_transcript(self, run: str, round_: int) -> str | None:
+        """The transcript of the one attempt of a round that this site unlocked."""
+        row = self._db.execute("SELECT transcript FROM unlocked WHERE run = ? AND round = ?", (run, round_)).fetchone()
+        return row[0] if row else None
 
-    def put_model(self, run: str, model: ModelState) -> None:
+    def model(self, run: str, key: bytes) -> ModelState:
+        """The replicated model of a joined run.
+
+        Raises:
+            SealingError: `key` is not the run's storage key.
+        """
+        round_, box = self._db.execute("SELECT round, box FROM model WHERE run = ?", (run,)).fetchone()
+        return ModelState.from_bytes(round_, open_box(key, _context(run, round_), box))
+
+    def put_model(self, run: str, model: ModelState, key: bytes) -> None:
         """Replace the replicated model."""
-        self._put_model(run, model)
+        box = close_box(key, _context(run, model.round), model.to_bytes())
+        self._db.execute("INSERT OR REPLACE INTO model VALUES (?, ?, ?)", (run, model.round, box))
 
     def stop_run(self, run: str, reason: str) -> None:
         """Never answer for this run again, also after a restart."""
         self._db.execute("INSERT OR IGNORE INTO stopped VALUES (?, ?)", (run, reason))
-        self._db.execute("DELETE FROM pending WHERE run = ?", (run,))
 
     def stopped(self, run: str) -> str | None:
         """Why a run was stopped, or None."""
@@ -216,10 +211,20 @@ class SiteStore:
         """Release the file."""
         self._db.close()
 
-    def _put_model(self, run: str, model: ModelState) -> None:
-        metrics = model.metrics.tobytes() if model.metrics is not None else None
-        state = b"".join(part.tobytes() for part in model.state)
-        self._db.execute(
-            "INSERT OR REPLACE INTO model VALUES (?, ?, ?, ?, ?, ?)",
-            (run, model.round, model.weights.tobytes(), state, len(model.state), metrics),
-        )
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+
+
+def _key(place: Address) -> tuple[str, int, int, str, int]:
+    return place.run, place.key_epoch, place.round, place.step, place.attempt
+
+
+def _context(run: str, round_: int) -> bytes:
+    return f"confide/1/model/{run}/{round_}".encode()

@@ -1,8 +1,8 @@
 """The coordinator's round loop over any Flower `Grid`: join, then train and seal per round, then release.
 
 Invariants:
-1. It never computes with a single site's update except to add it to the round's one accumulator.
-2. A cohort is sealed once: a site that fails while sealing abandons the round.
+1. It never computes with a single site's update except to add it to the round's one accumulator, as it arrives.
+2. A cohort is sealed once: a site that fails while sealing abandons the round, unless the run retries.
 3. All sites must hold the same model after every round; otherwise the run stops.
 4. It holds no data and no key but its own signing key.
 """
@@ -10,7 +10,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -33,6 +33,8 @@ from confide.server.software import software_versions
 __all__ = ["Coordinator", "Released", "RoundOutcome"]
 
 Floats = NDArray[np.float64]
+#: How many sites are asked in turn to make the run secret, and how often a round is sealed where the run retries.
+_MAKERS, _ATTEMPTS = 3, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,9 @@ class _Sum:
     cohort: tuple[str, ...]
     statements: tuple[str, ...]
     transcript: str
+    attempt: int
     payload: Payload
+    unlocked: tuple[m.Statement, ...] = ()
 
     @property
     def chunks(self) -> tuple[bytes, ...]:
@@ -77,14 +81,13 @@ class _Sum:
     def reference(self) -> m.SumReference:
         return m.SumReference(
             round=self.round, cohort=self.cohort, statements=self.statements, transcript=self.transcript,
-            chunks=len(self.chunks),
-            tags=tuple(f"{tag:x}" for tag in self.payload.tags),
+            attempt=self.attempt, chunks=len(self.chunks), tags=tuple(f"{tag:x}" for tag in self.payload.tags),
+            unlocked=self.unlocked,
         )  # fmt: skip
 
 
 @dataclass(slots=True)
 class _Progress:
-    nodes: dict[str, int] = field(default_factory=dict)
     sums: list[_Sum] = field(default_factory=list)
     applied: dict[str, int] = field(default_factory=dict)
     joined: dict[str, Envelope] = field(default_factory=dict)
@@ -160,77 +163,89 @@ class Coordinator:
 
     def _join(self) -> None:
         chunks = (self.manifest.to_bytes(), self._initial.astype("<f4").tobytes())
-        request = self._exchange.sign("join", 0, EVERYBODY, m.JoinRequest(), chunks)
-        for node, envelope in self._exchange.send("join", dict.fromkeys(self._grid.get_node_ids(), request)).items():
+        request = self._exchange.sign(self._exchange.address("join"), EVERYBODY, m.JoinRequest(), chunks)
+        for node, envelope in self._exchange.send("join", dict.fromkeys(self._grid.get_node_ids(), request)):
             for member in self.manifest.members:
                 try:
                     header = verify(envelope, bytes.fromhex(member.public_key), sender=member.site)
                 except SealingError:
                     continue
                 if self._joins(header, envelope, request, member.site):
-                    self._progress.nodes[member.site] = node
+                    self._exchange.nodes[member.site] = node
                     self._progress.applied[member.site] = 0
                     self._progress.joined[member.site] = envelope
-        if len(self._progress.nodes) < self.manifest.min_sites:
+        if len(self._exchange.nodes) < self.manifest.min_sites:
             raise self._too_few("joined")
 
     def _joins(self, header: Header, envelope: Envelope, request: Envelope, site: str) -> bool:
         """Is this a reply that every other site will accept too? One site's nonsense must not end the run."""
+        place = self._exchange.address("join")
         try:
-            reply = self._exchange.accept(header, envelope, request, "join", 0, site, m.JoinReply)
+            reply = self._exchange.accept(header, envelope, request, place, site, m.JoinReply)
             if reply is not None and (envelope.chunks or not usable(bytes.fromhex(reply.ephemeral))):
                 raise SealingError("a join reply that no site can use", where=f"site {site}")
         except SealingError as error:
-            self._exchange.refusals[site] = m.Refusal(kind="sealing", reason=error.what)
+            self._exchange.reject(place, site, error)
             return False
         return reply is not None
 
     def _distribute_keys(self) -> None:
-        """One site makes the run secret; what passes through here is wrapped for its recipients and signed by it."""
+        """One site makes the run secret; what passes through here is wrapped for its recipients and signed by it.
+
+        Each secret has its own key epoch. Where not everybody could take one, another maker is asked: one that dies, or
+        wraps nonsense for some, must not decide who takes part.
+        """
         names = sorted(self._progress.joined)
         statements = tuple(m.Statement.of(s, self._progress.joined[s]) for s in names)
-        for maker in names:
-            request = self._exchange.sign("secret", 0, maker, m.SecretRequest(statements=statements))
-            made = self._exchange.ask("secret", 0, self._progress.nodes, {maker: request}, m.SecretReply)
-            if maker in made and len(made[maker][0].chunks) == len(names):
+        agreed: dict[str, tuple[Envelope, m.KeysReply]] = {}
+        for epoch, maker in enumerate(names[:_MAKERS]):
+            self._exchange.key_epoch = epoch
+            agreed = self._agree_on_keys(names, statements, maker)
+            if len(agreed) == len(names):
                 break
-        else:
-            raise self._too_few("could make a run secret")
-        envelope = made[maker][0]
-        body = m.KeysRequest(statements=statements, made=m.Statement.of(maker, envelope))
-        requests = {s: self._exchange.sign("keys", 0, s, body, (envelope.chunks[i],)) for i, s in enumerate(names)}
-        agreed = self._exchange.ask("keys", 0, self._progress.nodes, requests, m.KeysReply)
         if len({reply.secret for _, reply in agreed.values()}) > 1:
             raise SealingError("the sites hold different run secrets", where="key agreement")
-        self._progress.nodes = {s: n for s, n in self._progress.nodes.items() if s in agreed}
-        if len(self._progress.nodes) < self.manifest.min_sites:
+        self._exchange.nodes = {s: n for s, n in self._exchange.nodes.items() if s in agreed}
+        if len(self._exchange.nodes) < self.manifest.min_sites:
             raise self._too_few("agreed on keys")
+
+    def _agree_on_keys(
+        self, names: list[str], statements: tuple[m.Statement, ...], maker: str
+    ) -> dict[str, tuple[Envelope, m.KeysReply]]:
+        """Who holds the secret that `maker` makes in this epoch."""
+        place = self._exchange.address("secret")
+        request = self._exchange.sign(place, maker, m.SecretRequest(statements=statements))
+        made = self._exchange.ask(place, {maker: request}, m.SecretReply)
+        if maker not in made or len(made[maker][0].chunks) != len(names):
+            return {}
+        envelope, place = made[maker][0], self._exchange.address("keys")
+        body = m.KeysRequest(statements=statements, made=m.Statement.of(maker, envelope))
+        requests = {s: self._exchange.sign(place, s, body, (envelope.chunks[i],)) for i, s in enumerate(names)}
+        return self._exchange.ask(place, requests, m.KeysReply)
 
     def _round(self, round_: int) -> RoundOutcome:
         committed = self._train(round_)
         metrics_round, metrics = self._opened_metrics(committed)
         if len(committed) < self.manifest.min_sites:
-            if not committed and set(self._exchange.refusals) >= set(self._progress.nodes):
+            if not committed and set(self._exchange.refusals) >= set(self._exchange.nodes):
                 raise self._too_few(f"took part in round {round_}")
             self._log_abandoned(round_, "too few sites trained")
             return RoundOutcome(round_, (), True, 0, metrics_round, metrics)
         cohort = tuple(sorted(committed))
-        total = self._seal(round_, cohort, {s: committed[s] for s in cohort})
+        total = self._sum(round_, committed)
         if total is None:
             self._log_abandoned(round_, "a site of the cohort did not seal")
             return RoundOutcome(round_, cohort, True, 0, metrics_round, metrics)
         self._progress.sums.append(total[0])
-        return RoundOutcome(round_, cohort, False, total[1], metrics_round, metrics)
+        return RoundOutcome(round_, total[0].cohort, False, total[1], metrics_round, metrics)
 
     def _train(self, round_: int) -> dict[str, Envelope]:
-        requests = {}
-        for site in self._progress.nodes:
+        requests, place = {}, self._exchange.address("train", round_)
+        for site in self._exchange.nodes:
             missing = [s for s in self._progress.sums if s.round > self._progress.applied[site]]
             body = m.TrainRequest(sums=tuple(s.reference for s in missing))
-            requests[site] = self._exchange.sign(
-                "train", round_, site, body, tuple(c for s in missing for c in s.chunks)
-            )
-        replies = self._exchange.ask("train", round_, self._progress.nodes, requests, m.TrainReply)
+            requests[site] = self._exchange.sign(place, site, body, tuple(c for s in missing for c in s.chunks))
+        replies = self._exchange.ask(place, requests, m.TrainReply)
         models = {(reply.model, reply.state) for _, reply in replies.values()}
         if len(models) > 1:
             raise SealingError(
@@ -246,52 +261,79 @@ class Coordinator:
         self._progress.last = {site: envelope for site, (envelope, _) in replies.items()}
         return self._progress.last
 
-    def _seal(self, round_: int, cohort: tuple[str, ...], replies: Mapping[str, Envelope]) -> tuple[_Sum, int] | None:
-        statements = tuple(m.Statement.of(s, replies[s]) for s in cohort)
-        body = m.SealRequest(cohort=cohort, statements=statements)
+    def _sum(self, round_: int, replies: Mapping[str, Envelope]) -> tuple[_Sum, int] | None:
+        """The sum over everybody who trained; where the run retries, without those who then did not seal."""
+        cohort = tuple(sorted(replies))
+        for attempt in range(_ATTEMPTS if self.manifest.sealing.retry else 1):
+            total, uplink, sealed = self._seal(round_, attempt, {s: replies[s] for s in cohort})
+            if total is not None:
+                if self.manifest.trains_in(round_):
+                    self._progress.update_bytes.append(uplink / len(cohort) / self.manifest.layout.size)
+                return (total, uplink) if not self.manifest.sealing.retry else self._unlock(total, sealed, uplink)
+            cohort = tuple(sorted(sealed))
+            if len(cohort) < self.manifest.min_sites:
+                break
+        return None
+
+    def _seal(
+        self, round_: int, attempt: int, replies: Mapping[str, Envelope]
+    ) -> tuple[_Sum | None, int, dict[str, Envelope]]:
+        """One attempt: (the sum if everybody sealed, bytes that arrived, who sealed and with which signed reply)."""
+        cohort, place = tuple(sorted(replies)), self._exchange.address("seal", round_, attempt=attempt)
+        body = m.SealRequest(cohort=cohort, statements=tuple(m.Statement.of(s, replies[s]) for s in cohort))
+        digests = {s: replies[s].digest for s in cohort}
         agreed = transcript(
-            self.manifest.digest, self.manifest.roster_version, 0, round_, {s: replies[s].digest for s in cohort}
+            self.manifest.digest, self.manifest.roster_version, place.key_epoch, round_, digests, attempt
         )
         headers = {s: Header.model_validate_json(replies[s].header) for s in cohort}
         self.log.append(
             audit.Cohort(
-                run=self.manifest.run, round=round_, cohort=list(cohort), transcript=agreed,
-                statements=[replies[s].digest for s in cohort], checkpoints=[headers[s].checkpoint for s in cohort],
+                run=self.manifest.run, round=round_, attempt=attempt, key_epoch=place.key_epoch, cohort=list(cohort),
+                transcript=agreed, statements=list(digests.values()),
+                checkpoints=[headers[s].checkpoint for s in cohort],
             )
         )  # fmt: skip
-        sealed = self._exchange.ask(
-            "seal",
-            round_,
-            self._progress.nodes,
-            {s: self._exchange.sign("seal", round_, s, body) for s in cohort},
-            m.SealReply,
-        )
-        if set(sealed) != set(cohort) or any(reply.transcript != agreed for _, reply in sealed.values()):
-            return None
         accumulator, uplink = self._profile.accumulator(self.manifest.vector_size(round_)), 0
-        for site in cohort:
-            envelope, reply = sealed[site]
+        sealed: dict[str, Envelope] = {}
+        requests = {s: self._exchange.sign(place, s, body) for s in cohort}
+        # A payload is added as it arrives and then forgotten: memory is that of one sum and one payload.
+        for site, envelope, reply in self._exchange.each(place, requests, m.SealReply):
             uplink += sum(map(len, envelope.chunks))
             try:
+                if reply.transcript != agreed:
+                    raise SealingError("sealed for another cohort", where=f"site {site}")
                 accumulator.add(Payload(envelope.chunks, tuple(int(tag, 16) for tag in reply.tags)))
             except SealingError as error:
-                self._exchange.refusals[site] = m.Refusal(kind="sealing", reason=error.what)
-                return None
-        if self.manifest.trains_in(round_):
-            self._progress.update_bytes.append(uplink / len(cohort) / self.manifest.layout.size)
-        digests = tuple(replies[s].digest for s in cohort)
-        return _Sum(round_, cohort, digests, agreed, accumulator.total()), uplink
+                self._exchange.reject(place, site, error)
+                continue
+            sealed[site] = envelope.without_chunks()
+        if set(sealed) != set(cohort):
+            return None, uplink, sealed
+        return (
+            _Sum(round_, cohort, tuple(digests.values()), agreed, attempt, accumulator.total()),
+            uplink,
+            sealed,
+        )
+
+    def _unlock(self, total: _Sum, sealed: Mapping[str, Envelope], uplink: int) -> tuple[_Sum, int] | None:
+        """Every member's own mask of this attempt, against the proof that all of them sealed it."""
+        place = self._exchange.address("unlock", total.round, attempt=total.attempt)
+        body = m.UnlockRequest(statements=tuple(m.Statement.of(s, sealed[s]) for s in total.cohort))
+        requests = {s: self._exchange.sign(place, s, body) for s in total.cohort}
+        unlocked = self._exchange.ask(place, requests, m.UnlockReply)
+        if set(unlocked) != set(total.cohort):
+            return None
+        statements = tuple(m.Statement.of(s, unlocked[s][0]) for s in total.cohort)
+        return replace(total, unlocked=statements), uplink
 
     def _release(self) -> Released:
-        round_, requests = self.manifest.rounds + 2, {}
+        requests, place = {}, self._exchange.address("release", self.manifest.rounds + 2)
         statements = tuple(m.Statement.of(s, e) for s, e in sorted(self._progress.last.items()))
-        for site in self._progress.nodes:
+        for site in self._exchange.nodes:
             missing = [s for s in self._progress.sums if s.round > self._progress.applied[site]]
             body = m.ReleaseRequest(sums=tuple(s.reference for s in missing), statements=statements)
-            requests[site] = self._exchange.sign(
-                "release", round_, site, body, tuple(c for s in missing for c in s.chunks)
-            )
-        replies = self._exchange.ask("release", round_, self._progress.nodes, requests, m.ReleaseReply)
+            requests[site] = self._exchange.sign(place, site, body, tuple(c for s in missing for c in s.chunks))
+        replies = self._exchange.ask(place, requests, m.ReleaseReply)
         if not replies:
             raise self._too_few("released the model")
         models = {reply.model for _, reply in replies.values()} | {e.chunks[:1] for e, _ in replies.values()}

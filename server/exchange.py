@@ -6,9 +6,9 @@ of the type asked for. Anything else is a refusal by that site, whatever it mean
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping
 
-from flwr.app import Message
 from flwr.serverapp import Grid
 
 from confide.errors import SealingError
@@ -22,12 +22,15 @@ from confide.protocol.manifest import Manifest
 
 __all__ = ["Exchange"]
 
+_POLL_SECONDS = 0.2
+
 _MESSAGE_TYPES = {
     "join": "query.join",
     "secret": "query.secret",
     "keys": "query.keys",
     "train": "train.train",
     "seal": "train.seal",
+    "unlock": "train.unlock",
     "release": "query.release",
 }
 
@@ -46,74 +49,104 @@ class Exchange:
     def __init__(self, grid: Grid, identity: Identity, manifest: Manifest, log: Log, timeout: float | None) -> None:
         self._grid, self._identity, self._manifest, self.log, self._timeout = grid, identity, manifest, log, timeout
         self.refusals: dict[str, m.Refusal] = {}
+        #: Which node each participating site lives on.
+        self.nodes: dict[str, int] = {}
+        #: Which run secret is in force.
+        self.key_epoch = 0
 
     def ask(
-        self, step: str, round_: int, nodes: Mapping[str, int], requests: Mapping[str, Envelope], kind: type[m._M]
+        self, place: Address, requests: Mapping[str, Envelope], kind: type[m._M]
     ) -> dict[str, tuple[Envelope, m._M]]:
         """Send a signed request to each site; authentic, positive replies come back by site."""
-        by_node = {nodes[site]: (site, request) for site, request in requests.items()}
-        found: dict[str, tuple[Envelope, m._M]] = {}
-        for node, envelope in self.send(step, {n: r for n, (_, r) in by_node.items()}).items():
+        return {site: (envelope, reply) for site, envelope, reply in self.each(place, requests, kind)}
+
+    def each(
+        self, place: Address, requests: Mapping[str, Envelope], kind: type[m._M]
+    ) -> Iterator[tuple[str, Envelope, m._M]]:
+        """The same, one reply at a time as they arrive: (site, envelope, reply). None is kept here."""
+        by_node = {self.nodes[site]: (site, request) for site, request in requests.items()}
+        for node, envelope in self.send(place.step, {n: r for n, (_, r) in by_node.items()}):
             site, request = by_node[node]
             member = self._manifest.member(site)
             if member is None:
                 continue
             try:
                 header = verify(envelope, bytes.fromhex(member.public_key), sender=site)
-                reply = self.accept(header, envelope, request, step, round_, site, kind)
+                reply = self.accept(header, envelope, request, place, site, kind)
             except SealingError as error:
-                self.refusals[site] = m.Refusal(kind="sealing", reason=error.what)
+                self.reject(place, site, error)
                 continue
             if reply is not None:
-                found[site] = (envelope, reply)
-        return found
+                yield site, envelope, reply
+
+    def reject(self, place: Address, site: str, error: SealingError) -> None:
+        """Note that what came from a site counts as a refusal, and why."""
+        self.refusals[site] = m.Refusal(kind="sealing", reason=error.what)
+        self.log.append(
+            audit.Rejected(run=self._manifest.run, round=place.round, step=place.step, party=site, reason=error.what)
+        )
 
     def accept(
         self,
         header: Header,
         envelope: Envelope,
         request: Envelope,
-        step: str,
-        round_: int,
+        place: Address,
         site: str,
         kind: type[m._M],
     ) -> m._M | None:
-        expect(
-            header,
-            self._address(step, round_),
-            sender=site,
-            recipient=self._identity.name,
-            request=request.digest,
-        )
+        """The reply's body; None where it is a refusal, which is noted.
+
+        Raises:
+            SealingError: It does not answer this request at this place.
+        """
+        expect(header, place, sender=site, recipient=self._identity.name, request=request.digest)
         if header.type == m.Refusal.TYPE:
             refusal = m.decode(m.Refusal, header.type, envelope.body)
             self.refusals[site] = refusal
             self.log.append(
-                audit.Refused(run=self._manifest.run, round=round_, step=step, party=site, reason=refusal.reason)
+                audit.Refused(
+                    run=self._manifest.run, round=place.round, step=place.step, party=site, reason=refusal.reason
+                )
             )
             return None
         return m.decode(kind, header.type, envelope.body)
 
-    def send(self, step: str, requests: Mapping[int, Envelope]) -> dict[int, Envelope]:
-        outgoing: Sequence[Message] = [
-            # A record object of its own for each node: nodes must not share what they may change.
-            self._grid.create_message(to_records(request), _MESSAGE_TYPES[step], node, group_id=str(step))
-            for node, request in requests.items()
-        ]
-        found = {}
-        for reply in self._grid.send_and_receive(outgoing, timeout=self._timeout):
-            if reply.has_error():
-                continue
-            try:
-                found[reply.metadata.src_node_id] = from_records(reply.content)
-            except SealingError:
-                continue
-        return found
+    def send(self, step: str, requests: Mapping[int, Envelope]) -> Iterator[tuple[int, Envelope]]:
+        """Send each node its request; (node, unverified reply) as they arrive, one at a time.
 
-    def sign(self, step: str, round_: int, site: str, body: m.Message, chunks: tuple[bytes, ...] = ()) -> Envelope:
+        Flower's own `send_and_receive` would hold all replies at once.
+        """
+        # A record object of its own for each node: nodes must not share what they may change.
+        waiting = dict.fromkeys(
+            identifier
+            for node, request in requests.items()
+            for identifier in self._grid.push_messages(
+                [self._grid.create_message(to_records(request), _MESSAGE_TYPES[step], node, group_id=step)]
+            )
+        )
+        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        while waiting:
+            for identifier in list(waiting):
+                for reply in self._grid.pull_messages([identifier]):
+                    waiting.pop(identifier, None)
+                    if reply.has_error():
+                        continue
+                    try:
+                        envelope = from_records(reply.content)
+                    except SealingError:
+                        continue
+                    yield reply.metadata.src_node_id, envelope
+            if waiting and deadline is not None and time.monotonic() > deadline:
+                return
+            if waiting:
+                time.sleep(_POLL_SECONDS)
+
+    def sign(self, place: Address, site: str, body: m.Message, chunks: tuple[bytes, ...] = ()) -> Envelope:
+        """A request to a site."""
         return seal_envelope(
             self._identity,
-            self._address(step, round_),
+            place,
             recipient=site,
             type_=body.TYPE,
             body=body.to_bytes(),
@@ -121,14 +154,16 @@ class Exchange:
             chunks=chunks,
         )
 
-    def _address(self, step: str, round_: int) -> Address:
+    def address(self, step: str, round_: int = 0, *, attempt: int = 0) -> Address:
+        """Where in the run a message of this step belongs."""
         manifest = self._manifest
         return Address(
             federation=manifest.federation,
             roster_version=manifest.roster_version,
             run=manifest.run,
             manifest=manifest.digest,
-            key_epoch=0,
+            key_epoch=0 if step == "join" else self.key_epoch,
             round=round_,
             step=step,
+            attempt=attempt,
         )

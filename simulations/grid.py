@@ -26,7 +26,7 @@ _UNAVAILABLE = 5  # Flower's own code for a node that does not answer
 
 
 class LocalGrid(Grid):
-    """Nodes are called in turn, in this process.
+    """Nodes are called in turn, in this process, each when its reply is pulled: no two replies are held at once.
 
     Args:
         client_app: The app that answers, the same for all nodes; it finds its site by the context.
@@ -43,7 +43,7 @@ class LocalGrid(Grid):
         self._app, self._drop = client_app, drop
         self._run = Run.create_empty(run_id=_RUN_ID)
         self._site_of = {_FIRST_NODE + i: site for i, site in enumerate(sites)}
-        self._inbox: dict[str, Message] = {}
+        self._outbox: dict[str, Message] = {}
         #: Bytes that crossed, by direction.
         self.bytes_down = self.bytes_up = 0
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN_ID, _SERVER_NODE, 1
@@ -73,18 +73,18 @@ class LocalGrid(Grid):
         return list(self._site_of)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Deliver each message at once and keep its reply."""
+        """Keep each message until its reply is asked for."""
         identifiers = []
         for message in messages:
             identifier = str(uuid4())
             message.metadata.__dict__["_message_id"] = identifier  # as Flower's SuperLink does on arrival
-            self._inbox[identifier] = self._deliver(message)
+            self._outbox[identifier] = message
             identifiers.append(identifier)
         return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Flower's interface."""
-        return [self._inbox.pop(i) for i in list(message_ids) if i in self._inbox]
+        return [self._deliver(self._outbox.pop(i)) for i in list(message_ids) if i in self._outbox]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Flower's interface; replies are there at once, so `timeout` never passes."""

@@ -179,7 +179,7 @@ class World:
             coordinator_key=self.coordinator.public_key,
             federation=FEDERATION,
             purposes=frozenset({experiment.run.purpose}),
-            profiles=frozenset({"sealed", "open"} if experiment.data.public else {"sealed"}),
+            profiles=frozenset({"sealed", "masked", "ckks"} | ({"open"} if experiment.data.public else set())),
             data_are_public=experiment.data.public,
             models=frozenset({"logistic", "mlp", experiment.model.kind}),
             held_out=experiment.data.held_out,

@@ -18,6 +18,7 @@ __all__ = [
     "Cohort",
     "Joined",
     "KeysAgreed",
+    "KeysDestroyed",
     "LocalRefusal",
     "LocalSnapshot",
     "MetricsReleased",
@@ -25,6 +26,7 @@ __all__ = [
     "Opened",
     "Record",
     "Refused",
+    "Rejected",
     "RoundAbandoned",
     "RunCreated",
     "RunEnded",
@@ -32,6 +34,7 @@ __all__ = [
     "Sealed",
     "Settled",
     "SnapshotTaken",
+    "Unlocked",
     "UpdateCommitted",
     "canonical",
     "decode",
@@ -67,10 +70,19 @@ class Joined(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeysAgreed(Record):
-    """Site: the run secret (by digest) and who made it."""
+    """Site: the run secret (by digest), who made it, and its number among those made for the run."""
 
     KIND = "keys_agreed"
+    epoch: int
     maker: str
+    secret: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeysDestroyed(Record):
+    """Site: its part of the run is over; the run secret, named by its digest, and all ephemeral keys are gone."""
+
+    KIND = "keys_destroyed"
     secret: str
 
 
@@ -116,23 +128,36 @@ class UpdateCommitted(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sealed(Record):
-    """Site: its one payload of a round, for exactly this cohort."""
+    """Site: its payload of a round, for exactly this cohort; the only one, but where the run retries."""
 
     KIND = "sealed"
     round: int
+    attempt: int
     cohort: list[str]
     transcript: str
     coordinator: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Unlocked(Record):
+    """Site: the one attempt of a round whose own mask it gave away."""
+
+    KIND = "unlocked"
+    round: int
+    attempt: int
+    transcript: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Opened(Record):
-    """Site: an authenticated sum applied; the digest of the model it gives."""
+    """Site: an authenticated sum applied; the digest of the model it gives, and the share of the cohort's noised
+    coordinates that were clipped to the public range, as decimal text."""
 
     KIND = "opened"
     round: int
     transcript: str
     model: str
+    saturated: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +165,17 @@ class Refused(Record):
     """A request refused (site), or a refusal received (coordinator). Only public reasons are named."""
 
     KIND = "refused"
+    round: int
+    step: str
+    party: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejected(Record):
+    """Coordinator: something from a site that was not authentic or not of the right form, and so counts for nothing."""
+
+    KIND = "rejected"
     round: int
     step: str
     party: str
@@ -161,6 +197,8 @@ class Cohort(Record):
 
     KIND = "cohort"
     round: int
+    attempt: int
+    key_epoch: int
     cohort: list[str]
     statements: list[str]
     checkpoints: list[str]

@@ -122,7 +122,7 @@ def _exposure(manifest: Mapping[str, Any]) -> tuple[Exposure, ...]:
     try:
         profile = make_profile(SealingConfig(**manifest["sealing"]), len(manifest["members"]))
     except (ConfideError, ValueError, TypeError):
-        return (Exposure("everybody", "unknown: this version knows no such profile"),)
+        return (Exposure("everybody", "unknown: this version knows no such profile", True, True, True),)
     return profile.describe_exposure()
 
 
@@ -224,9 +224,12 @@ def _epsilon_chart(evidence: Evidence) -> str:
 def _rounds(evidence: Evidence) -> list[dict[str, Any]]:
     abandoned = {e.round: (n, e.reason) for n, e in evidence.coordinator.of(r.RoundAbandoned)}
     opened = {e.round for log in evidence.sites.values() for _, e in log.of(r.Opened)}
+    last = {e.round: e.attempt for _, e in evidence.coordinator.of(r.Cohort)}
     found = []
     for number, cohort in evidence.coordinator.of(r.Cohort):
-        if cohort.round in abandoned:
+        if cohort.attempt < last[cohort.round]:
+            outcome = "a site did not seal: tried again without it"
+        elif cohort.round in abandoned:
             outcome = f"abandoned: {abandoned[cohort.round][1]}; charges stand"
         else:
             outcome = "sum opened" if cohort.round in opened else "not opened"

@@ -52,6 +52,7 @@ def verify(folder: Path) -> Evidence:
         partial(_seen_checkpoints, evidence),
         *(partial(_charges, evidence, site, log) for site, log in evidence.sites.items()),
         partial(_cohorts, evidence),
+        partial(_unlocked, evidence),
         partial(_models, evidence, folder),
         partial(_refusals, evidence),
     ]
@@ -114,13 +115,15 @@ def _size(seen: str) -> int:
 def _cohorts(evidence: Evidence) -> Iterator[Finding]:
     """Step 5."""
     manifest, roster = evidence.manifest, set(evidence.sites)
-    rounds: set[int] = set()
-    opened = {e.round for log in evidence.sites.values() for _, e in log.of(r.Opened)}
+    attempts: set[tuple[int, int]] = set()
+    opened = {e.transcript for log in evidence.sites.values() for _, e in log.of(r.Opened)}
+    counted = {e.round for log in evidence.sites.values() for _, e in log.of(r.Opened)}
+    retries = bool(manifest["sealing"]["retry"])
     for number, cohort in evidence.coordinator.of(r.Cohort):
         members = cohort.cohort
-        if cohort.round in rounds:
+        if (cohort.round, cohort.attempt) in attempts or (cohort.attempt and not retries):
             yield Finding(COORDINATOR, number, f"round {cohort.round} was sealed for a second cohort")
-        rounds.add(cohort.round)
+        attempts.add((cohort.round, cohort.attempt))
         if len(cohort.checkpoints) != len(members):
             yield Finding(COORDINATOR, number, "a cohort without the state of every member's log")
         if len(members) < manifest["min_sites"] or members != sorted(set(members)) or not set(members) <= roster:
@@ -128,9 +131,10 @@ def _cohorts(evidence: Evidence) -> Iterator[Finding]:
         expected = transcript(
             evidence.manifest_digest,
             manifest["roster_version"],
-            0,
+            cohort.key_epoch,
             cohort.round,
             dict(zip(members, cohort.statements, strict=False)),
+            cohort.attempt,
         )
         if cohort.transcript != expected:
             yield Finding(COORDINATOR, number, "the transcript is not the hash of what was agreed")
@@ -138,9 +142,12 @@ def _cohorts(evidence: Evidence) -> Iterator[Finding]:
             log = evidence.sites.get(site)
             if log is None or not log.complete:
                 continue
-            sealed = [(n, e) for n, e in log.of(r.Sealed) if e.round == cohort.round]
-            if cohort.round not in opened:
+            sealed = [(n, e) for n, e in log.of(r.Sealed) if (e.round, e.attempt) == (cohort.round, cohort.attempt)]
+            if cohort.round not in counted or (retries and cohort.transcript not in opened):
                 continue  # abandoned, or interrupted on the way: nothing was counted
+            agreed = [e.epoch for _, e in log.of(r.KeysAgreed)]
+            if agreed and agreed[-1] != cohort.key_epoch:
+                yield Finding(site, None, f"agreed on other keys than those of round {cohort.round}'s cohort")
             if not any(e.round == cohort.round for _, e in log.of(r.UpdateCommitted)):
                 yield Finding(site, None, f"no update was committed for round {cohort.round}, yet it was counted")
             if not sealed:
@@ -149,15 +156,28 @@ def _cohorts(evidence: Evidence) -> Iterator[Finding]:
                 if entry.transcript != cohort.transcript or entry.cohort != members:
                     yield Finding(site, n, f"sealed round {cohort.round} for another cohort than the coordinator's")
     for site, log in evidence.sites.items():
-        seen: set[int] = set()
+        seen: set[tuple[int, int]] = set()
         for number, entry in log.of(r.Sealed):
-            if entry.round in seen:
+            if (entry.round, entry.attempt) in seen or (entry.attempt and not retries):
                 yield Finding(site, number, f"sealed round {entry.round} twice")
-            seen.add(entry.round)
-            if entry.round not in rounds:
+            seen.add((entry.round, entry.attempt))
+            if (entry.round, entry.attempt) not in attempts:
                 yield Finding(
                     site, number, f"sealed round {entry.round}, of which the coordinator's log knows no cohort"
                 )
+
+
+def _unlocked(evidence: Evidence) -> Iterator[Finding]:
+    """Step 5, where rounds may be retried: one attempt a round was unlocked, and it is the one that was opened."""
+    opened = {e.round: e.transcript for log in evidence.sites.values() for _, e in log.of(r.Opened)}
+    for site, log in evidence.sites.items():
+        seen: set[int] = set()
+        for number, entry in log.of(r.Unlocked):
+            if entry.round in seen:
+                yield Finding(site, number, f"unlocked round {entry.round} twice")
+            seen.add(entry.round)
+            if entry.transcript != opened.get(entry.round, entry.transcript):
+                yield Finding(site, number, f"unlocked another attempt of round {entry.round} than was opened")
 
 
 def _charges(evidence: Evidence, site: str, log: PartyLog) -> Iterator[Finding]:

@@ -18,21 +18,19 @@ from confide.privacy.sealing.keystream import derive, expand, uniform_mod
 __all__ = ["SumMac", "inner_product"]
 
 Words = NDArray[np.uint64]
-_LIMB = 26
-_LIMB_MASK = np.uint64(2**_LIMB - 1)
-_MAX_LENGTH = 4096  # 2²⁶ · 2²⁶ · 2¹² = 2⁶⁴ is never reached, so the sums below are exact
+_BLOCK = 4096  # 4096 products of 26-bit limbs stay below 2⁶⁴, so the sums below are exact
 
 
 def inner_product(left: Words, right: Words, modulus: int) -> int:
-    """⟨left, right⟩ mod `modulus`, exactly, for at most 4096 elements below 2⁵²."""
-    if len(left) > _MAX_LENGTH or modulus > 2 ** (2 * _LIMB):
-        raise ValueError("too long or too large for exact limbs")
-    total = 0
-    for i in range(2):
-        a = (left >> np.uint64(_LIMB * i)) & _LIMB_MASK
-        for j in range(2):
-            b = (right >> np.uint64(_LIMB * j)) & _LIMB_MASK
-            total += int(np.dot(a, b)) << (_LIMB * (i + j))
+    """⟨left, right⟩ mod `modulus`, exactly; elements below `modulus` ≤ 2⁶³."""
+    limb, count = (26, 2) if modulus <= 2**52 else (21, 3)
+    mask, total = np.uint64(2**limb - 1), 0
+    for start in range(0, len(left), _BLOCK):
+        a = [(left[start : start + _BLOCK] >> np.uint64(limb * i)) & mask for i in range(count)]
+        b = [(right[start : start + _BLOCK] >> np.uint64(limb * i)) & mask for i in range(count)]
+        for i in range(count):
+            for j in range(count):
+                total += int(np.dot(a[i], b[j])) << (limb * (i + j))
     return total % modulus
 
 

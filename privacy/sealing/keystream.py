@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 from numpy.typing import NDArray
 
-__all__ = ["derive", "expand", "uniform_mod"]
+__all__ = ["derive", "expand", "random_words", "uniform_mod"]
 
 Words = NDArray[np.uint64]
 
@@ -37,6 +37,12 @@ def uniform_mod(key: bytes, count: int, modulus: int) -> Words:
         drawn = np.frombuffer(stream.update(bytes(8 * words)), dtype="<u8").astype(np.uint64) & mask
         found = np.concatenate([found, drawn[drawn < np.uint64(modulus)]])
     return found[:count]
+
+
+def random_words(key: bytes, count: int) -> Words:
+    """`count` uniform 64-bit words. One key, one use."""
+    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+    return np.frombuffer(stream.update(bytes(8 * count)), dtype="<u8").astype(np.uint64)
 
 
 def _framed(info: tuple[bytes, ...]) -> bytes:

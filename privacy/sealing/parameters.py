@@ -1,10 +1,12 @@
-"""Parameters of the BFV lock, chosen from the number of sites and the bits a coordinate.
+"""Parameters of the BFV lock, chosen from the number of sites K and the bits b a coordinate.
 
 - Ring degree N = 4096 with one 60-bit prime q: > 192-bit security (the 128-bit limit of log q is 109; Homomorphic
-  Encryption Standard 2018, as tabulated by SEAL).
-- A field has `bits` + ⌈log₂ K⌉ bits, so a sum over K sites cannot run over; several fields share a slot.
-- A fresh seeded ciphertext has |noise| ≤ 21 (measured bound 21.5): decryption of a sum over K is exact while
-  21.5·K < q / 2t. The plain modulus t is the largest batching prime of a whole bit length for which that holds.
+  Encryption Standard 2018, as tabulated by SEAL). N = 2048 would sit on the edge of the table and saves 6 %: not used.
+- A fresh ciphertext's noise is a sum of bits: at most 21, with standard deviation σ = 3.25 (SEAL's centred binomial),
+  and 1/2 for rounding. A sum over K stays below 21.5·K always, and below 12·σ·√K but with probability < 2⁻⁹⁰; the
+  smaller of the two is predicted. Decryption is exact while noise < q / 2t; one bit of that is kept as margin.
+- Among the plain moduli that leave this margin, first the most fields a slot, then a whole bit length (masks are drawn
+  by rejection: a prime just above a power of two would double their cost), then the largest.
 - Two tags where t < 2⁴⁵: a forgery passes one tag with probability about 1/t.
 """
 
@@ -17,16 +19,29 @@ from dataclasses import dataclass
 import tenseal.sealapi as seal
 
 from confide.errors import ConfigError
+from confide.privacy.sealing.packing import Packing, fields_below
 
-__all__ = ["DEGREE", "MAX_BITS", "MIN_BITS", "BfvParameters", "choose_parameters"]
+__all__ = [
+    "COEFFICIENT_BITS",
+    "DEGREE",
+    "MAX_BITS",
+    "MAX_SITES",
+    "MIN_BITS",
+    "BfvParameters",
+    "check_request",
+    "choose_parameters",
+    "fresh_noise",
+]
 
 DEGREE = 4096
-_COEFFICIENT_BITS = 60
-_NOISE_BOUND = 21.5
+COEFFICIENT_BITS = 60
 MIN_BITS, MAX_BITS = 8, 20
-_MAX_SITES = 1000
-_SMALLEST_PLAIN_BITS = 20
-_LARGEST_PLAIN_BITS = 52  # what the exact inner products of the tags can hold
+MIN_SITES, MAX_SITES = 2, 1000
+_WORST_FRESH_NOISE = 21.5
+_FRESH_NOISE_VARIANCE = 42 / 4 + 1 / 12  # 42 fair bits, and rounding
+_DEVIATIONS = 12
+_LARGEST_PLAIN_BITS = 52  # what the quick inner products of the tags can hold
+_ONE_TAG_FROM = 2**45
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,64 +49,79 @@ class BfvParameters:
     """One choice.
 
     Attributes:
-        sites: Most sites a sum may have (K).
-        bits: Bits a coordinate.
-        field_bits: Bits a field, with head-room for K.
-        fields: Fields a slot.
-        plain_modulus: Prime t ≡ 1 mod 2N.
+        packing: How coordinates lie in slots mod t.
         coefficient_modulus: Prime q.
         tags: Authentication tags a sum.
     """
 
-    sites: int
-    bits: int
-    field_bits: int
-    fields: int
-    plain_modulus: int
+    packing: Packing
     coefficient_modulus: int
     tags: int
 
-    def slots(self, size: int) -> int:
-        """Slots that `size` coordinates fill, padding of the last ciphertext included."""
-        return self.ciphertexts(size) * DEGREE
-
-    def ciphertexts(self, size: int) -> int:
-        """Ciphertexts that `size` coordinates need."""
-        return max(1, -(-size // (self.fields * DEGREE)))
+    @property
+    def plain_modulus(self) -> int:
+        """Prime t ≡ 1 mod 2N."""
+        return self.packing.modulus
 
     @property
     def noise_budget(self) -> int:
-        """Bits of invariant noise budget that an honest sum over K sites keeps at least."""
-        return max(
-            0, math.floor(math.log2(self.coefficient_modulus / (2 * self.plain_modulus * _NOISE_BOUND * self.sites)))
-        )
+        """Bits of invariant noise budget that an honest sum over K sites keeps at least (predicted)."""
+        return budget_left(self.coefficient_modulus, self.plain_modulus, self.packing.sites)
 
 
-@functools.lru_cache(maxsize=128)
+def check_request(sites: int, bits: int) -> None:
+    """Refuse what no profile can do.
+
+    Raises:
+        ConfigError: Names the nearest possible.
+    """
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ConfigError(f"sealing.bits = {bits} is outside {MIN_BITS}–{MAX_BITS}", where="sealing.bits",
+                          hint=f"the nearest possible is {min(max(bits, MIN_BITS), MAX_BITS)}")  # fmt: skip
+    if not MIN_SITES <= sites <= MAX_SITES:
+        raise ConfigError(f"a sum over {sites} sites cannot be sealed", where="sites",
+                          hint=f"the nearest possible is {min(max(sites, MIN_SITES), MAX_SITES)} sites")  # fmt: skip
+
+
+def fresh_noise(sites: int) -> float:
+    """Bound on the noise of a sum over `sites` fresh ciphertexts, in units of q's lowest bit."""
+    return min(_WORST_FRESH_NOISE * sites, _DEVIATIONS * math.sqrt(_FRESH_NOISE_VARIANCE * sites))
+
+
+def budget_left(coefficient_modulus: int, plain_modulus: int, sites: int) -> int:
+    """⌊log₂(q / 2t·noise)⌋: bits that a sum over `sites` sites keeps."""
+    return math.floor(math.log2(coefficient_modulus / (2 * plain_modulus * fresh_noise(sites))))
+
+
+@functools.lru_cache(maxsize=256)
 def choose_parameters(sites: int, bits: int) -> BfvParameters:
     """The parameters for at most `sites` sites and `bits` bits a coordinate.
 
     Raises:
         ConfigError: There are none; names the nearest possible.
     """
-    if not MIN_BITS <= bits <= MAX_BITS:
-        raise ConfigError(f"sealing.bits = {bits} is outside {MIN_BITS}–{MAX_BITS}", where="sealing.bits",
-                          hint=f"the nearest possible is {min(max(bits, MIN_BITS), MAX_BITS)}")  # fmt: skip
-    if not 2 <= sites <= _MAX_SITES:
-        raise ConfigError(f"a sealed sum is over 2 to {_MAX_SITES} sites, not {sites}", where="sites")
-    modulus = seal.CoeffModulus.Create(DEGREE, [_COEFFICIENT_BITS])[0].value()
-    field_bits = bits + math.ceil(math.log2(sites))
-    plain_bits = min(_LARGEST_PLAIN_BITS, math.floor(math.log2(modulus / (2 * _NOISE_BOUND * sites))))
-    while plain_bits >= _SMALLEST_PLAIN_BITS:
-        plain = seal.PlainModulus.Batching(DEGREE, plain_bits).value()
-        if _NOISE_BOUND * sites < modulus / (2 * plain):
-            break
-        plain_bits -= 1
-    fields = (plain_bits - 1) // field_bits
-    if fields < 1:
+    check_request(sites, bits)
+    modulus = seal.CoeffModulus.Create(DEGREE, [COEFFICIENT_BITS])[0].value()
+    largest = min(2**_LARGEST_PLAIN_BITS, math.floor(modulus / (4 * fresh_noise(sites))))  # 4: one bit of margin
+    fields = fields_below(largest, sites, bits)
+    plain = _plain_modulus(largest, (sites * (2**bits - 1) + 1) ** fields) if fields else None
+    if plain is None:
+        fitting = [b for b in range(MIN_BITS, bits) if fields_below(largest, sites, b)]
         raise ConfigError(f"{bits} bits and {sites} sites do not fit a slot", where="sealing.bits",
-                          hint=f"nearest: {plain_bits - 1 - math.ceil(math.log2(sites))} bits")  # fmt: skip
+                          hint=f"the nearest is {fitting[-1]} bits" if fitting else "use fewer sites")  # fmt: skip
     return BfvParameters(
-        sites=sites, bits=bits, field_bits=field_bits, fields=fields, plain_modulus=plain, coefficient_modulus=modulus,
-        tags=1 if plain >= 2**45 else 2,
-    )  # fmt: skip
+        packing=Packing(sites=sites, bits=bits, fields=fields, modulus=plain, words=DEGREE),
+        coefficient_modulus=modulus,
+        tags=1 if plain >= _ONE_TAG_FROM else 2,
+    )
+
+
+def _plain_modulus(largest: int, smallest: int) -> int | None:
+    """A prime ≡ 1 mod 2N in [smallest, largest]: of a whole bit length if there is one, else the largest."""
+    whole = seal.PlainModulus.Batching(DEGREE, largest.bit_length() - 1).value()
+    if smallest <= whole <= largest:
+        return int(whole)
+    for candidate in range(largest - (largest - 1) % (2 * DEGREE), smallest - 1, -2 * DEGREE):
+        if seal.Modulus(candidate).is_prime():
+            return candidate
+    return None

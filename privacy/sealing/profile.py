@@ -1,38 +1,59 @@
 """The interface of a profile: one vector a site goes in, only the sum over a cohort comes out.
 
-A `Profile` is public: the coordinator uses it to add payloads and needs no key for it. A `Session` is a site's side of
-one run and holds whatever secrets the profile has.
+Three parties, three objects. A `Profile` is public: its `parameters`, and what it exposes (`describe_exposure`). An
+`Accumulator` is the coordinator's and holds no key (`add`). A `Session` is a site's side of one run and holds whatever
+secrets the profile has (`seal`, `open`). A payload is bulk in chunks, made and read chunk by chunk.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Accumulator", "Agreement", "Exposure", "Payload", "Profile", "Segment", "Session"]
+from confide.privacy.sealing.exposure import Exposure
+
+__all__ = ["Accumulator", "Agreement", "Opened", "Payload", "Profile", "Sealing", "Segment", "Session"]
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of coordinates that share a public range; values outside it are clipped."""
+    """A run of coordinates that share a public range; values outside it are clipped.
+
+    Attributes:
+        size: How many.
+        low: Lower end.
+        high: Upper end.
+        rotation: For ranges symmetric about 0: (L2 bound of the whole segment, standard deviation of the noise in each
+            coordinate), from which the narrower range of rotated coordinates follows; None: not rotated.
+    """
 
     size: int
     low: float
     high: float
+    rotation: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What a sum is bound to: the sorted cohort and the transcript X that all its sites signed (hex)."""
+    """What a sum is bound to.
+
+    Attributes:
+        cohort: Names of the sites summed, sorted.
+        transcript: The transcript X that all of them signed (hex).
+        self_masked: Does each site add a mask of its own, to be unlocked later?
+        unlocked: For opening: the seeds of those masks that the sites unlocked, one for each of the cohort.
+    """
 
     cohort: tuple[str, ...]
     transcript: str
+    self_masked: bool = False
+    unlocked: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +64,39 @@ class Payload:
     tags: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Exposure:
-    """Who learns what, in words that stand in the summary and the report."""
+class Sealing:
+    """A payload in the making: iterate over its chunks, then ask for the tags.
 
-    coalition: str
-    learns: str
+    Args:
+        chunks: Makes the chunks, one at a time.
+        tags: The tags, once all chunks are made.
+    """
+
+    def __init__(self, chunks: Iterable[bytes], tags: Callable[[], tuple[int, ...]] = tuple) -> None:
+        self._chunks, self._tags, self._done = iter(chunks), tags, False
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._chunks
+        self._done = True
+
+    @property
+    def tags(self) -> tuple[int, ...]:
+        """Authentication tags over everything that was iterated over."""
+        if not self._done:
+            raise ValueError("the chunks come first")
+        return self._tags()
+
+    def payload(self) -> Payload:
+        """Everything at once."""
+        return Payload(tuple(self), self.tags)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An authenticated sum; `saturated` is the share of all sites' coordinates that were clipped to the range."""
+
+    values: Floats
+    saturated: float
 
 
 class Accumulator(ABC):
@@ -74,20 +122,34 @@ class Session(ABC):
     secret_digest: str
 
     @abstractmethod
-    def seal(self, vector: Floats, segments: Sequence[Segment], agreement: Agreement) -> Payload:
-        """This site's payload for its vector."""
+    def seal(self, vector: Floats, segments: Sequence[Segment], agreement: Agreement) -> Sealing:
+        """This site's payload for its vector, chunk by chunk."""
 
     @abstractmethod
-    def open(self, total: Payload, segments: Sequence[Segment], agreement: Agreement) -> Floats:
+    def open(self, total: Payload, segments: Sequence[Segment], agreement: Agreement) -> Opened:
         """Authenticate and open a sum.
 
         Raises:
             SealingError: It is not the sum of exactly this cohort under this transcript. This is final.
         """
 
+    def unlock(self, agreement: Agreement) -> bytes:
+        """The seed of this site's own mask under an agreement: hand it out for one attempt a round, ever."""
+        raise NotImplementedError
+
     @abstractmethod
     def destroy(self) -> None:
         """Forget every secret."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Bytes a site sends and receives for one sum."""
+
+    uplink: int
+    downlink: int
+    #: Share of the coordinates' places that hold padding.
+    padding: float = field(default=0.0)
 
 
 class Profile(ABC):
@@ -96,6 +158,17 @@ class Profile(ABC):
     name: str
     #: Do sites need ephemeral keys and a common secret?
     keyed: bool
+    #: Can an attempt be repeated with a smaller cohort (self-masks, unlocked once)?
+    retries: bool = False
+
+    @property
+    @abstractmethod
+    def parameters(self) -> Mapping[str, int | float]:
+        """The public parameters, by their usual names, for reports."""
+
+    @abstractmethod
+    def size(self, coordinates: int) -> Size:
+        """What a sum of so many coordinates costs."""
 
     @abstractmethod
     def accumulator(self, size: int) -> Accumulator:

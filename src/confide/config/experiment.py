@@ -249,10 +249,26 @@ class PrivacyConfig(_Section):
 
 
 class SealingConfig(_Section):
-    """`[sealing]`: how sums are protected."""
+    """`[sealing]`: how sums are protected.
 
-    profile: Literal["sealed", "open"] = "sealed"
+    `bits` a coordinate; `rotation` spreads a large update evenly, so that fewer bits are enough; `range` is the share
+    of the largest possible update that the quantiser covers (what lies outside is clipped, and counted); `retry` lets
+    a round go on without a site that died while sealing.
+    """
+
+    profile: Literal["sealed", "masked", "ckks", "open"] = "sealed"
     bits: Annotated[int, Field(ge=8, le=20)] = 20
+    rotation: bool = False
+    range: Annotated[float, Field(gt=0, le=1)] = 1.0
+    retry: bool = False
+
+    @model_validator(mode="after")
+    def _together(self) -> SealingConfig:
+        if self.profile == "open" and self.rotation:
+            raise ValueError("rotation belongs to a profile that quantises: sealed, masked or ckks")
+        if self.retry and self.profile not in ("sealed", "masked"):
+            raise ValueError("retry needs masks: profile sealed or masked")
+        return self
 
 
 class Experiment(_Section):

@@ -49,9 +49,12 @@ class Address(BaseModel):
     roster_version: int
     run: str
     manifest: Hex32
-    key_epoch: int
+    #: Which run secret is in force, or is being agreed on.
+    key_epoch: Annotated[int, Field(ge=0, le=1000)]
     round: Annotated[int, Field(ge=0, le=1_000_000)]
-    step: Literal["join", "secret", "keys", "train", "seal", "release"]
+    step: Literal["join", "secret", "keys", "train", "seal", "unlock", "release"]
+    #: Which attempt to seal the round; 0 for every other step.
+    attempt: Annotated[int, Field(ge=0, le=100)] = 0
 
 
 class Header(Address):

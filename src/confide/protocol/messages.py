@@ -30,6 +30,8 @@ __all__ = [
     "SumReference",
     "TrainReply",
     "TrainRequest",
+    "UnlockReply",
+    "UnlockRequest",
     "decode",
 ]
 
@@ -129,9 +131,12 @@ class SumReference(Message):
     #: Digests of the cohort's signed `train` replies: with them a site recomputes the transcript for this very round.
     statements: tuple[Hex32, ...]
     transcript: Hex32
+    attempt: Annotated[int, Field(ge=0, le=100)] = 0
     chunks: Annotated[int, Field(ge=0)]
     #: Summed authentication tags, hexadecimal: they exceed what JSON numbers hold everywhere.
     tags: Tags
+    #: Where sites add masks of their own: the cohort's signed `unlock` replies, in the order of names.
+    unlocked: tuple[Statement, ...] = ()
 
 
 class TrainRequest(Message):
@@ -168,6 +173,21 @@ class SealReply(Message):
     TYPE: ClassVar[str] = "seal.reply"
     transcript: Hex32
     tags: Tags
+
+
+class UnlockRequest(Message):
+    """Coordinator → site: all of the cohort sealed this attempt, see their signed `seal` replies; unlock it."""
+
+    TYPE: ClassVar[str] = "unlock.request"
+    statements: tuple[Statement, ...]
+
+
+class UnlockReply(Message):
+    """Site → coordinator: the seed of its own mask in this attempt. A site unlocks one attempt a round, ever."""
+
+    TYPE: ClassVar[str] = "unlock.reply"
+    transcript: Hex32
+    seed: Hex32
 
 
 class ReleaseRequest(Message):

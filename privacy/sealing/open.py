@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from confide.errors import SealingError
-from confide.privacy.sealing.profile import Accumulator, Agreement, Exposure, Payload, Profile, Segment, Session
+from confide.privacy.sealing.encoding import SATURATION
+from confide.privacy.sealing.exposure import Exposure, exposure_table
+from confide.privacy.sealing.profile import (
+    Accumulator,
+    Agreement,
+    Opened,
+    Payload,
+    Profile,
+    Sealing,
+    Segment,
+    Session,
+    Size,
+)
 
 __all__ = ["OpenProfile"]
 
@@ -17,14 +29,24 @@ Floats = NDArray[np.float64]
 
 
 class OpenProfile(Profile):
-    """float32 updates in the clear, clipped to the public range, summed in float64 in the cohort's order."""
+    """float32 updates in the clear, clipped to the public range, summed in float64 in the order they arrive."""
 
     name = "open"
     keyed = False
 
+    @property
+    def parameters(self) -> Mapping[str, int | float]:
+        """Bits a coordinate on the way up and down."""
+        return {"bits": 32, "sum_bits": 64}
+
+    def size(self, coordinates: int) -> Size:
+        """See the base class."""
+        held = coordinates + SATURATION
+        return Size(4 * held, 8 * held)
+
     def accumulator(self, size: int) -> Accumulator:
         """An empty sum."""
-        return _OpenAccumulator(size)
+        return _OpenAccumulator(size + SATURATION)
 
     def make_secret(self) -> bytes:
         """There is none."""
@@ -36,11 +58,7 @@ class OpenProfile(Profile):
 
     def describe_exposure(self) -> tuple[Exposure, ...]:
         """What each coalition learns."""
-        return (
-            Exposure("coordinator", "every site's update, every round"),
-            Exposure("one other site", "the sum over the cohort"),
-            Exposure("outsider on the network", "nothing beyond what TLS lets through"),
-        )
+        return exposure_table(self.name, 0, 0)
 
 
 class _OpenAccumulator(Accumulator):
@@ -51,26 +69,30 @@ class _OpenAccumulator(Accumulator):
         self._total += _parse(payload.chunks, len(self._total), "<f4")
 
     def total(self) -> Payload:
-        return Payload(_split(self._total.astype("<f8").tobytes()))
+        return Payload(tuple(_split(self._total.astype("<f8").tobytes())))
 
 
 class _OpenSession(Session):
     secret_digest = "0" * 64
 
-    def seal(self, vector: Floats, segments: Sequence[Segment], agreement: Agreement) -> Payload:
+    def seal(self, vector: Floats, segments: Sequence[Segment], agreement: Agreement) -> Sealing:
         low = np.concatenate([np.full(s.size, s.low) for s in segments])
         high = np.concatenate([np.full(s.size, s.high) for s in segments])
-        return Payload(_split(np.clip(vector, low, high).astype("<f4").tobytes()))
+        clipped = np.clip(vector, low, high)
+        saturated = np.count_nonzero(clipped != vector)
+        return Sealing(_split(np.append(clipped, saturated).astype("<f4").tobytes()))
 
-    def open(self, total: Payload, segments: Sequence[Segment], agreement: Agreement) -> Floats:
-        return _parse(total.chunks, sum(s.size for s in segments), "<f8")
+    def open(self, total: Payload, segments: Sequence[Segment], agreement: Agreement) -> Opened:
+        size = sum(s.size for s in segments)
+        values = _parse(total.chunks, size + SATURATION, "<f8")
+        return Opened(values[:size], float(values[size]) / (max(1, size) * len(agreement.cohort)))
 
     def destroy(self) -> None:
         """There is nothing to forget."""
 
 
-def _split(data: bytes) -> tuple[bytes, ...]:
-    return tuple(data[i : i + _CHUNK] for i in range(0, len(data), _CHUNK))
+def _split(data: bytes) -> Iterator[bytes]:
+    return (data[i : i + _CHUNK] for i in range(0, len(data), _CHUNK))
 
 
 def _parse(chunks: Sequence[bytes], size: int, dtype: str) -> Floats:

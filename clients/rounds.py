@@ -1,0 +1,235 @@
+"""What a site does in a round: train, seal, unlock, and at the end release. See `Site` for the invariants."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from confide.clients.agreement import agree, agree_to_release, agree_to_unlock
+from confide.clients.cutoff import compute_until_cut_off
+from confide.clients.data.records import SiteRecords
+from confide.clients.participants import Participants
+from confide.clients.policy import SitePolicy
+from confide.clients.run import SiteRun, model_digest, state_digest
+from confide.clients.store import ModelState, SiteStore
+from confide.errors import PolicyError, SealingError
+from confide.privacy.audit import records as audit
+from confide.privacy.audit.log import Log
+from confide.privacy.digest import digest
+from confide.privacy.dp import Ledger
+from confide.privacy.dp.events import event_to_json
+from confide.privacy.sealing import Agreement
+from confide.protocol import messages as m
+from confide.protocol.envelope import Envelope, Header
+from confide.protocol.manifest import Manifest
+
+__all__ = ["NOT_AUTHENTIC", "Answer", "RoundSteps"]
+
+NOT_AUTHENTIC = "a sum was not authentic: this site has left the run for good"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A reply before it is signed, and the effect that must be durable with it."""
+
+    message: m.Message
+    chunks: tuple[bytes, ...] = ()
+    sealed: str | None = None
+    unlocked: str | None = None
+
+
+class RoundSteps:
+    """One site's steps; requests are verified before they come here.
+
+    Args:
+        policy: What the operator allows right now.
+        records: The site's encoded data.
+        participants: Who may take part in a run right now.
+        ledger: The site's privacy ledger.
+        store: Its durable state.
+        log: Its federated log.
+        local_log: Its local log.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: Callable[[], SitePolicy],
+        records: SiteRecords,
+        participants: Callable[[Manifest], Participants],
+        ledger: Ledger,
+        store: SiteStore,
+        log: Log,
+        local_log: Log,
+    ) -> None:
+        self._policy, self._records, self._participants = policy, records, participants
+        self._ledger, self._store, self._log, self._local_log = ledger, store, log, local_log
+
+    def train(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
+        """Apply earlier sums, charge, compute, commit to the update."""
+        message, round_ = m.decode(m.TrainRequest, header.type, request.body), header.round
+        # Rounds only go forward; the release counts as the last.
+        if not self._store.latest_round(run.manifest.run) < round_ <= run.manifest.rounds + 1:
+            raise SealingError(f"there is no round {round_} to come", where=f"run {run.manifest.run}")
+        secret = run.keys.session.secret_digest  # without keys there is nothing to charge for
+        model = self._apply(run, message.sums, request.chunks, before=round_)
+        self._settle_unsent(run, round_)
+        for event in run.manifest.charges(round_):
+            charge = f"{run.manifest.run}/{round_}/{event.role.value}"
+            self._ledger.reserve(charge, event)
+            self._log.append(
+                audit.Charged(run=run.manifest.run, round=round_, charge=charge, event=event_to_json(event))
+            )
+        vector, used, attempts = compute_until_cut_off(
+            run, round_, model, self._records, lambda: self._participants(run.manifest)
+        )
+        self._log_snapshot(run, round_, used, attempts)
+        commitment = digest("commitment", secrets.token_bytes(32), vector.tobytes()).hex()
+        reply = m.TrainReply(
+            commitment=commitment, model=model_digest(model), state=state_digest(model),
+            secret=secret,
+        )  # fmt: skip
+        self._log.append(
+            audit.UpdateCommitted(
+                run=run.manifest.run, round=round_, commitment=commitment, model=reply.model, state=reply.state,
+                coordinator=header.checkpoint,
+            )
+        )  # fmt: skip
+        run.pending = (round_, vector)
+        return Answer(reply, model.metric_chunks)
+
+    def seal(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
+        """Seal the update for a cohort whose members all agree."""
+        message, round_, attempt = m.decode(m.SealRequest, header.type, request.body), header.round, header.attempt
+        name, retries = run.manifest.run, run.manifest.sealing.retry
+        if attempt and not retries:
+            raise SealingError("this run seals each round for one cohort", where=f"run {name}")
+        agreed = agree(
+            run, round_, message, model=self._model(run), min_sites=self._policy().min_sites,
+            own_reply=self._store.reply_digest(run.address(round_, "train")), coordinator=self._policy().coordinator,
+            attempt=attempt,
+        )  # fmt: skip
+        if run.pending is None or run.pending[0] != round_ or self._store.unlocked_transcript(name, round_) is not None:
+            raise SealingError(f"there is no update of round {round_} left to seal", where=f"run {name}")
+        sealing = run.keys.session.seal(
+            run.pending[1], run.segments(round_), Agreement(message.cohort, agreed, self_masked=retries)
+        )
+        payload = sealing.payload()
+        self._log.append(
+            audit.Sealed(
+                run=name, round=round_, attempt=attempt, cohort=list(message.cohort), transcript=agreed,
+                coordinator=header.checkpoint,
+            )
+        )  # fmt: skip
+        if not retries:
+            run.pending = None
+        tags = tuple(f"{tag:x}" for tag in payload.tags)
+        return Answer(m.SealReply(transcript=agreed, tags=tags), payload.chunks, sealed=agreed)
+
+    def unlock(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
+        """Give away the seed of this site's own mask in one attempt."""
+        message, round_, attempt = m.decode(m.UnlockRequest, header.type, request.body), header.round, header.attempt
+        name = run.manifest.run
+        agreement = agree_to_unlock(
+            run, round_, attempt, message,
+            sealed=self._store.sealed_transcript(name, round_, attempt), coordinator=self._policy().coordinator,
+        )  # fmt: skip
+        if not run.manifest.sealing.retry or self._store.unlocked_transcript(name, round_) is not None:
+            raise SealingError(f"round {round_} has no attempt left to unlock", where=f"run {name}")
+        seed = run.keys.session.unlock(agreement)
+        run.pending = None
+        self._log.append(audit.Unlocked(run=name, round=round_, attempt=attempt, transcript=agreement.transcript))
+        reply = m.UnlockReply(transcript=agreement.transcript, seed=seed.hex())
+        return Answer(reply, unlocked=agreement.transcript)
+
+    def release(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
+        """Hand out the trained model, once enough sites have reached the end with it."""
+        message = m.decode(m.ReleaseRequest, header.type, request.body)
+        if header.round != run.manifest.rounds + 2:
+            raise SealingError("a model is released after the last round", where=f"run {run.manifest.run}")
+        if not self._policy().release:
+            raise PolicyError("release is not allowed", where=f"policy of site {run.site}")
+        model = self._apply(run, message.sums, request.chunks, before=header.round)
+        self._settle_unsent(run, header.round)
+        agree_to_release(
+            run, message, model=model, min_sites=self._policy().min_sites, coordinator=self._policy().coordinator
+        )
+        weights = model.weights.astype("<f4").tobytes()
+        self._log.append(audit.ModelReleased(run=run.manifest.run, model=model_digest(model), sites=[], checkpoints=[]))
+        return Answer(m.ReleaseReply(model=model_digest(model)), (weights, *model.metric_chunks))
+
+    def _log_snapshot(self, run: SiteRun, round_: int, used: Participants, attempts: int) -> None:
+        """A commitment of constant size in the federated log, the numbers in the local one."""
+        self._local_log.append(
+            audit.LocalSnapshot(
+                run=run.manifest.run, round=round_, persons=len(self._records.persons), attempts=attempts,
+                training=int(used.train.sum()), held_out=int(used.held_out.sum()),
+            )
+        )  # fmt: skip
+        self._log.append(audit.SnapshotTaken(run=run.manifest.run, round=round_, commitment=used.commitment()))
+
+    def _apply(
+        self, run: SiteRun, sums: tuple[m.SumReference, ...], chunks: tuple[bytes, ...], *, before: int
+    ) -> ModelState:
+        model, offset = self._model(run), 0
+        for reference in sums:
+            part = chunks[offset : offset + reference.chunks]
+            offset += reference.chunks
+            if reference.round <= model.round:
+                continue
+            if reference.round >= before or not self._agreed_to(run, reference):
+                raise SealingError("a sum that this site did not agree to", where=f"round {reference.round}")
+            try:
+                model = run.apply(model, reference, part)
+            except SealingError as error:
+                # A second look at a forged sum would be an oracle: the keys go, and the run ends here, for good.
+                # Which check failed stays at the site, for the same reason.
+                self._store.stop_run(run.manifest.run, error.what)
+                run.destroy()
+                self._local_log.append(audit.LocalRefusal(run=run.manifest.run, step="open", reason=str(error)))
+                self._log.append(audit.RunStopped(run=run.manifest.run, reason=NOT_AUTHENTIC))
+                raise SealingError(NOT_AUTHENTIC, where=f"round {reference.round}") from error
+            self._log.append(
+                audit.Opened(
+                    run=run.manifest.run, round=reference.round, transcript=reference.transcript,
+                    model=model_digest(model), saturated=f"{model.saturated:.6f}",
+                )
+            )  # fmt: skip
+            self._store.put_model(run.manifest.run, model, run.keys.storage)
+        if offset != len(chunks):
+            raise SealingError("chunks that no sum names", where=f"run {run.manifest.run}")
+        return model
+
+    def _agreed_to(self, run: SiteRun, reference: m.SumReference) -> bool:
+        """Is a sum the one that this site took part in, where it took part?"""
+        name, retries = run.manifest.run, run.manifest.sealing.retry
+        sealed = self._store.sealed_transcript(name, reference.round, reference.attempt)
+        if retries:
+            sealed = self._store.unlocked_transcript(name, reference.round) or sealed
+        return (retries or not reference.attempt) and sealed in (None, reference.transcript)
+
+    def _settle_unsent(self, run: SiteRun, round_: int) -> None:
+        """An update that was never sealed is destroyed; as nothing of it left, its charge shrinks to nothing.
+
+        Only this process knows that: after a restart a charge stands, whatever the disk (a restored one, too) says.
+        """
+        if run.pending is None or run.pending[0] >= round_:
+            return
+        name, unsent = run.manifest.run, run.pending[0]
+        run.pending = None
+        if self._store.sealed_transcript(name, unsent) is not None:
+            return
+        for charge in self._ledger.open_charges(f"{name}/{unsent}/"):
+            self._ledger.settle(charge, 0)
+            self._log.append(audit.Settled(run=name, charge=charge, steps=0))
+
+    def end(self, run: SiteRun) -> None:
+        """The run is over here: every key of it goes, and with them whatever was recorded under them."""
+        if not run.keys.destroyed:
+            secret = run.keys.session.secret_digest
+            run.destroy()
+            self._log.append(audit.KeysDestroyed(run=run.manifest.run, secret=secret))
+
+    def _model(self, run: SiteRun) -> ModelState:
+        return self._store.model(run.manifest.run, run.keys.storage)

@@ -1,0 +1,110 @@
+"""Run keys on a disk, only ever encrypted: Argon2id (RFC 9106) for the passphrase, AES-256-GCM for the content.
+
+File: magic (8 bytes), Argon2id's memory in KiB, iterations and lanes (4 bytes each, big endian), salt (16), box. The
+cost is read from the file, so it is bounded *before* anything is derived: a file cannot make a site spend a gigabyte.
+Magic, cost, salt and the file's name are associated data of the box.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import struct
+from pathlib import Path
+
+from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+
+from confide.errors import ConfigError, SealingError
+from confide.privacy.atrest import close_box, open_box
+from confide.privacy.files import write_private
+
+__all__ = ["Vault", "close_vault_file", "open_vault_file"]
+
+_MAGIC = b"confide1"
+_HEAD = struct.Struct(">8sIII16s")
+#: RFC 9106's second recommended choice: 64 MiB, 3 passes, 4 lanes.
+_MEMORY, _ITERATIONS, _LANES = 64 * 1024, 3, 4
+_MOST_MEMORY, _MOST_ITERATIONS, _MOST_LANES = 256 * 1024, 10, 16
+_MOST_BYTES = 2**20
+_FEWEST_CHARACTERS = 8
+
+
+class Vault:
+    """A folder of encrypted files under one passphrase.
+
+    Args:
+        folder: Made readable for its owner only.
+        passphrase: The operator's; at least 8 characters.
+
+    Raises:
+        ConfigError: The passphrase is too short.
+    """
+
+    def __init__(self, folder: Path, passphrase: str) -> None:
+        if len(passphrase) < _FEWEST_CHARACTERS:
+            raise ConfigError(f"needs at least {_FEWEST_CHARACTERS} characters", where="passphrase of the vault",
+                              hint="a few random words are easy to keep")  # fmt: skip
+        self._folder, self._passphrase = folder, passphrase
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def save(self, name: str, data: bytes) -> None:
+        """Write or replace an entry."""
+        write_private(self._path(name), close_vault_file(data, self._passphrase, name))
+
+    def load(self, name: str) -> bytes | None:
+        """An entry, or None where there is none.
+
+        Raises:
+            SealingError: A wrong passphrase, a changed bit, or a cost that no honest file asks for.
+        """
+        path = self._path(name)
+        if not path.is_file():
+            return None
+        if path.stat().st_size > _MOST_BYTES:
+            raise SealingError("is larger than any honest vault file", where=str(path))
+        return open_vault_file(path.read_bytes(), self._passphrase, name)
+
+    def destroy(self, name: str) -> None:
+        """Overwrite and remove an entry. A file system that keeps old blocks still holds only ciphertext."""
+        path = self._path(name)
+        if path.is_file():
+            with path.open("r+b") as stream:
+                stream.write(secrets.token_bytes(path.stat().st_size))
+                stream.flush()
+                os.fsync(stream.fileno())
+            path.unlink()
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.vault"
+
+
+def close_vault_file(data: bytes, passphrase: str, name: str) -> bytes:
+    """A file's content."""
+    head = _HEAD.pack(_MAGIC, _MEMORY, _ITERATIONS, _LANES, secrets.token_bytes(16))
+    return head + close_box(_derive(head, passphrase), head + name.encode(), data)
+
+
+def open_vault_file(content: bytes, passphrase: str, name: str) -> bytes:
+    """Inverse of `close_vault_file`.
+
+    Raises:
+        SealingError: A wrong passphrase, a changed bit, or a cost that no honest file asks for.
+    """
+    if len(content) > _MOST_BYTES or len(content) < _HEAD.size:
+        raise SealingError("has a size that no honest vault file has", where=f"vault file {name}")
+    magic, memory, iterations, lanes, _ = _HEAD.unpack(content[: _HEAD.size])
+    within = 8 * lanes <= memory <= _MOST_MEMORY and 1 <= iterations <= _MOST_ITERATIONS and 1 <= lanes <= _MOST_LANES
+    if magic != _MAGIC or not within:
+        raise SealingError("is no vault file, or asks for an absurd cost", where=f"vault file {name}")
+    head = content[: _HEAD.size]
+    try:
+        return open_box(_derive(head, passphrase), head + name.encode(), content[_HEAD.size :])
+    except SealingError:
+        raise SealingError("cannot be opened: a wrong passphrase, or a changed file", where=f"vault file {name}",
+                           hint="check the passphrase; a damaged file means leaving the run") from None  # fmt: skip
+
+
+def _derive(head: bytes, passphrase: str) -> bytes:
+    _, memory, iterations, lanes, salt = _HEAD.unpack(head)
+    kdf = Argon2id(salt=salt, length=32, iterations=iterations, lanes=lanes, memory_cost=memory)
+    return kdf.derive(passphrase.encode())
