@@ -95,7 +95,10 @@ class Federation:
         self.made: Envelope | None = None
         self.digests: dict[str, dict[str, str]] = {}
         self.maker = ""
+        self.key_epoch = 0
         self.participants: tuple[str, ...] = ()
+        #: Storage keys as they were before the sites destroyed them, so that a test can look at the end of a run.
+        self._kept: dict[str, bytes] = {}
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -109,12 +112,12 @@ class Federation:
 
     # --- the attacker's pen ---------------------------------------------------------------------------------------
 
-    def address(self, step: str, round_: int, manifest: Manifest | None = None) -> Address:
+    def address(self, step: str, round_: int, manifest: Manifest | None = None, *, attempt: int = 0) -> Address:
         """Where in the run a message belongs."""
         of = manifest or self.manifest
         return Address(
             federation=of.federation, roster_version=of.roster_version, run=of.run, manifest=of.digest,
-            key_epoch=0, round=round_, step=step,
+            key_epoch=0 if step == "join" else self.key_epoch, round=round_, step=step, attempt=attempt,
         )  # fmt: skip
 
     def sign(
@@ -142,10 +145,12 @@ class Federation:
             request=request,
         )
 
-    def ask(self, site: str, step: str, round_: int, message: m.Message, chunks: Chunks = ()) -> Envelope:
+    def ask(
+        self, site: str, step: str, round_: int, message: m.Message, chunks: Chunks = (), *, attempt: int = 0
+    ) -> Envelope:
         """Send a request of the attacker's making; the site's answer, which may be a refusal."""
-        recipient = EVERYBODY if step == "join" else site
-        return self.sites[site].handle(step, self.sign(step, round_, recipient, message, chunks))
+        recipient, place = EVERYBODY if step == "join" else site, self.address(step, round_, attempt=attempt)
+        return self.sites[site].handle(step, self.sign(step, round_, recipient, message, chunks, address=place))
 
     # --- the steps of an honest run -------------------------------------------------------------------------------
 
@@ -193,16 +198,34 @@ class Federation:
         return m.SealRequest(cohort=tuple(cohort), statements=tuple(m.Statement.of(s, committed[s]) for s in cohort))
 
     def seal(
-        self, round_: int, committed: Mapping[str, Envelope], cohort: Sequence[str] | None = None
+        self,
+        round_: int,
+        committed: Mapping[str, Envelope],
+        cohort: Sequence[str] | None = None,
+        *,
+        attempt: int = 0,
     ) -> dict[str, Envelope]:
         """Every cohort member's payload, or its refusal."""
         members = tuple(sorted(cohort or committed))
         chosen = {s: committed[s] for s in members}
-        self.digests[self.transcript(round_, chosen)] = {s: e.digest for s, e in chosen.items()}
+        self.digests[self.transcript(round_, chosen, attempt)] = {s: e.digest for s, e in chosen.items()}
         body = self.seal_request(members, committed)
-        return {s: self.ask(s, "seal", round_, body) for s in members}
+        return {s: self.ask(s, "seal", round_, body, attempt=attempt) for s in members}
 
-    def add(self, round_: int, sealed: Mapping[str, Envelope], *, cohort: Sequence[str] | None = None) -> Sum:
+    def unlock(self, round_: int, sealed: Mapping[str, Envelope], *, attempt: int = 0) -> dict[str, Envelope]:
+        """Every cohort member's seed for an attempt, or its refusal."""
+        body = m.UnlockRequest(statements=tuple(m.Statement.of(s, e) for s, e in sorted(sealed.items())))
+        return {s: self.ask(s, "unlock", round_, body, attempt=attempt) for s in sorted(sealed)}
+
+    def add(
+        self,
+        round_: int,
+        sealed: Mapping[str, Envelope],
+        *,
+        cohort: Sequence[str] | None = None,
+        unlocked: Mapping[str, Envelope] | None = None,
+        attempt: int = 0,
+    ) -> Sum:
         """Add the payloads; `cohort` is what the sum claims to be over."""
         accumulator = make_profile(self.manifest.sealing, len(self.manifest.members)).accumulator(
             self.manifest.vector_size(round_)
@@ -215,7 +238,8 @@ class Federation:
         digests = self.digests.get(bound, {})
         reference = m.SumReference(
             round=round_, cohort=members, statements=tuple(digests.get(s, "00" * 32) for s in members),
-            transcript=bound, chunks=len(total.chunks), tags=tuple(f"{tag:x}" for tag in total.tags),
+            transcript=bound, chunks=len(total.chunks), tags=tuple(f"{tag:x}" for tag in total.tags), attempt=attempt,
+            unlocked=tuple(m.Statement.of(s, e) for s, e in sorted((unlocked or {}).items())),
         )  # fmt: skip
         return Sum(reference, total.chunks)
 
@@ -223,10 +247,10 @@ class Federation:
         """A whole honest round."""
         return self.add(round_, self.seal(round_, self.train(round_, *sums)))
 
-    def transcript(self, round_: int, committed: Mapping[str, Envelope]) -> str:
+    def transcript(self, round_: int, committed: Mapping[str, Envelope], attempt: int = 0) -> str:
         """X of a round over these commitments."""
-        of = self.manifest
-        return transcript(of.digest, of.roster_version, 0, round_, {s: e.digest for s, e in committed.items()})
+        of, digests = self.manifest, {s: e.digest for s, e in committed.items()}
+        return transcript(of.digest, of.roster_version, self.key_epoch, round_, digests, attempt)
 
     def release_request(self, *sums: Sum, ended: Mapping[str, Envelope] | None = None) -> m.ReleaseRequest:
         """Ask for the model, showing the replies of the evaluation round where there are any."""
@@ -244,8 +268,15 @@ class Federation:
     # --- looking, and restarting ----------------------------------------------------------------------------------
 
     def model(self, site: str) -> ModelState:
-        """The model that a site holds."""
-        return self.sites[site].current_model(self.manifest.run)
+        """The model that a site holds, or held when its keys were destroyed."""
+        self._keep_storage_keys()
+        return self.sites[site]._store.model(self.manifest.run, self._kept[site])
+
+    def _keep_storage_keys(self) -> None:
+        for name, site in self.sites.items():
+            run = site._runs.get(self.manifest.run)
+            if run is not None and not run.keys.destroyed:
+                self._kept[name] = run.keys.storage
 
     def models(self) -> set[bytes]:
         """Every distinct model among the participants."""
@@ -285,6 +316,7 @@ class Federation:
         """The in-process grid; `tamper(site, request, reply)` stands between a site and the wire."""
 
         def find(context: Context) -> Any:
+            self._keep_storage_keys()
             site = self.sites[str(context.node_config[NODE_CONFIG_SITE])]
             return site if tamper is None else _Tampered(site, tamper)
 

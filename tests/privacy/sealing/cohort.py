@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from confide.privacy.sealing import Agreement, Payload, SealedProfile, Segment, Session
+from confide.config import SealingConfig
+from confide.privacy.sealing import Agreement, Payload, Profile, Segment, Session, make_profile
 from confide.privacy.sealing.wrapping import new_ephemeral
 
 Floats = NDArray[np.float64]
@@ -19,38 +20,44 @@ TRANSCRIPT = "ab" * 32
 class Cohort:
     """Sites that share a secret and know each other's ephemeral keys."""
 
-    profile: SealedProfile
+    profile: Profile
     secret: bytes
     sessions: dict[str, Session]
     private: dict[str, bytes]
     public: dict[str, bytes]
 
     @classmethod
-    def make(cls, sites: int = 4, bits: int = 16, most: int | None = None) -> Cohort:
+    def make(cls, sites: int = 4, bits: int = 16, most: int | None = None, profile: str = "sealed") -> Cohort:
         """A fresh cohort; the parameters leave room for `most` sites."""
-        profile = SealedProfile(most or sites, bits)
-        names = [f"site-{i:02d}" for i in range(sites)]
+        public_side = make_profile(SealingConfig.model_validate({"profile": profile, "bits": bits}), most or sites)
+        names = [f"site-{i:04d}" for i in range(sites)]
         keys = {name: new_ephemeral() for name in names}
         public = {name: pair[1] for name, pair in keys.items()}
-        secret = profile.make_secret()
-        sessions = {name: profile.session(name, secret, keys[name][0], public) for name in names}
-        return cls(profile, secret, sessions, {n: k[0] for n, k in keys.items()}, public)
+        secret = public_side.make_secret()
+        sessions = {name: public_side.session(name, secret, keys[name][0], public) for name in names}
+        return cls(public_side, secret, sessions, {n: k[0] for n, k in keys.items()}, public)
 
     @property
     def names(self) -> tuple[str, ...]:
         """All sites, sorted."""
         return tuple(sorted(self.sessions))
 
-    def agreement(self, cohort: Sequence[str] | None = None, transcript: str = TRANSCRIPT) -> Agreement:
+    def agreement(
+        self, cohort: Sequence[str] | None = None, transcript: str = TRANSCRIPT, *, self_masked: bool = False
+    ) -> Agreement:
         """What a sum is bound to."""
-        return Agreement(tuple(sorted(cohort or self.names)), transcript)
+        return Agreement(tuple(sorted(cohort or self.names)), transcript, self_masked)
+
+    def unlocked(self, agreement: Agreement) -> Agreement:
+        """The same once every site has unlocked its own mask."""
+        return replace(agreement, unlocked=tuple(self.sessions[name].unlock(agreement) for name in agreement.cohort))
 
     def seal(
         self, vectors: dict[str, Floats], segments: Sequence[Segment], agreement: Agreement | None = None
     ) -> dict[str, Payload]:
         """Every site's payload."""
         bound = agreement or self.agreement(tuple(vectors))
-        return {name: self.sessions[name].seal(vector, segments, bound) for name, vector in vectors.items()}
+        return {name: self.sessions[name].seal(vector, segments, bound).payload() for name, vector in vectors.items()}
 
     def total(self, payloads: Sequence[Payload], size: int) -> Payload:
         """What the coordinator makes of payloads."""
@@ -63,4 +70,4 @@ class Cohort:
         self, total: Payload, segments: Sequence[Segment], agreement: Agreement | None = None, site: str | None = None
     ) -> Floats:
         """What one site opens."""
-        return self.sessions[site or self.names[0]].open(total, segments, agreement or self.agreement())
+        return self.sessions[site or self.names[0]].open(total, segments, agreement or self.agreement()).values
