@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from confide.privacy.sealing import Exposure
+
 __all__ = ["Epsilon", "Plan", "Progress", "Result", "SitePlan", "json_number"]
 
 NEIGHBOURS = "add or remove one"
@@ -37,6 +39,8 @@ class Progress:
     released: dict[str, float | None] | None
     released_round: int | None
     abandoned: bool
+    #: Share of the latest sum's coordinates that were clipped to the quantiser's range.
+    saturated: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +54,8 @@ class Result:
         epsilon_curve: ε of this run after each round.
         ledger: Per site, the RDP ε of everything its ledger holds now, and its limit.
         consent_is_simulated: True unless a file said who consents.
+        saturated: Largest share of a sum's coordinates that were clipped to the quantiser's range.
+        exposure: What each coalition learns under the run's profile.
     """
 
     run_id: str
@@ -71,6 +77,8 @@ class Result:
     epsilon_curve: list[float]
     ledger: dict[str, tuple[float, float]]
     consent_is_simulated: bool
+    saturated: float
+    exposure: tuple[Exposure, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints: exactly these keys."""
@@ -123,6 +131,11 @@ class Plan:
     metric_rounds: list[int]
     parameters: int
     profile: str
+    sealing: str
+    #: Bytes a site sends and receives for a training round's sum, and the share of it that is padding.
+    uplink_bytes: int
+    downlink_bytes: int
+    padding: float
     unit: str
     neighbours: str
     placement: str

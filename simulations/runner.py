@@ -29,6 +29,7 @@ from confide.errors import ConfigError, PeerError, StorageError
 from confide.privacy.dp import PrivacyEvent, Role, run_epsilon
 from confide.privacy.dp import metrics as dp_metrics
 from confide.privacy.files import write_atomically
+from confide.privacy.sealing import make_profile
 from confide.server.app import make_server_app
 from confide.server.coordinator import Coordinator, Released, RoundOutcome
 from confide.simulations.evaluation import ExactEvaluator
@@ -116,6 +117,8 @@ def plan(experiment: Source = None, *, overrides: Iterable[str] = (), ledger: st
 def _plan(world: World) -> Plan:
     experiment, manifest = world.experiment, world.manifest
     charges = manifest.all_charges()
+    profile = make_profile(manifest.sealing, len(manifest.members))
+    size = profile.size(manifest.vector_size(1))
     sites = [
         SitePlan(
             site=name,
@@ -135,7 +138,11 @@ def _plan(world: World) -> Plan:
         local_steps=manifest.training.local_steps,
         metric_rounds=[r - 1 for r in manifest.metric_rounds],
         parameters=manifest.layout.size,
-        profile=manifest.sealing.profile,
+        profile=profile.name,
+        sealing=profile.summary,
+        uplink_bytes=size.uplink,
+        downlink_bytes=size.downlink,
+        padding=round(size.padding, 3),
         unit=manifest.privacy.unit,
         neighbours=NEIGHBOURS,
         placement=manifest.privacy.placement,
@@ -165,6 +172,7 @@ class _Run:
         self._curve: list[dict[str, float]] = []
         self._released_metrics: dict[str, float | None] | None = None
         self._lines: list[dict[str, Any]] = []
+        self._saturated = 0.0
 
     def execute(self) -> Result:
         world, released = self._world, list[Released]()
@@ -191,7 +199,9 @@ class _Run:
     def _after_round(self, outcome: RoundOutcome) -> None:
         manifest = self._world.manifest
         trained = outcome.round - 1  # rounds whose sum the sites have applied by now
-        exact = self._exact(None)
+        model = next(iter(self._world.sites.values())).current_model(manifest.run)
+        self._saturated = max(self._saturated, model.saturated)
+        exact = self._exact(model.weights)
         if exact is not None:
             self._curve.append(exact)
         released = dp_metrics.read(self._task, outcome.metrics) if outcome.metrics is not None else None
@@ -204,6 +214,7 @@ class _Run:
             released=released,
             released_round=None if outcome.metrics_round is None else outcome.metrics_round - 1,
             abandoned=outcome.abandoned,
+            saturated=model.saturated,
         )
         self._record(progress)
         self._progress(progress)
@@ -215,6 +226,7 @@ class _Run:
             "metrics": progress.metrics,
             "released_metrics": None,
             "abandoned": progress.abandoned,
+            "saturated": round(progress.saturated, 6),
         })  # fmt: skip
         self._write_lines(progress.released, progress.released_round)
 
@@ -231,8 +243,6 @@ class _Run:
         manifest = self._world.manifest
         sites = self._world.sites.values()
         held_out = {s.name: s.participants(manifest).held_out for s in sites}
-        if weights is None:
-            weights = next(iter(sites)).current_model(manifest.run).weights
         return self._evaluator.evaluate(weights, held_out)
 
     def _epsilon_after(self, rounds: int) -> float:
@@ -275,6 +285,8 @@ class _Run:
                 for n, s in world.sites.items()
             },
             consent_is_simulated=world.sources.consent is None,
+            saturated=self._saturated,
+            exposure=make_profile(manifest.sealing, len(manifest.members)).describe_exposure(),
         )
         save_model(
             self._folder / "model.safetensors",

@@ -79,6 +79,7 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
     head, interruption = _interruption(ended, folder)
     rounds, releases = _rounds(evidence), _releases(evidence)
     exact = _json_lines(folder / "rounds.jsonl")
+    summary, exposure = _exposure(manifest)
     return {
         "run": evidence.run,
         "purpose": manifest["purpose"],
@@ -104,8 +105,8 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
         "releases": releases,
         "exact": _exact_note(exact),
         "profile": manifest["sealing"]["profile"],
-        "sealing": _sealing(manifest),
-        "exposure": _exposure(manifest),
+        "sealing": summary,
+        "exposure": exposure,
         "limits": (
             "The coordinator chooses the cohorts: together with all but one of a cohort’s sites it isolates the last.",
             "The sum’s integrity falls to the coordinator together with one site; its secrecy does not.",
@@ -118,12 +119,13 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
     }
 
 
-def _exposure(manifest: Mapping[str, Any]) -> tuple[Exposure, ...]:
+def _exposure(manifest: Mapping[str, Any]) -> tuple[str, tuple[Exposure, ...]]:
+    """How sums were protected, and who could learn what."""
     try:
         profile = make_profile(SealingConfig(**manifest["sealing"]), len(manifest["members"]))
     except (ConfideError, ValueError, TypeError):
-        return (Exposure("everybody", "unknown: this version knows no such profile", True, True, True),)
-    return profile.describe_exposure()
+        return "unknown", (Exposure("everybody", "unknown: this version knows no such profile", True, True, True),)
+    return profile.summary, profile.describe_exposure()
 
 
 def _story(evidence: Evidence, rounds: list[dict[str, Any]], epsilon: float | None, ended: bool) -> str:
@@ -324,7 +326,8 @@ def _consent_source(config: Mapping[str, Any]) -> str:
 def _refusals(evidence: Evidence) -> list[dict[str, Any]]:
     found = [
         {"party": e.party, "round": e.round, "step": e.step, "reason": e.reason, "entry": f"{COORDINATOR} {n}"}
-        for n, e in evidence.coordinator.of(r.Refused)
+        for kind in (r.Refused, r.Rejected)
+        for n, e in evidence.coordinator.of(kind)
     ]
     for site, log in evidence.sites.items():
         found += [
@@ -332,15 +335,6 @@ def _refusals(evidence: Evidence) -> list[dict[str, Any]]:
             for n, e in log.of(r.RunStopped)
         ]
     return found
-
-
-def _sealing(manifest: Mapping[str, Any]) -> str:
-    if manifest["sealing"]["profile"] == "open":
-        return "updates travel readable"
-    return (
-        f"{manifest['sealing']['bits']} bits a coordinate; pairwise masks (X25519, AES-256), BFV (N = 4096, one 60-bit "
-        "prime, above 128-bit security), linear authentication tags"
-    )
 
 
 def _assumptions(manifest: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from confide.errors import SealingError
 from confide.privacy.sealing.lattice import Lattice
-from confide.privacy.sealing.parameters import BfvParameters
+from confide.privacy.sealing.parameters import DEGREE, BfvParameters
 from confide.privacy.sealing.slots import Lock
 
 __all__ = ["BfvLock", "lattice_for"]
@@ -63,4 +63,4 @@ class BfvLock(Lock):
         if self._decryptor.invariant_noise_budget(ciphertext) < self._parameters.noise_budget:
             raise SealingError("has more noise than an honest sum", where="sum")
         self._decryptor.decrypt(ciphertext, plain)
-        return np.array(self._encoder.decode_uint64(plain), dtype=np.uint64)
+        return np.fromiter(self._encoder.decode_uint64(plain), dtype=np.uint64, count=DEGREE)

@@ -85,6 +85,14 @@ class CkksProfile(Profile):
         """N, log₂ q, log₂ of the scale, bits, tags."""
         return {"N": DEGREE, "log2_q": COEFFICIENT_BITS, "log2_scale": _SCALE_BITS, "bits": self.bits, "tags": 1}
 
+    @property
+    def summary(self) -> str:
+        """See the base class."""
+        return (
+            f"{self.bits} bits a coordinate; CKKS (N = {DEGREE}, one {COEFFICIENT_BITS}-bit prime: above 128-bit "
+            "security) without masks, opened values rounded to their grid, linear authentication tags"
+        )
+
     def size(self, coordinates: int) -> Size:
         """See the base class."""
         chunks = _chunks(coordinates + SATURATION)

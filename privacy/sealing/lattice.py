@@ -30,23 +30,21 @@ _LOW = np.uint64(2**60 - 1)
 
 
 def pack_residues(residues: Words) -> bytes:
-    """An even number of values below 2⁶⁰, at 60 bits each, little endian."""
+    """An even number of values below 2⁶⁰, at 60 bits each, little endian: 15 bytes a pair."""
     first, second = residues[0::2], residues[1::2]
-    out = np.empty((len(first), 15), dtype=np.uint8)
-    out[:, :8] = (first | (second << np.uint64(60))).astype("<u8").view(np.uint8).reshape(-1, 8)
-    out[:, 8:] = (second >> np.uint64(4)).astype("<u8").view(np.uint8).reshape(-1, 8)[:, :7]
-    return out.tobytes()
+    out = bytearray(15 * len(first))
+    # Two overlapping views of each 15 bytes: the second rewrites the byte that both share.
+    np.ndarray(len(first), "<u8", out, 0, (15,))[:] = first
+    np.ndarray(len(first), "<u8", out, 7, (15,))[:] = (first >> np.uint64(56)) | (second << np.uint64(4))
+    return bytes(out)
 
 
 def unpack_residues(data: bytes) -> Words:
     """Inverse of `pack_residues`."""
-    rows = np.frombuffer(data, dtype=np.uint8).reshape(-1, 15)
-    low = np.ascontiguousarray(rows[:, :8]).view("<u8").reshape(-1)
-    high = np.zeros((len(rows), 8), dtype=np.uint8)
-    high[:, :7] = rows[:, 8:]
-    residues = np.empty(2 * len(rows), dtype=np.uint64)
-    residues[0::2] = low & _LOW
-    residues[1::2] = (low >> np.uint64(60)) | (high.view("<u8").reshape(-1) << np.uint64(4))
+    pairs = len(data) // 15
+    residues = np.empty(2 * pairs, dtype=np.uint64)
+    residues[0::2] = np.ndarray(pairs, "<u8", data, 0, (15,)) & _LOW
+    residues[1::2] = np.ndarray(pairs, "<u8", data, 7, (15,)) >> np.uint64(4)
     return residues
 
 

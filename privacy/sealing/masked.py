@@ -54,6 +54,14 @@ class MaskedProfile(Profile):
         """Modulus, bits, fields a word, tags."""
         return {"modulus": MODULUS, "bits": self.packing.bits, "fields": self.packing.fields, "tags": 1}
 
+    @property
+    def summary(self) -> str:
+        """See the base class."""
+        return (
+            f"{self.packing.bits} bits a coordinate, {self.packing.fields} to a word; pairwise masks (X25519, AES-256) "
+            "and linear authentication tags mod 2⁶¹ − 1; no encryption of the sum"
+        )
+
     def size(self, coordinates: int) -> Size:
         """See the base class."""
         total = 8 * sum(self._lengths(coordinates))

@@ -39,6 +39,11 @@ class OpenProfile(Profile):
         """Bits a coordinate on the way up and down."""
         return {"bits": 32, "sum_bits": 64}
 
+    @property
+    def summary(self) -> str:
+        """See the base class."""
+        return "updates travel readable, as float32"
+
     def size(self, coordinates: int) -> Size:
         """See the base class."""
         held = coordinates + SATURATION

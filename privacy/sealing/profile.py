@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,7 +149,7 @@ class Size:
     uplink: int
     downlink: int
     #: Share of the coordinates' places that hold padding.
-    padding: float = field(default=0.0)
+    padding: float = 0.0
 
 
 class Profile(ABC):
@@ -165,6 +165,11 @@ class Profile(ABC):
     @abstractmethod
     def parameters(self) -> Mapping[str, int | float]:
         """The public parameters, by their usual names, for reports."""
+
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """How a sum is protected, in one line."""
 
     @abstractmethod
     def size(self, coordinates: int) -> Size:

@@ -50,6 +50,15 @@ class SealedProfile(Profile):
             "fields": choice.packing.fields, "tags": choice.tags, "noise_budget_bits": choice.noise_budget,
         }  # fmt: skip
 
+    @property
+    def summary(self) -> str:
+        """See the base class."""
+        packing = self.choice.packing
+        return (
+            f"{packing.bits} bits a coordinate, {packing.fields} to a slot; pairwise masks (X25519, AES-256), BFV "
+            f"(N = {DEGREE}, one {COEFFICIENT_BITS}-bit prime: above 128-bit security), linear authentication tags"
+        )
+
     def size(self, coordinates: int) -> Size:
         """See the base class."""
         chunks, held = self._chunks(coordinates), coordinates + SATURATION

@@ -138,7 +138,14 @@ def _show_plan(plan: Plan) -> None:
             "rounds",
             f"{plan.rounds} × {plan.local_steps} local steps; metrics leave after rounds {_list(plan.metric_rounds)}",
         ),
-        ("sites", f"{len(plan.sites)}, profile {plan.profile}"),
+        ("sites", str(len(plan.sites))),
+        ("profile", f"{plan.profile}: {plan.sealing}"),
+        (
+            "traffic",
+            f"{plan.uplink_bytes / 1000:,.1f} kB up and {plan.downlink_bytes / 1000:,.1f} kB down a site and "
+            f"training round ({plan.uplink_bytes / plan.parameters:,.2f} bytes a parameter up; float32 is 4)"
+            + _padding(plan.padding),
+        ),
         ("ε of this run", f"{number(plan.epsilon, 2)} ({unit})"),
         (
             "noise multiplier σ",
@@ -168,13 +175,17 @@ def _show_plan(plan: Plan) -> None:
         out.print("[bold red]This run would be refused[/]: the budget of a site does not suffice.")
 
 
+def _padding(share: float) -> str:
+    return f"; {share:.1%} of it is padding: a small model pays for one whole ciphertext" if share > 0.1 else ""
+
+
 def _show_result(result: Result) -> None:
     private = result.epsilon.max != float("inf")
     cost = f"{number(result.epsilon.max, 2)} per {result.unit}"
     rows = [
         ("run", result.run_id),
         ("sites", f"{len(result.sites)} ({_list(result.sites)})"),
-        ("profile", f"{result.profile}: {_exposure(result.profile)}"),
+        ("profile", result.profile),
         ("rounds", f"{result.rounds}" + (f", {result.rounds_abandoned} abandoned" if result.rounds_abandoned else "")),
         ("consent", "simulated consent" if result.consent_is_simulated else "from the imported file"),
         ("ε of this run", f"{cost} (δ = {result.delta:g}; neighbours: {result.neighbours} {result.unit})"
@@ -188,30 +199,37 @@ def _show_result(result: Result) -> None:
     if result.released_metrics:
         rows.append(("released, noised" if private else "released", _metrics(result.released_metrics)))
     rows += [
-        ("uplink", f"{result.bytes_per_parameter:,.2f} bytes a parameter" + _small(result)),
+        ("uplink", f"{result.bytes_per_parameter:,.2f} bytes a parameter (float32: 4)" + _small(result)),
         ("time", f"{result.seconds:.1f} s"),
     ]
+    if result.saturated:
+        rows.append(("clipped to the range", f"at most {result.saturated:.2%} of a round's coordinates"))
     out.print(table("Done", rows))
+    _show_exposure(result)
     # On a line of its own and never broken, so that it can be copied.
     out.print(f"written to {result.out}", markup=False, soft_wrap=True)
 
 
 def _small(result: Result) -> str:
-    if result.profile == "open" or result.bytes_per_parameter < 8:
+    if result.profile not in ("sealed", "ckks") or result.bytes_per_parameter < 16:
         return ""
-    return " (a small model pays for one whole ciphertext of 33 kB; from 8,192 parameters on it is about 4)"
+    return ": a small model pays for one whole ciphertext, 31 kB"
 
 
 def _metrics(metrics: dict[str, float] | dict[str, float | None]) -> str:
     return ", ".join(f"{k} {number(v)}" for k, v in metrics.items())
 
 
-def _exposure(profile: str) -> str:
-    from confide.config import SealingConfig
-    from confide.privacy.sealing import make_profile
-
-    shown = make_profile(SealingConfig(profile=profile), 3).describe_exposure()
-    return "; ".join(f"{e.coalition} sees {e.learns}" for e in shown[:1])
+def _show_exposure(result: Result) -> None:
+    who = Table(
+        box=None, padding=(0, 2, 0, 0), title=f"Who learns what under profile {result.profile}", title_justify="left",
+        title_style="bold",
+    )  # fmt: skip
+    who.add_column("coalition")
+    who.add_column("learns")
+    for exposure in result.exposure:
+        who.add_row(exposure.coalition, exposure.learns)
+    out.print(who)
 
 
 def _list(items: list[str] | list[int]) -> str:

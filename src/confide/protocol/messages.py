@@ -131,12 +131,12 @@ class SumReference(Message):
     #: Digests of the cohort's signed `train` replies: with them a site recomputes the transcript for this very round.
     statements: tuple[Hex32, ...]
     transcript: Hex32
-    attempt: Annotated[int, Field(ge=0, le=100)] = 0
+    attempt: Annotated[int, Field(ge=0, le=100)]
     chunks: Annotated[int, Field(ge=0)]
     #: Summed authentication tags, hexadecimal: they exceed what JSON numbers hold everywhere.
     tags: Tags
     #: Where sites add masks of their own: the cohort's signed `unlock` replies, in the order of names.
-    unlocked: tuple[Statement, ...] = ()
+    unlocked: tuple[Statement, ...]
 
 
 class TrainRequest(Message):
