@@ -135,7 +135,9 @@ class RoundSteps:
             run, round_, attempt, message,
             sealed=self._store.sealed_transcript(name, round_, attempt), coordinator=self._policy().coordinator,
         )  # fmt: skip
-        if not run.manifest.sealing.retry or self._store.unlocked_transcript(name, round_) is not None:
+        # Own masks live in the process that sealed: a later one would give away the seed of another mask.
+        here = run.pending is not None and run.pending[0] == round_
+        if not run.manifest.sealing.retry or not here or self._store.unlocked_transcript(name, round_) is not None:
             raise SealingError(f"round {round_} has no attempt left to unlock", where=f"run {name}")
         seed = run.keys.session.unlock(agreement)
         run.pending = None

@@ -75,8 +75,8 @@ class _Worker:
         self._owed = 0
         code = "from confide.privacy.sealing.workers import main; main()"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(  # noqa: S603  # our own interpreter and code
-            [sys.executable, "-c", code, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment,
+        self._process = subprocess.Popen(  # noqa: S603  # our own interpreter and code; -P: nothing from the working directory
+            [sys.executable, "-P", "-c", code, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
         theirs.close()

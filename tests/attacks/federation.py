@@ -22,6 +22,7 @@ from confide.clients.site import Site
 from confide.clients.store import ModelState, SiteStore
 from confide.config import load_experiment
 from confide.privacy.sealing import Payload, make_profile
+from confide.privacy.sealing.lattice import pack_residues
 from confide.privacy.sealing.transcript import transcript
 from confide.protocol import messages as m
 from confide.protocol.envelope import EVERYBODY, Address, Envelope, Header, seal_envelope
@@ -276,7 +277,8 @@ class Federation:
         for name, site in self.sites.items():
             run = site._runs.get(self.manifest.run)
             if run is not None and not run.keys.destroyed:
-                self._kept[name] = run.keys.storage
+                # The first one counts: a site restarted without a vault has a new key, and nothing that it opens.
+                self._kept.setdefault(name, run.keys.storage)
 
     def models(self) -> set[bytes]:
         """Every distinct model among the participants."""
@@ -368,7 +370,6 @@ def open_federation(folder: Path, **sections: Any) -> Iterator[Federation]:
         federation.world.close()
 
 
-def forged_ciphertext(honest: bytes, first: Sequence[int], second: Sequence[int]) -> bytes:
-    """Bytes of a full ciphertext with chosen polynomials: SEAL's framing of an honest one, other coefficients."""
-    data = np.array([*first, *second], dtype="<u8").tobytes()
-    return honest[: len(honest) - len(data)] + data
+def forged_ciphertext(first: Sequence[int], second: Sequence[int]) -> bytes:
+    """Bytes of a summed ciphertext with chosen polynomials (coefficients below q): anybody can write them."""
+    return pack_residues(np.array([*first, *second], dtype=np.uint64))

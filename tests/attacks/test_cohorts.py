@@ -75,7 +75,8 @@ def test_a_sybil_outside_the_roster_does_not_fill_a_cohort(federation: Federatio
     committed = federation.agree().train(1)
     with_sybil = {s: committed[s] for s in (ASH, "birch")} | {"sybil": sybil_reply(federation, committed[ASH], "sybil")}
     answer = federation.ask(ASH, "seal", 1, federation.seal_request((ASH, "birch", "sybil"), with_sybil))
-    assert "not in the roster" in refusal_of(answer).reason
+    assert "somebody else's" in refusal_of(answer).reason, "no member of the roster has this name"
+    assert not is_refusal(federation.ask(ASH, "seal", 1, federation.seal_request((ASH, "birch", "cedar"), committed)))
 
 
 def test_a_sybil_under_a_members_name_does_not_fill_a_cohort(
@@ -233,20 +234,22 @@ def test_a_wrap_for_another_recipient_is_refused(made: Federation) -> None:
     assert digests(made) == {""}
 
 
-def test_a_wrap_is_bound_to_maker_recipient_and_run_also_without_signatures(
-    made: Federation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrap_is_bound_to_maker_recipient_epoch_and_run_also_without_signatures(made: Federation) -> None:
     """HPKE's own context: were a maker to sign a wrap that it took from elsewhere, it would still not open."""
     assert made.made is not None
     keys = made.sites["birch"]._runs[made.manifest.run].keys
     right = made.made.chunks[1]
-    assert keys_module.unwrap(right, keys._private, keys._info(ASH, "birch"))
-    for info in (keys._info(ASH, "cedar"), keys._info("cedar", "birch"), b""):
+    info = keys._info(0, ASH, "birch")
+    assert keys_module.unwrap(right, keys._private, info), "the control"
+    moved = (keys._info(0, ASH, "cedar"), keys._info(0, "cedar", "birch"), keys._info(1, ASH, "birch"), b"")
+    other_run = made.manifest.model_copy(update={"run": "another"})
+    elsewhere = keys_module.RunKeys(other_run, "birch", made.sites["birch"]._runs[made.manifest.run].profile, "c")
+    for other in (*moved, elsewhere._info(0, ASH, "birch")):
         with pytest.raises(SealingError, match="not wrapped for this site"):
-            keys_module.unwrap(right, keys._private, info)
+            keys_module.unwrap(right, keys._private, other)
     for broken in (b"", right[:-1], right + b"x", b"\0" * len(right), b"x" * 2**20):
         with pytest.raises(SealingError):
-            keys_module.unwrap(broken, keys._private, keys._info(ASH, "birch"))
+            keys_module.unwrap(broken, keys._private, info)
 
 
 def test_a_secret_that_the_coordinator_makes_is_refused(made: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +257,7 @@ def test_a_secret_that_the_coordinator_makes_is_refused(made: Federation, monkey
     run = made.sites["birch"]._runs[made.manifest.run]
     secret = run.profile.make_secret()
     forged = tuple(
-        wrap(secret, made.sites[s]._runs[made.manifest.run].keys.public, run.keys._info(ASH, s)) for s in made.names
+        wrap(secret, made.sites[s]._runs[made.manifest.run].keys.public, run.keys._info(0, ASH, s)) for s in made.names
     )
     reply = made.sign(
         "secret", 0, "coordinator", m.SecretReply(), forged, identity=Identity(ASH, made.world.coordinator.key)
@@ -270,7 +273,7 @@ def test_different_secrets_for_different_sites_are_noticed_before_anything_is_se
     assert made.made is not None
     run = made.sites[ASH]._runs[made.manifest.run]
     other = wrap(run.profile.make_secret(), made.sites["doum"]._runs[made.manifest.run].keys.public,
-                 run.keys._info(ASH, "doum"))  # fmt: skip
+                 run.keys._info(0, ASH, "doum"))  # fmt: skip
     honest, wraps = made.made, (*made.made.chunks[:3], other)
     reply = resign(made.sites[ASH], honest, chunks=wraps)
     for i, site in enumerate(made.names):
@@ -303,6 +306,80 @@ def test_a_second_secret_is_refused(made: Federation) -> None:
     for round_ in (0, 1):
         assert is_refusal(made.hand_over("birch", made=statement, wrapped=second.chunks[1], round=round_))
     assert digests(made) == before
+
+
+def agree_again(made: Federation, epoch: int, maker: str) -> None:
+    """Have another maker make the secret of another epoch; nobody is handed it yet."""
+    made.key_epoch, made.maker = epoch, maker
+    made.made = made.ask(maker, "secret", 0, m.SecretRequest(statements=made.statements()))
+
+
+def test_a_secret_of_a_later_epoch_takes_the_place_of_an_earlier_one(made: Federation) -> None:
+    """The control of what follows: one maker that dies, or lies, must not decide who takes part."""
+    made.hand_over("birch")
+    before = digests(made)
+    agree_again(made, 1, "cedar")
+    assert not any(is_refusal(made.hand_over(s)) for s in made.names)
+    assert len(digests(made)) == 1
+    assert not digests(made) & before
+    total = made.round(1)
+    assert not any(map(is_refusal, made.train(2, total).values())), "and it is the one that sums are sealed under"
+
+
+def test_a_secret_of_an_earlier_epoch_never_comes_back(made: Federation) -> None:
+    """Else a coordinator could split the sites between two secrets, or return to one that it has learnt."""
+    old = made.made
+    agree_again(made, 2, "cedar")
+    assert not is_refusal(made.hand_over("birch"))
+    held = digests(made)
+    made.key_epoch, made.maker, made.made = 0, ASH, old
+    assert "another run secret was accepted before" in refusal_of(made.hand_over("birch")).reason
+    assert digests(made) == held
+    assert not is_refusal(made.hand_over("doum")), "the control: who has no later one takes it"
+
+
+def test_a_secret_made_for_one_epoch_is_not_handed_over_in_another(made: Federation) -> None:
+    made.key_epoch = 1
+    assert "another key_epoch" in refusal_of(made.hand_over("birch")).reason
+    made.key_epoch = 0
+    assert not is_refusal(made.hand_over("birch")), "the control"
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 1000])
+def test_keys_do_not_change_once_a_round_has_begun(made: Federation, epoch: int) -> None:
+    """A new secret between two rounds would be one that a coordinator chose the moment for."""
+    for site in made.names:
+        made.hand_over(site)
+    agree_again(made, 1, "cedar")
+    assert not is_refusal(made.made), "the control: before the first round another one may be made"
+    made.key_epoch = 0
+    held, committed = digests(made), made.train(1)
+    statements, made.key_epoch = made.statements(), epoch
+    late = (
+        made.ask("birch", "secret", 0, m.SecretRequest(statements=statements)),
+        *(made.hand_over(s) for s in made.names),
+    )
+    assert all(map(is_refusal, late))
+    assert digests(made) == held
+    made.key_epoch = 0
+    assert not any(map(is_refusal, made.seal(1, committed).values()))
+
+
+def test_a_cohort_of_sites_under_two_secrets_is_not_sealed_for(made: Federation) -> None:
+    """Both are honest secrets; the coordinator handed the later one to some only."""
+    for site in made.names:
+        made.hand_over(site)
+    agree_again(made, 1, "cedar")
+    for site in made.names[:3]:
+        made.hand_over(site)
+    later = made.train(1, sites=made.names[:3])
+    made.key_epoch = 0
+    committed = later | made.train(1, sites=("doum",))
+    assert not any(map(is_refusal, committed.values()))
+    assert is_refusal(made.seal(1, committed)["doum"])
+    made.key_epoch = 1
+    assert all(map(is_refusal, made.seal(1, committed, made.names[1:]).values()))
+    assert not any(map(is_refusal, made.seal(1, later).values())), "the control: those of one epoch"
 
 
 def test_a_secret_from_outside_the_participants_is_refused(made: Federation) -> None:

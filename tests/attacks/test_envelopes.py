@@ -71,6 +71,7 @@ MOVED: dict[str, Change] = {
     "of another federation": lambda f: _elsewhere(f, federation="another"),
     "of another roster": lambda f: _elsewhere(f, roster_version=2),
     "of another key epoch": lambda f: _elsewhere(f, key_epoch=1),
+    "of another attempt": lambda f: _elsewhere(f, attempt=1),
     "as an answer": lambda f: f.sign("train", 1, "ash", TRAIN, request="00" * 32),
     "by a member": lambda f: f.sign("train", 1, "ash", TRAIN, identity=f.sites["birch"].identity),
     "by the site itself": lambda f: f.sign("train", 1, "ash", TRAIN, identity=f.sites["ash"].identity),
@@ -97,7 +98,9 @@ def test_a_message_that_belongs_elsewhere_is_not_answered(standing: Federation, 
     assert standing.charges("ash", 1) == before
 
 
-@pytest.mark.parametrize("change", ["for another site", "for everybody", "as an answer"])
+@pytest.mark.parametrize(
+    "change", ["for another site", "for everybody", "as an answer", "of another key epoch", "of another attempt"]
+)
 def test_without_the_check_of_the_address_it_would_be_answered(
     federation: Federation, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -165,6 +168,20 @@ def test_any_change_of_any_byte_is_noticed(standing: Federation, data: st.DataOb
             standing.sites["ash"].handle("train", replace(request, **{part: bytes(content)}))
 
 
+def open_place(federation: Federation, step: str) -> Address:
+    """A place of a step where nothing was answered yet, so that the site looks at the content."""
+    if step in ("secret", "keys"):
+        return federation.address(step, 0).model_copy(update={"key_epoch": 1})
+    return federation.address(step, 1)
+
+
+def test_at_an_open_place_the_site_looks_at_the_content(federation: Federation) -> None:
+    """The control of what comes below: an honest secret of another epoch is made."""
+    body = m.SecretRequest(statements=federation.statements())
+    request = federation.sign("secret", 0, "ash", body, address=open_place(federation, "secret"))
+    assert answered(federation, "secret", request)
+
+
 def signed_by_the_coordinator(federation: Federation, header: bytes, body: bytes = TRAIN.to_bytes()) -> Envelope:
     """Any header at all under the coordinator's own key."""
     return Envelope(header, federation.world.coordinator.sign(framed((_DOMAIN, header))), body)
@@ -187,7 +204,7 @@ def test_whatever_the_coordinator_signs_as_a_header_is_no_exception_of_another_k
         fields[name] = data.draw(JSON)
     assume(fields != json.loads(honest(standing).header))  # the same statement may be answered
     header = json.dumps(fields).encode()
-    step = data.draw(st.sampled_from(["join", "secret", "keys", "train", "seal", "release"]))
+    step = data.draw(st.sampled_from(["join", "secret", "keys", "train", "seal", "unlock", "release"]))
     assert not answered(standing, step, signed_by_the_coordinator(standing, header))
 
 
@@ -198,7 +215,7 @@ def test_signed_bytes_that_are_no_header_are_not_answered(standing: Federation, 
         standing.sites["ash"].handle("train", signed_by_the_coordinator(standing, header))
 
 
-@pytest.mark.parametrize("step", ["train", "seal", "release", "secret", "keys"])
+@pytest.mark.parametrize("step", ["train", "seal", "unlock", "release", "secret", "keys"])
 def test_a_round_that_no_run_has_is_refused_by_name(standing: Federation, step: str) -> None:
     for round_ in (2**31, 2**63, 2**64, 2**200, -1):
         fields = json.loads(standing.sign(step, 1, "ash", TRAIN).header) | {"round": round_}
@@ -210,8 +227,10 @@ def test_a_round_that_no_run_has_is_refused_by_name(standing: Federation, step: 
 def test_whatever_the_coordinator_signs_as_a_body_is_no_exception_of_another_kind(
     standing: Federation, body: bytes
 ) -> None:
-    for kind, step in ((m.SecretRequest, "secret"), (m.KeysRequest, "keys"), (m.SealRequest, "seal")):
-        fields = json.loads(standing.sign(step, 1, "ash", TRAIN).header)
+    for kind, step in (
+        (m.SecretRequest, "secret"), (m.KeysRequest, "keys"), (m.SealRequest, "seal"), (m.UnlockRequest, "unlock"),
+    ):  # fmt: skip
+        fields = json.loads(standing.sign(step, 1, "ash", TRAIN, address=open_place(standing, step)).header)
         header = fields | {"type": kind.TYPE, "body": hashlib.sha256(body).hexdigest()}
         assert not answered(standing, step, signed_by_the_coordinator(standing, json.dumps(header).encode(), body))
 
@@ -223,12 +242,17 @@ def test_whatever_the_coordinator_signs_as_a_body_is_no_exception_of_another_kin
 def test_statements_of_any_text_are_refused(
     standing: Federation, site: str, header: str, signature: str, body: str
 ) -> None:
-    statement = m.Statement(site=site, header=header, signature=signature, body=body)
-    seal = m.SealRequest(cohort=("ash", "birch", "cedar"), statements=(statement,) * 3)
-    keys = m.KeysRequest(statements=(statement,) * 3, made=statement)
-    assert is_refusal(standing.ask("ash", "seal", 1, seal))
-    assert is_refusal(standing.ask("ash", "keys", 1, keys, (b"x",)))
-    assert is_refusal(standing.ask("birch", "secret", 1, m.SecretRequest(statements=(statement,) * 3)))
+    of_any_text = (m.Statement(site=site, header=header, signature=signature, body=body),) * 3
+    requests: tuple[tuple[str, m.Message, tuple[bytes, ...]], ...] = (
+        ("seal", m.SealRequest(cohort=("ash", "birch", "cedar"), statements=of_any_text), ()),
+        ("unlock", m.UnlockRequest(statements=of_any_text), ()),
+        ("keys", m.KeysRequest(statements=of_any_text, made=of_any_text[0]), (b"x",)),
+        ("keys", m.KeysRequest(statements=standing.statements(), made=of_any_text[0]), (b"x",)),
+        ("secret", m.SecretRequest(statements=of_any_text), ()),
+    )
+    for step, message, chunks in requests:
+        request = standing.sign(step, 1, "ash", message, chunks, address=open_place(standing, step))
+        assert is_refusal(standing.sites["ash"].handle(step, request))
 
 
 # --- replays ----------------------------------------------------------------------------------------------------------
@@ -254,7 +278,9 @@ def test_another_request_for_an_answered_step_is_an_equivocation(federation: Fed
 
 
 def _empty_sum() -> m.SumReference:
-    return m.SumReference(round=1, cohort=("ash",), statements=(), transcript="00" * 32, chunks=0, tags=())
+    return m.SumReference(
+        round=1, cohort=("ash",), statements=(), transcript="00" * 32, attempt=0, chunks=0, tags=(), unlocked=()
+    )
 
 
 def test_a_reply_cannot_be_moved_to_another_place(federation: Federation) -> None:
@@ -354,7 +380,7 @@ def test_a_reason_that_is_not_public_becomes_the_uniform_abstention(
     def fail(*_: Any, **__: Any) -> None:
         raise kinds[kind](SECRET, where=SECRET, hint=SECRET)
 
-    monkeypatch.setattr(site_module.Site, "_train", fail)
+    monkeypatch.setitem(federation.sites["ash"]._steps, "train", fail)
     reply = federation.sites["ash"].handle("train", honest(federation))
     assert json.loads(reply.body) == {"kind": "abstains", "reason": "abstains"}
     assert SECRET not in caplog.text

@@ -18,10 +18,12 @@ from confide.clients.store import SiteStore
 from confide.errors import SealingError
 from confide.privacy.sealing import Agreement, Payload, Segment
 from confide.privacy.sealing.authentication import SumMac
+from confide.privacy.sealing.bfv import lattice_for
+from confide.privacy.sealing.lattice import KEY_BYTES, unpack_residues
 from confide.privacy.sealing.masks import CohortMasks
 from confide.privacy.sealing.parameters import DEGREE
-from confide.privacy.sealing.quantise import pack
-from confide.privacy.sealing.sealed import SealedProfile, SealedSession
+from confide.privacy.sealing.sealed import SealedProfile
+from confide.privacy.sealing.slots import SlotSession
 from confide.protocol import messages as m
 from tests.attacks.federation import Federation, Sum, forged_ciphertext, is_refusal, open_federation, refusal_of
 from tests.privacy.sealing.cohort import Cohort
@@ -52,38 +54,41 @@ def federation(tmp_path: Path) -> Iterator[Federation]:
 def polynomial(profile: SealedProfile, slots: NDArray[np.uint64]) -> list[int]:
     """The plaintext polynomial of slots: public knowledge."""
     plain = seal.Plaintext()
-    seal.BatchEncoder(profile._bfv.context).encode(slots.tolist(), plain)
+    seal.BatchEncoder(lattice_for(profile.choice).context).encode(slots.tolist(), plain)
     data = plain.dyn_array()
     return [data.at(i) if i < data.size() else 0 for i in range(DEGREE)]
 
 
-def shift(profile: SealedProfile, slots: NDArray[np.uint64]) -> list[int]:
-    """round(q · m / t): what added to c₀ adds m to the plaintext."""
-    q, t = profile.parameters.coefficient_modulus, profile.parameters.plain_modulus
+def shift(profile: SealedProfile, fields: NDArray[np.uint64]) -> list[int]:
+    """round(q · m / t), with m the plaintext of these coordinates: what added to c₀ adds m to the plaintext."""
+    q, t = profile.choice.coefficient_modulus, profile.choice.plain_modulus
+    slots = profile.choice.packing.pack(fields, DEGREE)
     return [(q * coefficient + t // 2) // t % q for coefficient in polynomial(profile, slots)]
 
 
 def coefficients(ciphertext: bytes) -> tuple[list[int], list[int]]:
-    """Both polynomials of a full ciphertext."""
-    data = np.frombuffer(ciphertext[-2 * 8 * DEGREE :], dtype="<u8").tolist()
+    """Both polynomials of a summed ciphertext."""
+    data = unpack_residues(ciphertext).tolist()
     return data[:DEGREE], data[DEGREE:]
 
 
-def chosen_sum(profile: SealedProfile, honest: bytes, fields: NDArray[np.uint64]) -> bytes:
+def chosen_sum(profile: SealedProfile, fields: NDArray[np.uint64]) -> bytes:
     """(b): (round(q · m / t), 1): opens to m, whatever the key is; made without any key."""
-    return forged_ciphertext(honest, shift(profile, pack(fields, profile.parameters)), [1] + [0] * (DEGREE - 1))
+    return forged_ciphertext(shift(profile, fields), [1] + [0] * (DEGREE - 1))
 
 
-def key_ciphertext(profile: SealedProfile, honest: bytes) -> bytes:
+def key_ciphertext(profile: SealedProfile) -> bytes:
     """(a): (0, ⌊q/t⌋): opens to the secret key."""
-    delta = profile.parameters.coefficient_modulus // profile.parameters.plain_modulus
-    return forged_ciphertext(honest, [0] * DEGREE, [delta] + [0] * (DEGREE - 1))
+    delta = profile.choice.coefficient_modulus // profile.choice.plain_modulus
+    return forged_ciphertext([0] * DEGREE, [delta] + [0] * (DEGREE - 1))
 
 
 @pytest.fixture
 def cohort() -> Cohort:
     """Four sites; parameters with room for twelve, so that noise is not what stops an attack."""
-    return Cohort.make(4, 8, most=12)
+    made = Cohort.make(4, 8, most=12)
+    assert isinstance(made.profile, SealedProfile)
+    return made
 
 
 def vectors(cohort: Cohort, low: int = 0, high: int = 256) -> dict[str, Floats]:
@@ -104,17 +109,17 @@ def test_a_forged_sum_would_open_to_the_secret_key_and_the_key_would_open_every_
     """The attack itself, on the decryption alone: this is what every other defence is for."""
     profile, mine = cohort.profile, vectors(cohort)
     recorded = honest_total(cohort, mine)
-    session = cohort.sessions["site-00"]
-    assert isinstance(session, SealedSession)
-    slots, budget = session._alive().decrypt(key_ciphertext(profile, recorded.chunks[0]))
-    assert budget >= max(1, profile.parameters.noise_budget), "the noise does not give the attack away"
-    t, q = profile.parameters.plain_modulus, profile.parameters.coefficient_modulus
+    session = cohort.sessions[cohort.names[0]]
+    assert isinstance(session, SlotSession)
+    slots = session._alive().open(key_ciphertext(profile))  # which refuses what has more noise than an honest sum
+    t, q = profile.choice.plain_modulus, profile.choice.coefficient_modulus
     secret = [c - t if c > t // 2 else c for c in polynomial(profile, slots)]
     assert set(secret) == {-1, 0, 1}, "the ternary secret key"
+    assert len(cohort.secret) == KEY_BYTES + 32
     first, second = coefficients(recorded.chunks[0])
     product = _negacyclic(second, secret, q)
     opened = [(((a + b) % q) * t * 2 + q) // (2 * q) % t for a, b in zip(first, product, strict=True)]
-    honest, _ = session._alive().decrypt(recorded.chunks[0])
+    honest = session._alive().open(recorded.chunks[0])
     assert opened == polynomial(profile, honest), "the coordinator has opened the recorded sum by itself"
 
 
@@ -122,7 +127,7 @@ def test_the_key_forgery_is_refused_by_the_tags_and_again_by_the_range(
     cohort: Cohort, no_tags: Callable[[], None]
 ) -> None:
     total = honest_total(cohort, vectors(cohort))
-    forged = Payload((key_ciphertext(cohort.profile, total.chunks[0]),), total.tags)
+    forged = Payload((key_ciphertext(cohort.profile),), total.tags)
     with pytest.raises(SealingError, match="authenticated"):
         cohort.open(forged, SEGMENTS)
     no_tags()
@@ -136,7 +141,7 @@ def test_the_key_forgery_is_refused_by_the_tags_and_again_by_the_range(
 def test_a_chosen_sum_is_refused_and_would_open_without_tags(cohort: Cohort, no_tags: Callable[[], None]) -> None:
     total = honest_total(cohort, vectors(cohort))
     wanted = np.arange(40, dtype=np.uint64) * np.uint64(7)
-    forged = Payload((chosen_sum(cohort.profile, total.chunks[0], wanted),), total.tags)
+    forged = Payload((chosen_sum(cohort.profile, wanted),), total.tags)
     with pytest.raises(SealingError, match="authenticated"):
         cohort.open(forged, SEGMENTS)
     with pytest.raises(SealingError, match="authenticated"):
@@ -154,9 +159,9 @@ def test_adding_to_one_slot_is_refused_and_would_work_without_tags(cohort: Cohor
     nudge = np.zeros(40, dtype=np.uint64)
     nudge[3] = 21
     first, second = coefficients(total.chunks[0])
-    q = profile.parameters.coefficient_modulus
-    moved = [(a + b) % q for a, b in zip(first, shift(profile, pack(nudge, profile.parameters)), strict=True)]
-    forged = Payload((forged_ciphertext(total.chunks[0], moved, second),), total.tags)
+    q = profile.choice.coefficient_modulus
+    moved = [(a + b) % q for a, b in zip(first, shift(profile, nudge), strict=True)]
+    forged = Payload((forged_ciphertext(moved, second),), total.tags)
     with pytest.raises(SealingError, match="authenticated"):
         cohort.open(forged, SEGMENTS)
     no_tags()
@@ -175,10 +180,10 @@ def test_tampering_with_contributions_is_refused_and_would_work_without_tags(
     payloads = cohort.seal(mine, SEGMENTS)
     one, *rest = payloads.values()
     chosen, expected = {
-        "dropped": (rest, sum(mine.values()) - mine["site-00"]),
-        "doubled": ([one, one, *rest], sum(mine.values()) + mine["site-00"]),
+        "dropped": (rest, sum(mine.values()) - mine[cohort.names[0]]),
+        "doubled": ([one, one, *rest], sum(mine.values()) + mine[cohort.names[0]]),
         "scaled": ([one, *rest] * 2, 2 * sum(mine.values())),
-        "replaced": ([rest[0], *rest], sum(mine.values()) - mine["site-00"] + mine["site-01"]),
+        "replaced": ([rest[0], *rest], sum(mine.values()) - mine[cohort.names[0]] + mine[cohort.names[1]]),
     }[attack]
     forged = cohort.total(chosen, 40)
     with pytest.raises(SealingError, match="authenticated"):
@@ -204,7 +209,7 @@ def forged_for(federation: Federation, honest: Sum, value: int = 3) -> Sum:
     profile = SealedProfile(len(federation.manifest.members), federation.manifest.sealing.bits)
     size = federation.manifest.vector_size(honest.reference.round)
     fields = np.full(size, value, dtype=np.uint64)
-    return honest.changed(chunks=(chosen_sum(profile, honest.chunks[0], fields),))
+    return honest.changed(chunks=(chosen_sum(profile, fields),))
 
 
 def test_a_forged_sum_ends_the_run_at_the_site_for_good(federation: Federation) -> None:
@@ -216,9 +221,10 @@ def test_a_forged_sum_ends_the_run_at_the_site_for_good(federation: Federation) 
     run = federation.manifest.run
     for name in federation.names:
         site = federation.sites[name]
-        with pytest.raises(SealingError):
-            site._runs[run].keys.session.open(Payload(honest.chunks), site._runs[run].segments(1), _agreement(honest))
-        assert site._store.pending(run, 1) is None
+        with pytest.raises(SealingError, match="holds no keys"):
+            site._runs[run].keys.session.open(_payload(honest), site._runs[run].segments(1), _agreement(honest))
+        with pytest.raises(SealingError, match="destroyed"):
+            site.current_model(run)
     assert all(map(is_refusal, federation.train(3, honest).values())), "not even the honest sum is looked at again"
     assert all(map(is_refusal, federation.train(2, honest).values()))
     release = federation.release_request(honest)
@@ -251,7 +257,7 @@ def test_whatever_is_wrong_with_a_sum_it_is_refused_before_it_is_applied(federat
         "missing": honest.changed(chunks=()),
         "cohort": honest.changed(cohort=federation.names[:3]),
         "transcript": honest.changed(transcript="00" * 32),
-        "noise": honest.changed(chunks=(forged_ciphertext(honest.chunks[0], first, second[::-1]),)),
+        "noise": honest.changed(chunks=(forged_ciphertext(first, second[::-1]),)),
     }[change]
     before = federation.models()
     assert all(map(is_refusal, federation.train(2, wrong).values()))
@@ -276,8 +282,14 @@ def test_the_difference_of_two_cohorts_would_be_one_sites_update(cohort: Cohort)
     rest = {name: mine[name] for name in cohort.names[1:]}
     second = cohort.agreement(tuple(rest), "ef" * 32)
     total = cohort.total(list(cohort.seal(rest, SEGMENTS, second).values()), 40)
-    without = cohort.open(total, SEGMENTS, second, site="site-01")
-    assert np.array_equal(everybody - without, mine["site-00"])
+    without = cohort.open(total, SEGMENTS, second, site=cohort.names[1])
+    assert np.array_equal(everybody - without, mine[cohort.names[0]])
+
+
+def waiting(federation: Federation, site: str) -> tuple[int, Floats] | None:
+    """The update that a site's process still holds."""
+    run = federation.sites[site]._runs.get(federation.manifest.run)
+    return None if run is None else run.pending
 
 
 @pytest.mark.parametrize("restarted", [False, True])
@@ -294,7 +306,7 @@ def test_a_site_seals_its_update_for_one_cohort_only(federation: Federation, res
     for name in federation.names:
         store = federation.sites[name]._store
         assert store.sealed_transcript(run, 1) == federation.transcript(1, committed)
-        assert store.pending(run, 1) is None, "the update itself is gone"
+        assert waiting(federation, name) is None, "the update itself is gone"
     again = federation.seal(1, committed)
     assert {s: e.chunks for s, e in again.items()} == {s: e.chunks for s, e in first.items()}
 
@@ -302,23 +314,22 @@ def test_a_site_seals_its_update_for_one_cohort_only(federation: Federation, res
 def test_a_site_that_forgot_what_it_sealed_would_give_its_neighbour_away(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control: with the store's memory switched off the second cohort is sealed, and the difference opens."""
-    run, updates = federation.manifest.run, dict[str, Floats]()
+    """The control: with the site's memory switched off the second cohort is sealed, and the difference opens."""
     committed = federation.train(1)
-    pending = {n: federation.sites[n]._store.pending(run, 1) for n in federation.names}
-    for name, update in pending.items():
-        assert update is not None
-        updates[name] = update.vector.copy()
+    pending = {n: waiting(federation, n) for n in federation.names}
     all_ = federation.add(1, federation.seal(1, committed))
     monkeypatch.setattr(SiteStore, "stored_reply", lambda *_: None)
     monkeypatch.setattr(SiteStore, "commit_reply", lambda *_a, **_k: None)
-    monkeypatch.setattr(SiteStore, "pending", lambda store, *_: next(
-        p for n, p in pending.items() if federation.sites[n]._store is store))  # fmt: skip
+    assert all(map(is_refusal, federation.seal(1, committed, federation.names[1:]).values())), "the update is gone, too"
+    for name, update in pending.items():
+        assert update is not None
+        federation.sites[name]._runs[federation.manifest.run].pending = update
     rest = federation.add(1, federation.seal(1, committed, federation.names[1:]))
-    site = federation.sites["birch"]._runs[run]
-    opened = [site.keys.session.open(_payload(s), site.segments(1), _agreement(s)) for s in (all_, rest)]
+    site = federation.sites["birch"]._runs[federation.manifest.run]
+    opened = [site.keys.session.open(_payload(s), site.segments(1), _agreement(s)).values for s in (all_, rest)]
     step = (site.segments(1)[0].high - site.segments(1)[0].low) / (2**federation.manifest.sealing.bits - 1)
-    assert np.allclose(opened[0] - opened[1], updates["ash"], atol=8 * step)
+    assert pending["ash"] is not None
+    assert np.allclose(opened[0] - opened[1], pending["ash"][1], atol=8 * step)
 
 
 # --- (f) an old sum in a later round ----------------------------------------------------------------------------------
@@ -369,7 +380,7 @@ def test_a_sum_of_updates_cannot_be_passed_off_as_metrics_and_so_reach_the_coord
     last = federation.manifest.rounds + 1
     ended = federation.train(last, first)
     run = federation.sites["ash"]._runs[federation.manifest.run]
-    secret_sum = run.keys.session.open(_payload(first), run.segments(1), _agreement(first))
+    secret_sum = run.keys.session.open(_payload(first), run.segments(1), _agreement(first)).values
     moved = relabelled(first, last)
     if not bound:
         monkeypatch.setattr("confide.clients.run.transcript", lambda *_: moved.reference.transcript)

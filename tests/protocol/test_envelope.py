@@ -51,11 +51,12 @@ def test_what_is_signed_is_verified_and_says_where_it_belongs(
 def test_every_field_of_a_header_is_known() -> None:
     """A field more or less is a change of the protocol: bump the version and this table together."""
     assert set(Header.model_fields) == {
-        "federation", "roster_version", "run", "manifest", "key_epoch", "round", "step",
+        "federation", "roster_version", "run", "manifest", "key_epoch", "round", "step", "attempt",
         "version", "sender", "recipient", "type", "request", "body", "chunks", "checkpoint",
     }  # fmt: skip
     assert set(Address.model_fields) == {
         "federation", "roster_version", "run", "manifest", "key_epoch", "round", "step",
+        "attempt",  # the coordinator's own count of how often it asked to seal the round: it tells nothing new
     }  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def test_every_field_of_a_header_is_known() -> None:
     ("field", "value"),
     [
         ("federation", "g"), ("roster_version", 2), ("run", "s"), ("manifest", "11" * 32), ("key_epoch", 1),
-        ("round", 2), ("step", "seal"),
+        ("round", 2), ("step", "seal"), ("step", "unlock"), ("attempt", 1),
     ],
 )  # fmt: skip
 def test_a_message_from_another_place_is_refused_by_the_field_that_differs(field: str, value: object) -> None:
@@ -114,7 +115,8 @@ def test_every_part_has_a_limit_and_the_largest_allowed_passes() -> None:
     "change",
     [
         {"extra": 1}, {"version": 2}, {"version": "1"}, {"body": "00"}, {"chunks": ["zz"]}, {"round": -1},
-        {"round": 1.5}, {"step": "destroy"}, {"sender": None}, {"checkpoint": "1"}, {"manifest": "AB" * 32},
+        {"round": 1.5}, {"attempt": -1}, {"attempt": 101}, {"attempt": 0.5}, {"key_epoch": -1}, {"key_epoch": 1001},
+        {"key_epoch": None}, {"step": "destroy"}, {"sender": None}, {"checkpoint": "1"}, {"manifest": "AB" * 32},
     ],
 )  # fmt: skip
 def test_a_signed_header_of_another_form_is_refused(change: dict[str, object]) -> None:

@@ -16,8 +16,9 @@ from confide.protocol.envelope import Envelope
 H = "ab" * 32
 STATEMENT = m.Statement(site="ash", header="{}", signature="00" * 64, body="{}")
 SUM = m.SumReference(
-    round=1, cohort=("ash", "birch", "cedar"), statements=(H, H, H), transcript=H, chunks=2, tags=("1f",)
-)
+    round=1, cohort=("ash", "birch", "cedar"), statements=(H, H, H), transcript=H, attempt=1, chunks=2, tags=("1f",),
+    unlocked=(STATEMENT, STATEMENT, STATEMENT),
+)  # fmt: skip
 #: Adding a field to a message means adding it here, and thinking about what it tells of people.
 FIELDS: dict[type[m.Message], set[str]] = {
     m.JoinRequest: set(),
@@ -27,11 +28,16 @@ FIELDS: dict[type[m.Message], set[str]] = {
     m.SecretReply: set(),
     m.KeysRequest: {"statements", "made"},
     m.KeysReply: {"secret"},
-    m.SumReference: {"round", "cohort", "statements", "transcript", "chunks", "tags"},
+    # attempt: how often the coordinator asked for this round; it depends on which sites answered, on nobody's data.
+    # unlocked: signed `unlock` replies, see below; the coordinator has them, and sites check them.
+    m.SumReference: {"round", "cohort", "statements", "transcript", "attempt", "chunks", "tags", "unlocked"},
     m.TrainRequest: {"sums"},
     m.TrainReply: {"commitment", "model", "state", "secret"},
     m.SealRequest: {"cohort", "statements"},
     m.SealReply: {"transcript", "tags"},
+    m.UnlockRequest: {"statements"},  # signed `seal` replies without their bulk: a transcript and tags
+    # seed: makes the site's own mask, a random one of this attempt only; the pairwise masks still hide its update.
+    m.UnlockReply: {"transcript", "seed"},
     m.ReleaseRequest: {"sums", "statements"},
     m.ReleaseReply: {"model"},
     m.Refusal: {"kind", "reason"},
@@ -49,16 +55,24 @@ EXAMPLES: list[m.Message] = [
     m.TrainReply(commitment=H, model=H, state=H, secret=H),
     m.SealRequest(cohort=("ash",), statements=(STATEMENT,)),
     m.SealReply(transcript=H, tags=("0", "ffffffffffffffff")),
+    m.UnlockRequest(statements=(STATEMENT,)),
+    m.UnlockReply(transcript=H, seed=H),
     m.ReleaseRequest(sums=(SUM,), statements=()),
     m.ReleaseReply(model=H),
     m.Refusal(kind="abstains", reason="abstains"),
 ]
 TYPES = [e.TYPE for e in EXAMPLES]
-FROM_SITES = (m.JoinReply, m.SecretReply, m.KeysReply, m.TrainReply, m.SealReply, m.ReleaseReply, m.Refusal)
+FROM_SITES = (
+    m.JoinReply, m.SecretReply, m.KeysReply, m.TrainReply, m.SealReply, m.UnlockReply, m.ReleaseReply, m.Refusal,
+)  # fmt: skip
 
 
 def test_the_table_of_fields_holds_every_message_and_every_field() -> None:
     assert {kind: set(kind.model_fields) for kind in m.Message.__subclasses__()} == FIELDS
+
+
+def test_every_reply_of_a_site_is_looked_at_below() -> None:
+    assert set(FROM_SITES) == {kind for kind in FIELDS if kind.TYPE.endswith(".reply")} | {m.Refusal}
 
 
 def test_every_type_has_its_own_name() -> None:
@@ -120,6 +134,12 @@ def test_bytes_that_are_no_message_are_refused(body: bytes) -> None:
         (m.SealReply, {"transcript": H, "tags": [1]}),
         (m.SumReference, SUM.model_dump() | {"round": 0}),
         (m.SumReference, SUM.model_dump() | {"chunks": -1}),
+        (m.SumReference, SUM.model_dump() | {"attempt": -1}),
+        (m.SumReference, SUM.model_dump() | {"attempt": 101}),
+        (m.SumReference, SUM.model_dump() | {"unlocked": [H]}),
+        (m.UnlockReply, {"transcript": H, "seed": "ab" * 31}),
+        (m.UnlockReply, {"transcript": H, "seed": "AB" * 32}),
+        (m.UnlockReply, {"transcript": H, "seed": ""}),
         (m.TrainReply, {"commitment": H, "model": H, "state": H, "secret": None}),
     ],
 )

@@ -291,6 +291,10 @@ class Experiment(_Section):
             raise ValueError(
                 "privacy.epsilon = inf needs data.public = true: without noise, what a site sends reveals its people"
             )
+        if self.sealing.rotation and self.training.optimizer != "sgd":
+            raise ValueError(
+                "sealing.rotation needs training.optimizer = 'sgd': no useful bound on Adam's norm is public"
+            )
         if self.privacy.is_private and self.privacy.epsilon > self.privacy.site_epsilon_limit:
             raise ValueError(
                 f"privacy.epsilon = {self.privacy.epsilon:g} is above privacy.site_epsilon_limit = "
