@@ -107,12 +107,12 @@ def _stretches(segment: Segment) -> Iterator[_Stretch]:
 
 def regroup(parts: Iterable[Words], sizes: Iterable[int]) -> Iterator[Words]:
     """The same words in other portions; a last portion may stay short, and empty ones end it."""
-    source, held, count = iter(parts), list[Words](), 0
+    source, held, count = iter(parts), [np.empty(0, dtype=np.uint64)], 0
     for size in sizes:
         while count < size and (part := next(source, None)) is not None:
             held.append(part)
             count += len(part)
-        joined = np.concatenate(held) if len(held) != 1 else held[0]
+        joined = np.concatenate(held) if len(held) > 1 else held[0]
         if not len(joined) and size:
             return
         yield joined[:size]

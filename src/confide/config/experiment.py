@@ -293,7 +293,7 @@ class Experiment(_Section):
             )
         if self.sealing.rotation and self.training.optimizer != "sgd":
             raise ValueError(
-                "sealing.rotation needs training.optimizer = 'sgd': no useful bound on Adam's norm is public"
+                "sealing.rotation needs training.optimizer = 'sgd': no tight bound on Adam's norm is public"
             )
         if self.privacy.is_private and self.privacy.epsilon > self.privacy.site_epsilon_limit:
             raise ValueError(
