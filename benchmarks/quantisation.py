@@ -1,8 +1,8 @@
 """What few bits cost: exact held-out AUC on RAND at 20, 16, 12 and 8 bits a coordinate, against float32 in the open.
 
 Without differential privacy (the data are public), so that nothing but the quantiser differs; paired over seeds.
-`range` takes a tenth of the largest possible update as the quantiser's range; `rotated` spreads the update first, which needs
-more than the logistic model's 31 parameters to have an effect.
+`range` takes a tenth of the largest possible update as the quantiser's range; `rotated` spreads the update first, which
+needs more than the logistic model's 31 parameters to have an effect.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ parameters can make sites open what he chooses, or even their key, unless sums a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -247,21 +248,62 @@ def test_without_tags_the_coordinator_chooses_every_sites_model(
     assert np.allclose(moved, bound, rtol=1e-4), "every coordinate was moved to the end of its range"
 
 
-@pytest.mark.parametrize("change", ["tags", "chunk", "missing", "cohort", "transcript", "noise"])
+#: What is wrong with a sum, and what a site tells its own operator of it. (The coordinator is told less.)
+WRONG = {
+    "tags": "authenticated",
+    "a bit": "more noise|authenticated",
+    "noise": "more noise",
+    "a residue": "not below q",
+    "a fresh form": "length that no honest",
+    "short": "length that no honest",
+    "missing": "not complete",
+    "too many": "not complete",
+    "cohort": "transcript is not of this round",
+    "statements": "transcript is not of this round",
+    "transcript": "did not agree to",
+    "attempt": "did not agree to",
+    "unlocked": "lacks what its cohort unlocked",
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
 def test_whatever_is_wrong_with_a_sum_it_is_refused_before_it_is_applied(federation: Federation, change: str) -> None:
-    honest = federation.round(1)
-    first, second = coefficients(honest.chunks[0])
+    committed = federation.train(1)
+    sealed = federation.seal(1, committed)
+    honest = federation.add(1, sealed)
+    chunk, of = honest.chunks[0], honest.reference
+    first, second = coefficients(chunk)
     wrong = {
-        "tags": honest.changed(tags=(f"{int(honest.reference.tags[0], 16) ^ 1:x}",)),
-        "chunk": honest.changed(chunks=(honest.chunks[0][:-1] + bytes([honest.chunks[0][-1] ^ 1]),)),
-        "missing": honest.changed(chunks=()),
-        "cohort": honest.changed(cohort=federation.names[:3]),
-        "transcript": honest.changed(transcript="00" * 32),
+        "tags": honest.changed(tags=(f"{int(of.tags[0], 16) ^ 1:x}",)),
+        "a bit": honest.changed(chunks=(chunk[:-4] + bytes([chunk[-4] ^ 1]) + chunk[-3:],)),
         "noise": honest.changed(chunks=(forged_ciphertext(first, second[::-1]),)),
+        "a residue": honest.changed(chunks=(forged_ciphertext([2**60 - 1, *first[1:]], second),)),
+        "a fresh form": honest.changed(chunks=sealed["ash"].chunks),
+        "short": honest.changed(chunks=(chunk[:-1],)),
+        "missing": honest.changed(chunks=()),
+        "too many": honest.changed(chunks=(chunk, chunk)),
+        "cohort": honest.changed(cohort=federation.names[:3]),
+        "statements": honest.changed(statements=of.statements[::-1]),
+        "transcript": honest.changed(transcript="00" * 32),
+        "attempt": honest.changed(attempt=1),
+        "unlocked": honest.changed(unlocked=_unlocked_by_themselves(federation, of)),
     }[change]
     before = federation.models()
     assert all(map(is_refusal, federation.train(2, wrong).values()))
     assert federation.models() == before
+    for site in federation.sites.values():
+        told = site.last_refusal
+        assert isinstance(told, SealingError)
+        assert re.search(WRONG[change], (told.__cause__ or told).args[0])
+
+
+def _unlocked_by_themselves(federation: Federation, of: m.SumReference) -> tuple[m.Statement, ...]:
+    """Seeds that the sites sign though the run has no masks of their own: right in everything but that."""
+    body, found = m.UnlockReply(transcript=of.transcript, seed="00" * 32), []
+    for name in of.cohort:
+        identity = federation.sites[name].identity
+        found.append(m.Statement.of(name, federation.sign("unlock", of.round, "coordinator", body, identity=identity)))
+    return tuple(found)
 
 
 def test_the_honest_sum_is_accepted(federation: Federation) -> None:
