@@ -16,17 +16,16 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from confide.config import SealingConfig
-from confide.errors import AuditError, ConfideError
+from confide.errors import AuditError
 from confide.privacy.audit import records as r
 from confide.privacy.audit.chart import Series, line_chart
 from confide.privacy.audit.evidence import COORDINATOR, Evidence, PartyLog
 from confide.privacy.audit.page import write_page
+from confide.privacy.audit.protection import describe_protection
 from confide.privacy.audit.verify import standing_charges, verify
 from confide.privacy.dp import metrics
 from confide.privacy.dp.accounting import rdp_epsilon, run_epsilon
 from confide.privacy.dp.events import Role, merge_events
-from confide.privacy.sealing import Exposure, make_profile
 
 __all__ = ["write_report"]
 
@@ -79,7 +78,6 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
     head, interruption = _interruption(ended, folder)
     rounds, releases = _rounds(evidence), _releases(evidence)
     exact = _json_lines(folder / "rounds.jsonl")
-    summary, exposure = _exposure(manifest)
     return {
         "run": evidence.run,
         "purpose": manifest["purpose"],
@@ -105,11 +103,9 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
         "releases": releases,
         "exact": _exact_note(exact),
         "profile": manifest["sealing"]["profile"],
-        "sealing": summary,
-        "exposure": exposure,
+        "protection": describe_protection(evidence),
         "limits": (
             "The coordinator chooses the cohorts: together with all but one of a cohort’s sites it isolates the last.",
-            "The sum’s integrity falls to the coordinator together with one site; its secrecy does not.",
             "A poisoned update cannot be detected under encryption.",
         ),
         "rounds": rounds,
@@ -117,15 +113,6 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
         "law": _LAW,
         "versions": _versions(evidence),
     }
-
-
-def _exposure(manifest: Mapping[str, Any]) -> tuple[str, tuple[Exposure, ...]]:
-    """How sums were protected, and who could learn what."""
-    try:
-        profile = make_profile(SealingConfig(**manifest["sealing"]), len(manifest["members"]))
-    except (ConfideError, ValueError, TypeError):
-        return "unknown", (Exposure("everybody", "unknown: this version knows no such profile", True, True, True),)
-    return profile.summary, profile.describe_exposure()
 
 
 def _story(evidence: Evidence, rounds: list[dict[str, Any]], epsilon: float | None, ended: bool) -> str:

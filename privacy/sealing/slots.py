@@ -143,6 +143,7 @@ class SlotSession(Session):
 
     def unlock(self, agreement: Agreement) -> bytes:
         """The seed of this site's own mask: a different one for every transcript."""
+        self._alive()
         return derive(self._own_key, bytes.fromhex(agreement.transcript), b"own-mask", self._site.encode())
 
     def destroy(self) -> None:
