@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
+
+from scipy.optimize import brentq
 
 from confide.errors import BudgetError
 from confide.privacy.dp.accounting import run_epsilon
@@ -12,7 +16,9 @@ from confide.privacy.dp.events import PrivacyEvent
 __all__ = ["calibrate"]
 
 _LARGEST = 1e6
+_SMALLEST = 0.05
 _PRECISION = 1e-3
+_TINY = 1e-12
 
 
 def calibrate(event: PrivacyEvent, epsilon: float, budget: RenyiBudget) -> float:
@@ -29,20 +35,45 @@ def calibrate(event: PrivacyEvent, epsilon: float, budget: RenyiBudget) -> float
         BudgetError: No noise below σ = 10⁶ is enough.
     """
 
-    def fits(sigma: float) -> bool:
-        candidate = replace(event, noise_multiplier=sigma)
-        return budget.admits([candidate]) and run_epsilon(candidate, budget.delta) <= epsilon
+    def at(sigma: float) -> PrivacyEvent:
+        return replace(event, noise_multiplier=sigma)
 
-    high = 1.0
-    while not fits(high):
-        high *= 2
-        if high > _LARGEST:
-            raise BudgetError(
-                f"no noise makes {event.steps} steps at sample rate {event.sample_rate:g} cost ε ≤ {epsilon:g}",
-                hint="lower rounds, local_steps or sample_rate, or raise epsilon",
-            )
-    low = high / 2 if high > 1.0 else 0.05
-    while high / low > 1 + _PRECISION:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return float(f"{high * (1 + 1e-5):.6g}")
+    def over_budget(log_sigma: float) -> float:
+        return math.log(max(budget.used([at(math.exp(log_sigma))]), _TINY))
+
+    def over_epsilon(log_sigma: float) -> float:
+        return math.log(max(run_epsilon(at(math.exp(log_sigma)), budget.delta), _TINY) / epsilon)
+
+    try:
+        sigma = max(math.exp(_root(excess)) for excess in (over_budget, over_epsilon))
+        while not budget.admits([at(sigma)]) or run_epsilon(at(sigma), budget.delta) > epsilon:
+            sigma *= 1 + _PRECISION / 4  # the accountant's own grid is not perfectly smooth
+    except _NoRoot:
+        raise BudgetError(
+            f"no noise makes {event.steps} steps at sample rate {event.sample_rate:g} cost ε ≤ {epsilon:g}",
+            hint="lower rounds, local_steps or sample_rate, or raise epsilon",
+        ) from None
+    return float(f"{sigma * (1 + 1e-5):.6g}")
+
+
+class _NoRoot(Exception):
+    """Not even the largest noise is enough."""
+
+
+def _root(excess: Callable[[float], float]) -> float:
+    """Where a falling function of log σ reaches 0, to a third of the precision and never before it; Brent's method on
+    an interval found by doubling."""
+    low = high = 0.0
+    at_low = at_high = excess(0.0)
+    while at_high > 0:
+        low, at_low, high = high, at_high, high + math.log(2)
+        if high > math.log(_LARGEST):
+            raise _NoRoot
+        at_high = excess(high)
+    while at_low <= 0:
+        if low < math.log(_SMALLEST):
+            return low
+        high, low = low, low - math.log(2)
+        at_low = excess(low)
+    tolerance = _PRECISION / 3
+    return float(brentq(excess, low, high, xtol=tolerance, rtol=1e-9)) + tolerance

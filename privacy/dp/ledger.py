@@ -81,6 +81,10 @@ class Ledger:
         held = (self._settled.get(charge, reserved) for charge, reserved in self._reserved.items())
         return merge_events(e for e in held if e.role is role)
 
+    def charges(self) -> dict[str, PrivacyEvent]:
+        """Every charge as it stands: settled ones at what is left of them."""
+        return {**self._reserved, **self._settled}
+
     def epsilon(self, role: Role, more: Sequence[PrivacyEvent] = ()) -> float:
         """RDP ε of the charges of a role, with `more` on top; at the ledger's δ."""
         return rdp_epsilon([*self.events(role), *(e for e in more if e.role is role)], self.budget.delta)

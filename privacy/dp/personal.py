@@ -1,0 +1,173 @@
+"""Each person's own loss: composed over exactly the charges whose snapshot held that person.
+
+Invariants:
+1. *Individual filter* (Feldman, Zrnic 2021): a person with a limit takes part in a release only while her own summed
+   Rényi divergence, this release included, fits the budget that her limit stands for, at the one order fixed by it.
+2. Whether a person takes part depends on her own events and on public parameters, never on anybody else; so nobody's
+   limit changes σ, q or the number of steps.
+3. Who was held by a charge is durable before anything computed under that charge leaves. It stays at the site.
+
+Persons are known by a keyed digest; equal releases are counted together, so the work of a round is one pass over the
+persons for each kind of release, not for each charge.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from confide.errors import BudgetError
+from confide.privacy.dp.accounting import ORDERS, conversion, sampled_gaussian_rdp
+from confide.privacy.dp.budget import RenyiBudget
+from confide.privacy.dp.events import PrivacyEvent
+
+__all__ = ["PersonalLosses"]
+
+Mask = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+_SCHEMA = """
+PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;
+CREATE TABLE IF NOT EXISTS person (place INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS held (charge TEXT PRIMARY KEY, persons BLOB NOT NULL);
+CREATE TRIGGER IF NOT EXISTS held_no_update BEFORE UPDATE ON held BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER IF NOT EXISTS held_no_delete BEFORE DELETE ON held BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+"""
+#: What two releases must share to be counted together: σ and q.
+_Kind = tuple[float, float]
+
+
+class PersonalLosses:
+    """Which persons each charge held, in one SQLite file beside the ledger.
+
+    Args:
+        path: The file; made where it does not exist.
+
+    Raises:
+        BudgetError: The file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
+            self._db.executescript(_SCHEMA)
+            self._places: dict[bytes, int] = {n: p for p, n in self._db.execute("SELECT place, name FROM person")}
+            self._held = {
+                charge: _unpack(data) for charge, data in self._db.execute("SELECT charge, persons FROM held")
+            }
+        except sqlite3.Error as error:
+            raise BudgetError(
+                f"is not a readable record of personal losses ({type(error).__name__})", where=str(path),
+                hint="restore the file: without it nobody with a limit of her own may take part",
+            ) from None  # fmt: skip
+        self._counts: dict[_Kind, NDArray[np.int64]] = {}
+        self._counted: dict[str, PrivacyEvent] = {}
+
+    def enrol(self, names: Sequence[bytes]) -> NDArray[np.int64]:
+        """Places of these persons, new ones included; shape of `names`."""
+        new = [name for name in dict.fromkeys(names) if name not in self._places]
+        if new:
+            start = len(self._places)
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                self._db.executemany("INSERT INTO person VALUES (?, ?)", ((start + i, n) for i, n in enumerate(new)))
+                self._db.execute("COMMIT")
+            self._places |= {name: start + i for i, name in enumerate(new)}
+        return np.array([self._places[name] for name in names], dtype=np.int64)
+
+    def hold(self, charge: str, places: NDArray[np.int64]) -> None:
+        """Note, durably, whom a charge held. Once per charge; a repetition may only name the same persons.
+
+        Raises:
+            BudgetError: The charge held somebody else, or the disk does not take it.
+        """
+        mask = np.zeros(len(self._places), dtype=np.bool_)
+        mask[places] = True
+        try:
+            self._db.execute("INSERT INTO held VALUES (?, ?)", (charge, np.packbits(mask).tobytes()))
+        except sqlite3.IntegrityError:
+            if not np.array_equal(np.flatnonzero(self._held[charge]), np.flatnonzero(mask)):
+                raise BudgetError(f"charge {charge} held other persons", where=str(self._path)) from None
+            return
+        except sqlite3.Error as error:
+            raise BudgetError(f"cannot be written ({type(error).__name__}): nothing may leave",
+                              where=str(self._path), hint="check the disk") from None  # fmt: skip
+        self._held[charge] = mask
+
+    def divergence(self, charges: Mapping[str, PrivacyEvent], order: float) -> Floats:
+        """Each enrolled person's summed Rényi divergence of an order; shape [persons].
+
+        Args:
+            charges: The ledger's charges as they stand now (settled ones at what is left of them).
+            order: Rényi order.
+        """
+        self._count(charges)
+        total = np.zeros(len(self._places), dtype=np.float64)
+        for (sigma, rate), counts in self._counts.items():
+            total += counts * sampled_gaussian_rdp(sigma, rate, order)
+        return total
+
+    def epsilons(self, charges: Mapping[str, PrivacyEvent], delta: float) -> Floats:
+        """Each enrolled person's own ε at δ: the best conversion over all orders. For reports, not for decisions."""
+        self._count(charges)
+        best = np.full(len(self._places), np.inf)
+        for order in ORDERS:
+            np.minimum(best, self.divergence(charges, order) + conversion(order, delta), out=best)
+        spent = np.zeros(len(self._places), dtype=np.bool_)
+        for counts in self._counts.values():
+            spent |= counts > 0
+        return np.where(spent, np.maximum(best, 0.0), 0.0)
+
+    def admits(
+        self,
+        places: NDArray[np.int64],
+        limits: Floats,
+        charges: Mapping[str, PrivacyEvent],
+        upcoming: Sequence[PrivacyEvent],
+        delta: float,
+    ) -> Mask:
+        """May each of these persons take part in what comes next?
+
+        Args:
+            places: Persons, from `enrol`.
+            limits: Each person's own limit of ε at `delta`; infinity where there is none.
+            charges: The ledger's charges as they stand now.
+            upcoming: The releases that are about to be made.
+            delta: The ledger's δ.
+        """
+        allowed = np.isinf(limits) & (limits > 0)
+        for limit in np.unique(limits[np.isfinite(limits) & (limits > 0)]):
+            budget = RenyiBudget.for_limit(float(limit), delta)
+            (order,), (most,) = budget.orders, budget.limits
+            more = sum(e.steps * sampled_gaussian_rdp(e.noise_multiplier, e.sample_rate, order) for e in upcoming)
+            here = limits == limit
+            allowed[here] = self.divergence(charges, order)[places[here]] + more <= most
+        return allowed
+
+    def close(self) -> None:
+        """Release the file."""
+        self._db.close()
+
+    def _count(self, charges: Mapping[str, PrivacyEvent]) -> None:
+        """Bring the counts up to what the ledger holds now; only what changed is looked at."""
+        size = len(self._places)
+        for kind, counts in self._counts.items():
+            if len(counts) < size:
+                self._counts[kind] = np.concatenate([counts, np.zeros(size - len(counts), dtype=np.int64)])
+        for charge, event in charges.items():
+            known = self._counted.get(charge)
+            if charge not in self._held or known == event:
+                continue
+            kind = (event.noise_multiplier, event.sample_rate)
+            counts = self._counts.setdefault(kind, np.zeros(size, dtype=np.int64))
+            mask = self._held[charge][:size]
+            counts[: len(mask)] += mask * (event.steps - (known.steps if known is not None else 0))
+            self._counted[charge] = event
+
+
+def _unpack(data: bytes) -> Mask:
+    return np.unpackbits(np.frombuffer(data, dtype=np.uint8)).astype(np.bool_)
