@@ -6,7 +6,7 @@ this round, all holding the same model, strategy state and run secret as itself.
 
 from __future__ import annotations
 
-from confide.clients.run import SiteRun, model_digest, state_digest
+from confide.clients.run import SiteRun
 from confide.clients.store import ModelState
 from confide.errors import SealingError
 from confide.privacy.sealing import Agreement
@@ -49,7 +49,7 @@ def agree(
         raise SealingError("the cohort is not a sorted list of different sites, each with its reply", where=where)
     if len(cohort) < max(manifest.min_sites, min_sites):
         raise SealingError(f"a cohort below min_sites = {max(manifest.min_sites, min_sites)}", where=where)
-    held = (model_digest(model), state_digest(model), run.keys.session.secret_digest)
+    held = (run.model_tag(model), run.state_tag(model), run.keys.session.secret_digest)
     digests: dict[str, str] = {}
     for site, statement in zip(cohort, message.statements, strict=True):
         if statement.site != site:
@@ -77,13 +77,13 @@ def agree_to_release(
         raise SealingError("fewer than min_sites sites are at the end of the run", where=where)
     for statement in message.statements:
         reply, _ = _train_reply(run, manifest.rounds + 1, statement, coordinator)
-        if (reply.model, reply.state) != (model_digest(model), state_digest(model)):
+        if (reply.model, reply.state) != (run.model_tag(model), run.state_tag(model)):
             raise SealingError(f"{statement.site} ended with another model than this site", where=where)
 
 
 def agree_to_unlock(
-    run: SiteRun, round_: int, attempt: int, message: UnlockRequest, *, sealed: str | None, coordinator: str
-) -> Agreement:
+    run: SiteRun, round_: int, attempt: int, message: UnlockRequest, *, sealed: Agreement | None, coordinator: str
+) -> None:
     """Has every member of this attempt's cohort sealed it, under the transcript that this site sealed it under?
 
     Raises:
@@ -91,14 +91,13 @@ def agree_to_unlock(
     """
     where = f"run {run.manifest.run}, round {round_}"
     cohort = tuple(statement.site for statement in message.statements)
-    if sealed is None or list(cohort) != sorted(set(cohort)) or len(cohort) < run.manifest.min_sites:
+    if sealed is None or cohort != sealed.cohort:
         raise SealingError("there is no attempt of this cohort to unlock", where=where)
     place = run.address(round_, "seal", attempt=attempt)
     for statement in message.statements:
         reply = signed_reply(run.manifest, statement, statement.site, place, coordinator, SealReply)
-        if reply.transcript != sealed:
+        if reply.transcript != sealed.transcript:
             raise SealingError(f"{statement.site} sealed something else than this site", where=where)
-    return Agreement(cohort, sealed, self_masked=True)
 
 
 def _train_reply(run: SiteRun, round_: int, statement: Statement, coordinator: str) -> tuple[TrainReply, str]:

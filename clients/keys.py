@@ -19,6 +19,7 @@ from confide.errors import SealingError
 from confide.privacy.atrest import new_key
 from confide.privacy.digest import framed
 from confide.privacy.sealing import Profile, Session
+from confide.privacy.sealing.keystream import derive
 from confide.privacy.sealing.vault import Vault
 from confide.privacy.sealing.wrapping import new_ephemeral, unwrap, wrap
 from confide.protocol.envelope import Address, expect, verify
@@ -44,7 +45,7 @@ class RunKeys:
         self, manifest: Manifest, site: str, profile: Profile, coordinator: str, vault: Vault | None = None
     ) -> None:
         self._manifest, self._site, self._profile, self._coordinator = manifest, site, profile, coordinator
-        self._vault, self._session, self._destroyed = vault, None, False
+        self._vault, self._session, self._destroyed, self._naming = vault, None, False, b""
         #: Which run secret is in force; secrets are numbered from 0.
         self.epoch = 0
         self._entry = f"run-{hashlib.sha256(manifest.digest.encode()).hexdigest()[:32]}"
@@ -52,7 +53,7 @@ class RunKeys:
             self._private, self.public = new_ephemeral()
             self._storage = new_key()
         if not profile.keyed:
-            self._session = profile.session(site, b"", b"", {})
+            self._session, self._naming = profile.session(site, b"", b"", {}), bytes(32)
 
     _session: Session | None
 
@@ -83,6 +84,10 @@ class RunKeys:
         if self._destroyed:
             raise SealingError("the run's keys were destroyed", where=f"site {self._site}")
         return self._storage
+
+    def model_key(self, trained: int) -> bytes:
+        """The key that names the model after so many rounds of training: all sites of the run have it, nobody else."""
+        return derive(self._naming, b"model", str(trained).encode())
 
     def save(self) -> None:
         """Put what is held into the vault, where there is one."""
@@ -124,7 +129,7 @@ class RunKeys:
         older = self._session is not None and epoch < self.epoch
         if older or (self._session and epoch == self.epoch and self._session.secret_digest != session.secret_digest):
             raise SealingError("another run secret was accepted before", where=f"site {self._site}")
-        self._session, self.epoch = session, epoch
+        self._session, self.epoch, self._naming = session, epoch, secret
         self._save(secret, peers)
         return session.secret_digest
 
@@ -134,7 +139,7 @@ class RunKeys:
             self._session.destroy()
         if self._vault is not None:
             self._vault.destroy(self._entry)
-        self._private = self._storage = b""
+        self._private = self._storage = self._naming = b""
         self._destroyed = True
 
     def _peers(self, address: Address, statements: Sequence[Statement]) -> dict[str, bytes]:
@@ -182,4 +187,5 @@ class RunKeys:
         if keys["secret"]:
             peers = {name.removeprefix("peer "): key for name, key in keys.items() if name.startswith("peer ")}
             self._session = self._profile.session(self._site, keys["secret"], self._private, peers)
+            self._naming = keys["secret"]
         return True

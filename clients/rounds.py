@@ -11,7 +11,7 @@ from confide.clients.cutoff import compute_until_cut_off
 from confide.clients.data.records import SiteRecords
 from confide.clients.participants import Participants
 from confide.clients.policy import SitePolicy
-from confide.clients.run import SiteRun, model_digest, state_digest
+from confide.clients.run import SiteRun, model_digest
 from confide.clients.store import ModelState, SiteStore
 from confide.errors import PolicyError, SealingError
 from confide.privacy.audit import records as audit
@@ -75,6 +75,9 @@ class RoundSteps:
         secret = run.keys.session.secret_digest  # without keys there is nothing to charge for
         model = self._apply(run, message.sums, request.chunks, before=round_)
         self._settle_unsent(run, round_)
+        if self._ledger.open_charges(f"{run.manifest.run}/{round_}/"):
+            # What was computed under them may have left before this site's state was lost or put back.
+            raise SealingError(f"round {round_} was charged before and is not computed again", where=f"site {run.site}")
         for event in run.manifest.charges(round_):
             charge = f"{run.manifest.run}/{round_}/{event.role.value}"
             self._ledger.reserve(charge, event)
@@ -87,7 +90,7 @@ class RoundSteps:
         self._log_snapshot(run, round_, used, attempts)
         commitment = digest("commitment", secrets.token_bytes(32), vector.tobytes()).hex()
         reply = m.TrainReply(
-            commitment=commitment, model=model_digest(model), state=state_digest(model),
+            commitment=commitment, model=run.model_tag(model), state=run.state_tag(model),
             secret=secret,
         )  # fmt: skip
         self._log.append(
@@ -96,7 +99,7 @@ class RoundSteps:
                 coordinator=header.checkpoint,
             )
         )  # fmt: skip
-        run.pending = (round_, vector)
+        run.pending, run.attempts = (round_, vector), {}
         return Answer(reply, model.metric_chunks)
 
     def seal(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
@@ -112,17 +115,17 @@ class RoundSteps:
         )  # fmt: skip
         if run.pending is None or run.pending[0] != round_ or self._store.unlocked_transcript(name, round_) is not None:
             raise SealingError(f"there is no update of round {round_} left to seal", where=f"run {name}")
-        sealing = run.keys.session.seal(
-            run.pending[1], run.segments(round_), Agreement(message.cohort, agreed, self_masked=retries)
-        )
-        payload = sealing.payload()
+        agreement = Agreement(message.cohort, agreed, self_masked=retries)
+        payload = run.keys.session.seal(run.pending[1], run.segments(round_), agreement).payload()
         self._log.append(
             audit.Sealed(
                 run=name, round=round_, attempt=attempt, cohort=list(message.cohort), transcript=agreed,
                 coordinator=header.checkpoint,
             )
         )  # fmt: skip
-        if not retries:
+        if retries:
+            run.attempts[attempt] = agreement
+        else:
             run.pending = None
         tags = tuple(f"{tag:x}" for tag in payload.tags)
         return Answer(m.SealReply(transcript=agreed, tags=tags), payload.chunks, sealed=agreed)
@@ -131,19 +134,17 @@ class RoundSteps:
         """Give away the seed of this site's own mask in one attempt."""
         message, round_, attempt = m.decode(m.UnlockRequest, header.type, request.body), header.round, header.attempt
         name = run.manifest.run
-        agreement = agree_to_unlock(
-            run, round_, attempt, message,
-            sealed=self._store.sealed_transcript(name, round_, attempt), coordinator=self._policy().coordinator,
-        )  # fmt: skip
         # Own masks live in the process that sealed: a later one would give away the seed of another mask.
         here = run.pending is not None and run.pending[0] == round_
-        if not run.manifest.sealing.retry or not here or self._store.unlocked_transcript(name, round_) is not None:
+        sealed = run.attempts.get(attempt) if here else None
+        if sealed is None or self._store.unlocked_transcript(name, round_) is not None:
             raise SealingError(f"round {round_} has no attempt left to unlock", where=f"run {name}")
-        seed = run.keys.session.unlock(agreement)
+        agree_to_unlock(run, round_, attempt, message, sealed=sealed, coordinator=self._policy().coordinator)
+        seed = run.keys.session.unlock(sealed)
         run.pending = None
-        self._log.append(audit.Unlocked(run=name, round=round_, attempt=attempt, transcript=agreement.transcript))
-        reply = m.UnlockReply(transcript=agreement.transcript, seed=seed.hex())
-        return Answer(reply, unlocked=agreement.transcript)
+        self._log.append(audit.Unlocked(run=name, round=round_, attempt=attempt, transcript=sealed.transcript))
+        reply = m.UnlockReply(transcript=sealed.transcript, seed=seed.hex())
+        return Answer(reply, unlocked=sealed.transcript)
 
     def release(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
         """Hand out the trained model, once enough sites have reached the end with it."""
@@ -158,8 +159,9 @@ class RoundSteps:
             run, message, model=model, min_sites=self._policy().min_sites, coordinator=self._policy().coordinator
         )
         weights = model.weights.astype("<f4").tobytes()
-        self._log.append(audit.ModelReleased(run=run.manifest.run, model=model_digest(model), sites=[], checkpoints=[]))
-        return Answer(m.ReleaseReply(model=model_digest(model)), (weights, *model.metric_chunks))
+        named, key = model_digest(model), run.keys.model_key(model.trained).hex()
+        self._log.append(audit.ModelReleased(run=run.manifest.run, model=named, key=key, sites=[], checkpoints=[]))
+        return Answer(m.ReleaseReply(model=named, key=key), (weights, *model.metric_chunks))
 
     def _log_snapshot(self, run: SiteRun, round_: int, used: Participants, attempts: int) -> None:
         """A commitment of constant size in the federated log, the numbers in the local one."""
@@ -195,7 +197,7 @@ class RoundSteps:
             self._log.append(
                 audit.Opened(
                     run=run.manifest.run, round=reference.round, transcript=reference.transcript,
-                    model=model_digest(model), saturated=f"{model.saturated:.6f}",
+                    model=run.model_tag(model), saturated=f"{model.saturated:.6f}",
                 )
             )  # fmt: skip
             self._store.put_model(run.manifest.run, model, run.keys.storage)
@@ -220,7 +222,7 @@ class RoundSteps:
             return
         name, unsent = run.manifest.run, run.pending[0]
         run.pending = None
-        if self._store.sealed_transcript(name, unsent) is not None:
+        if self._store.was_sealed(name, unsent):
             return
         for charge in self._ledger.open_charges(f"{name}/{unsent}/"):
             self._ledger.settle(charge, 0)

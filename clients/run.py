@@ -16,7 +16,7 @@ from confide.clients.training.admission import admit_model
 from confide.clients.training.models import build_model, layout_of
 from confide.clients.training.trainer import LocalTrainer, TrainingPlan, choose_device
 from confide.errors import PolicyError, SealingError
-from confide.privacy.digest import digest
+from confide.privacy.digest import digest, keyed_digest
 from confide.privacy.dp import SecureRandom
 from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.sealing import Agreement, Payload, Segment, make_profile
@@ -28,7 +28,7 @@ from confide.protocol.messages import SumReference, UnlockReply
 from confide.protocol.statements import signed_reply
 from confide.strategies import StepInput, make_strategy
 
-__all__ = ["SiteRun", "model_digest", "state_digest"]
+__all__ = ["SiteRun", "model_digest"]
 
 Floats = NDArray[np.float64]
 
@@ -70,6 +70,8 @@ class SiteRun:
         self.trainer = LocalTrainer(model, records, plan, choose_device(device), rng)
         #: The round and the update that waits to be sealed. Never on a disk.
         self.pending: tuple[int, Floats] | None = None
+        #: What that update was sealed for, by attempt, where the run retries.
+        self.attempts: dict[int, Agreement] = {}
 
     def destroy(self) -> None:
         """Forget every key, and an update that waits."""
@@ -131,12 +133,22 @@ class SiteRun:
         values = opened.values
         size = self.manifest.metric_width(reference.round)
         metrics = values[len(values) - size :] if size else None
-        weights, state = model.weights, model.state
+        weights, state, trained = model.weights, model.state, model.trained
         if self.manifest.trains_in(reference.round):
+            trained = reference.round
             weight = sum(self.manifest.weight(site) for site in cohort)
             update = values[: self.manifest.layout.size]
             weights, state = self.strategy.step(StepInput(weights, update, weight, state))
-        return ModelState(reference.round, weights, state, metrics, opened.saturated)
+        return ModelState(reference.round, weights, state, metrics, opened.saturated, trained)
+
+    def model_tag(self, model: ModelState) -> str:
+        """Names the weights among the sites. The coordinator learns the key with the released model, and no other."""
+        return keyed_digest(self.keys.model_key(model.trained), "model", model.weights.astype("<f4").tobytes()).hex()
+
+    def state_tag(self, model: ModelState) -> str:
+        """Names the strategy's memory among the sites."""
+        parts = (part.astype("<f8").tobytes() for part in model.state)
+        return keyed_digest(self.keys.model_key(model.trained), "state", *parts).hex()
 
     def _agreement(self, reference: SumReference) -> Agreement:
         """What a sum claims to be bound to; unlocked seeds count only inside their owners' signed replies."""
@@ -151,10 +163,5 @@ class SiteRun:
 
 
 def model_digest(model: ModelState) -> str:
-    """Names the replicated weights."""
+    """Names weights to everybody: the first ones, and the released ones."""
     return digest("model", model.weights.astype("<f4").tobytes()).hex()
-
-
-def state_digest(model: ModelState) -> str:
-    """Names the strategy's memory."""
-    return digest("state", *(part.astype("<f8").tobytes() for part in model.state)).hex()

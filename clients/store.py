@@ -61,6 +61,8 @@ class ModelState:
     state: tuple[NDArray[np.float64], ...]
     metrics: NDArray[np.float64] | None
     saturated: float = 0.0
+    #: The last training round that was applied; a round that only evaluates leaves the weights as they are.
+    trained: int = 0
 
     @property
     def metric_chunks(self) -> tuple[bytes, ...]:
@@ -69,7 +71,7 @@ class ModelState:
 
     def to_bytes(self) -> bytes:
         """As it is stored."""
-        arrays = {"weights": self.weights, "saturated": np.array(self.saturated)}
+        arrays = {"weights": self.weights, "saturated": np.array(self.saturated), "trained": np.array(self.trained)}
         arrays |= {f"state{i}": part for i, part in enumerate(self.state)}
         arrays |= {} if self.metrics is None else {"metrics": self.metrics}
         buffer = io.BytesIO()
@@ -87,6 +89,7 @@ class ModelState:
                 state=tuple(held[f"state{i}"] for i in range(parts)),
                 metrics=held.get("metrics"),
                 saturated=float(held["saturated"]),
+                trained=int(held["trained"]),
             )
 
 
@@ -178,6 +181,12 @@ class SiteStore:
             "SELECT transcript FROM sealed WHERE run = ? AND round = ? AND attempt = ?", (run, round_, attempt)
         ).fetchone()
         return row[0] if row else None
+
+    def was_sealed(self, run: str, round_: int) -> bool:
+        """Did this site seal any attempt of a round?"""
+        return (
+            self._db.execute("SELECT 1 FROM sealed WHERE run = ? AND round = ?", (run, round_)).fetchone() is not None
+        )
 
     def unlocked_transcript(self, run: str, round_: int) -> str | None:
         """The transcript of the one attempt of a round that this site unlocked."""

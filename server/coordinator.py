@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from confide.errors import ConfideError, PeerError, SealingError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
-from confide.privacy.digest import digest
+from confide.privacy.digest import digest, keyed_digest
 from confide.privacy.sealing import Payload, make_profile
 from confide.privacy.sealing.transcript import transcript
 from confide.privacy.sealing.wrapping import usable
@@ -193,16 +193,21 @@ class Coordinator:
         """One site makes the run secret; what passes through here is wrapped for its recipients and signed by it.
 
         Each secret has its own key epoch. Where not everybody could take one, another maker is asked: one that dies, or
-        wraps nonsense for some, must not decide who takes part.
+        wraps nonsense for some, must not decide who takes part. As sites never return to an earlier secret, the best
+        maker makes a new one where the last one did worse.
         """
         names = sorted(self._progress.joined)
         statements = tuple(m.Statement.of(s, self._progress.joined[s]) for s in names)
-        agreed: dict[str, tuple[Envelope, m.KeysReply]] = {}
+        agreed, best = dict[str, tuple[Envelope, m.KeysReply]](), (0, "")
         for epoch, maker in enumerate(names[:_MAKERS]):
             self._exchange.key_epoch = epoch
             agreed = self._agree_on_keys(names, statements, maker)
+            best = max(best, (len(agreed), maker))
             if len(agreed) == len(names):
                 break
+        if len(agreed) < best[0]:
+            self._exchange.key_epoch += 1
+            agreed = self._agree_on_keys(names, statements, best[1])
         if len({reply.secret for _, reply in agreed.values()}) > 1:
             raise SealingError("the sites hold different run secrets", where="key agreement")
         self._exchange.nodes = {s: n for s, n in self._exchange.nodes.items() if s in agreed}
@@ -309,11 +314,8 @@ class Coordinator:
             sealed[site] = envelope.without_chunks()
         if set(sealed) != set(cohort):
             return None, uplink, sealed
-        return (
-            _Sum(round_, cohort, tuple(digests.values()), agreed, attempt, accumulator.total()),
-            uplink,
-            sealed,
-        )
+        total = _Sum(round_, cohort, tuple(digests.values()), agreed, attempt, accumulator.total())
+        return total, uplink, sealed
 
     def _unlock(self, total: _Sum, sealed: Mapping[str, Envelope], uplink: int) -> tuple[_Sum, int] | None:
         """Every member's own mask of this attempt, against the proof that all of them sealed it."""
@@ -336,19 +338,20 @@ class Coordinator:
         replies = self._exchange.ask(place, requests, m.ReleaseReply)
         if not replies:
             raise self._too_few("released the model")
-        models = {reply.model for _, reply in replies.values()} | {e.chunks[:1] for e, _ in replies.values()}
-        if len(models) != 2:
+        if len({(reply.model, reply.key, envelope.chunks[:1]) for envelope, reply in replies.values()}) != 1:
             raise SealingError("the sites released different models", where="release", hint="nothing was written")
         metrics_round, metrics = self._opened_metrics({s: e for s, (e, _) in replies.items()}, skip=1)
         envelope, reply = next(iter(replies.values()))
         # The last sum changes no weights, so all of the last cohort have signed this digest already.
-        if reply.model != self._progress.model or digest("model", envelope.chunks[0]).hex() != reply.model:
+        named = keyed_digest(bytes.fromhex(reply.key), "model", envelope.chunks[0]).hex()
+        if named != self._progress.model or digest("model", envelope.chunks[0]).hex() != reply.model:
             raise SealingError("the released model is not the one that the sites signed", where="release",
                                hint="nothing was written")  # fmt: skip
         self.log.append(
             audit.ModelReleased(
                 run=self.manifest.run,
                 model=reply.model,
+                key=reply.key,
                 sites=sorted(replies),
                 checkpoints=[Header.model_validate_json(replies[s][0].header).checkpoint for s in sorted(replies)],
             ),

@@ -116,7 +116,7 @@ class SnapshotTaken(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateCommitted(Record):
-    """Site: a commitment to its update, and digests of the model and state it computed from."""
+    """Site: a commitment to its update; the model and state it computed from, named under a key of the sites."""
 
     KIND = "update_committed"
     round: int
@@ -150,8 +150,8 @@ class Unlocked(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Opened(Record):
-    """Site: an authenticated sum applied; the digest of the model it gives, and the share of the cohort's noised
-    coordinates that were clipped to the public range, as decimal text."""
+    """Site: an authenticated sum applied; the model it gives, named under a key of the sites, and the share of the
+    cohort's noised coordinates that were clipped to the public range, as decimal text."""
 
     KIND = "opened"
     round: int
@@ -226,11 +226,12 @@ class MetricsReleased(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelReleased(Record):
-    """Site or coordinator: a model handed out, by digest. The coordinator adds who gave it, and the states of their
-    logs that their replies carried."""
+    """Site or coordinator: a model handed out, by digest, and the key under which the sites' logs name it. The
+    coordinator adds who gave it, and the states of their logs that their replies carried."""
 
     KIND = "model_released"
     model: str
+    key: str
     sites: list[str]
     checkpoints: list[str]
 

@@ -6,7 +6,8 @@ Steps (numbered in the code):
 3. Times never go backwards inside a log.
 4. What one party recorded of another's log (checkpoints in envelopes) is what that log held at that size.
 5. Every cohort is at least `min_sites` of the roster; its transcript is the hash of what was agreed; every member
-   committed to its update and sealed under exactly this transcript, once.
+   committed to its update under the keys it agreed on and sealed under exactly this transcript, once; where the run
+   retries, once an attempt, of which every member unlocked the opened one and no other.
 6. Every update has its charges before it, with the manifest's parameters; ε recomputed from them by two accountants is
    within what the manifest promises.
 7. All sites opened each sum to the same model, and the released model is the last of these.
@@ -18,6 +19,7 @@ Keys come from the manifest in the coordinator's log: whoever doubts the roster 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -168,8 +170,10 @@ def _cohorts(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _unlocked(evidence: Evidence) -> Iterator[Finding]:
-    """Step 5, where rounds may be retried: one attempt a round was unlocked, and it is the one that was opened."""
+    """Step 5, where rounds may be retried: every member unlocked one attempt a round, and it is the one opened."""
+    retries = bool(evidence.manifest["sealing"]["retry"])
     opened = {e.round: e.transcript for log in evidence.sites.values() for _, e in log.of(r.Opened)}
+    cohorts = {e.transcript: e for _, e in evidence.coordinator.of(r.Cohort)}
     for site, log in evidence.sites.items():
         seen: set[int] = set()
         for number, entry in log.of(r.Unlocked):
@@ -178,6 +182,15 @@ def _unlocked(evidence: Evidence) -> Iterator[Finding]:
             seen.add(entry.round)
             if entry.transcript != opened.get(entry.round, entry.transcript):
                 yield Finding(site, number, f"unlocked another attempt of round {entry.round} than was opened")
+            of = cohorts.get(entry.transcript)
+            if not retries or of is None or (of.round, of.attempt) != (entry.round, entry.attempt):
+                yield Finding(
+                    site, number, f"unlocked in round {entry.round} what the coordinator's log knows nothing of"
+                )
+        for transcript_ in opened.values() if retries and log.complete else ():
+            of = cohorts.get(transcript_)
+            if of is not None and site in of.cohort and of.round not in seen:
+                yield Finding(site, None, f"did not unlock round {of.round}, yet it was counted")
 
 
 def _charges(evidence: Evidence, site: str, log: PartyLog) -> Iterator[Finding]:
@@ -268,7 +281,7 @@ def _models(evidence: Evidence, folder: Path) -> Iterator[Finding]:
     released = list(evidence.coordinator.of(r.ModelReleased))
     for party, log in ((COORDINATOR, evidence.coordinator), *evidence.sites.items()):
         for number, entry in log.of(r.ModelReleased):
-            if entry.model != last:
+            if (_named(entry) if opened else entry.model) != last:
                 yield Finding(party, number, "released another model than the sites opened last")
             if party != COORDINATOR and not released:
                 yield Finding(
@@ -279,6 +292,11 @@ def _models(evidence: Evidence, folder: Path) -> Iterator[Finding]:
         yield Finding(COORDINATOR, None, "tells of no release, yet there is a model.safetensors")
     if path.is_file() and released and _weights_digest(path, evidence.manifest) != released[-1][1].model:
         yield Finding(COORDINATOR, released[-1][0], "model.safetensors does not hold the released model")
+
+
+def _named(entry: r.ModelReleased) -> str:
+    """What the sites called the released model: they name models under keys, and give one away with the model."""
+    return hmac.digest(bytes.fromhex(entry.key), bytes.fromhex(entry.model), hashlib.sha256).hex()
 
 
 def _weights_digest(path: Path, manifest: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ hold; here SEAL parses only a frame that we built around residues that we checke
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -189,31 +190,29 @@ class Lattice:
 
 
 class _MemoryFile:
-    """SEAL reads and writes files only; this one lives in memory."""
-
-    def __init__(self) -> None:
-        self._descriptor = os.memfd_create("confide")
-        self._path = f"/proc/self/fd/{self._descriptor}"
+    """SEAL reads and writes files only. These live in memory, a new one each time: threads share none, no key stays."""
 
     def save(self, thing: Any) -> bytes:
-        os.ftruncate(self._descriptor, 0)
-        thing.save(self._path)
-        data = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
-        os.ftruncate(self._descriptor, 0)  # it may have been a key
-        return data
+        with _new_memory_file() as descriptor:
+            thing.save(f"/proc/self/fd/{descriptor}")
+            return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
 
     def load(self, thing: Any, context: Any, data: bytes) -> None:
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, data, 0)
-        try:
-            thing.load(context, self._path)
-        except (RuntimeError, ValueError) as error:
-            raise SealingError("is not a valid SEAL object of this run", where="ciphertext") from error
-        finally:
-            os.ftruncate(self._descriptor, 0)
+        with _new_memory_file() as descriptor:
+            os.pwrite(descriptor, data, 0)
+            try:
+                thing.load(context, f"/proc/self/fd/{descriptor}")
+            except (RuntimeError, ValueError) as error:
+                raise SealingError("is not a valid SEAL object of this run", where="ciphertext") from error
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        close(self._descriptor)  # bound here: at interpreter exit the module may be gone already
+
+@contextmanager
+def _new_memory_file() -> Iterator[int]:
+    descriptor = os.memfd_create("confide")
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _with_header(content: bytes) -> bytes:

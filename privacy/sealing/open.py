@@ -25,6 +25,7 @@ from confide.privacy.sealing.profile import (
 __all__ = ["OpenProfile"]
 
 _CHUNK = 2**20
+_SLACK = 1e-6  # float32 rounds
 Floats = NDArray[np.float64]
 
 
@@ -89,8 +90,13 @@ class _OpenSession(Session):
 
     def open(self, total: Payload, segments: Sequence[Segment], agreement: Agreement) -> Opened:
         size = sum(s.size for s in segments)
-        values = _parse(total.chunks, size + SATURATION, "<f8")
-        return Opened(values[:size], float(values[size]) / (max(1, size) * len(agreement.cohort)))
+        values, sites = _parse(total.chunks, size + SATURATION, "<f8"), len(agreement.cohort)
+        # Nothing is authenticated here, but one member's numbers must not drown everybody else's.
+        low = np.concatenate([*(np.full(s.size, s.low) for s in segments), np.zeros(SATURATION)]) * sites
+        high = np.concatenate([*(np.full(s.size, s.high) for s in segments), np.full(SATURATION, size)]) * sites
+        if np.any(values < low - _SLACK * np.abs(low)) or np.any(values > high + _SLACK * np.abs(high)):
+            raise SealingError("holds a coordinate that no honest sum has", where="sum")
+        return Opened(values[:size], float(values[size]) / (max(1, size) * sites))
 
     def destroy(self) -> None:
         """There is nothing to forget."""

@@ -4,6 +4,8 @@ SEAL's bindings hold the interpreter's lock, so threads do not help. Workers are
 socket pair: nothing of the caller's main module is imported, nothing is forked from a process that has threads. They
 are started when the first large vector comes and are used once they report ready; until then the caller works alone.
 A job holds keys: it lives in a worker only until its last share is done.
+
+Invariant: one call at a time has the workers; a second one (another thread, or a call within a call) works alone.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing import connection
@@ -25,6 +28,7 @@ PAYS_FROM = 48
 _SHARE = 8
 _MOST = 8  # processes, the caller included: more memory would buy little
 _READY, _FORGET = b"ready", None
+_turn = threading.Lock()
 
 _R = TypeVar("_R")
 Job = Callable[[int, Any], _R]
@@ -39,9 +43,16 @@ def run_jobs(job: Job[_R], items: Iterable[Any], count: int) -> Iterator[_R]:
         count: How many there are.
     """
     numbered = iter(enumerate(items))
-    if count < PAYS_FROM:
+    if count < PAYS_FROM or not _turn.acquire(blocking=False):
         yield from (job(n, item) for n, item in numbered)
         return
+    try:
+        yield from _run_shared(job, numbered)
+    finally:
+        _turn.release()
+
+
+def _run_shared(job: Job[_R], numbered: Iterator[tuple[int, Any]]) -> Iterator[_R]:
     pool = _pool()
     busy: list[_Worker] = []
     try:
@@ -82,16 +93,13 @@ class _Worker:
         theirs.close()
 
     def is_ready(self) -> bool:
-        """Has it started, is it alive, and was everything it was asked taken back?"""
+        """Has it started, and is it alive?"""
         if self._process.poll() is not None:
             return False
         with suppress(EOFError, OSError):
-            while self._owed and self._end.poll():  # left over from a caller that stopped reading
-                self._end.recv()
-                self._owed -= 1
             if not self._ready and self._end.poll():
                 self._ready = self._end.recv_bytes() == _READY
-        return self._ready and not self._owed
+        return self._ready
 
     def send(self, message: Any) -> None:
         with suppress(OSError):
@@ -100,18 +108,31 @@ class _Worker:
             self._owed += 1
 
     def results(self, job: Job[_R], share: list[tuple[int, Any]]) -> list[_R]:
-        try:
-            outcome = self._end.recv()
-        except (EOFError, OSError):
-            self._process.kill()
-            outcome = [job(n, item) for n, item in share]
-        self._owed -= 1
+        outcome = self._take_back()
+        if outcome is None:
+            return [job(n, item) for n, item in share]
         if isinstance(outcome, BaseException):
             raise outcome
         return list(outcome)
 
     def forget(self) -> None:
+        """The end of a call. What is still owed is waited for, so that the job and its keys are let go of now."""
+        while self._owed:
+            self._take_back()
         self.send(_FORGET)
+
+    def _take_back(self) -> Any:
+        """One answer; None where it died."""
+        try:
+            answer = self._end.recv()
+        except BaseException as error:
+            self._process.kill()  # also where half an answer may have been read
+            self._owed = 0
+            if isinstance(error, (EOFError, OSError)):
+                return None
+            raise
+        self._owed -= 1
+        return answer
 
     def stop(self) -> None:
         self._end.close()  # the worker ends when its way is closed
@@ -155,3 +176,4 @@ def main() -> None:
             except Exception as error:
                 answer = error
             way.send(answer)
+            answer = None  # an exception's traceback holds the job

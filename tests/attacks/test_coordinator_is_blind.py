@@ -18,15 +18,25 @@ import pytest
 import tenseal.sealapi as seal
 from numpy.typing import NDArray
 
+from confide.clients.keys import RunKeys
 from confide.clients.run import SiteRun
 from confide.clients.site import Site
-from confide.privacy.sealing import plain
-from confide.privacy.sealing.bfv import BfvKey, _MemoryFile
-from confide.privacy.sealing.sealed import SealedSession
+from confide.clients.store import SiteStore
+from confide.privacy.sealing import open as open_profile
+from confide.privacy.sealing.authentication import SumMac
+from confide.privacy.sealing.bfv import BfvLock
+from confide.privacy.sealing.lattice import _MemoryFile
+from confide.privacy.sealing.masks import CohortMasks, PairKeys
+from confide.privacy.sealing.profile import Opened, Session
+from confide.privacy.sealing.slots import Lock, SlotSession
+from confide.protocol.envelope import Envelope
 from confide.server.coordinator import Coordinator
-from tests.attacks.federation import Federation, open_federation
+from tests.attacks.federation import Federation, header_of, open_federation
 
-_KEYS = (seal.SecretKey, seal.Decryptor, seal.KeyGenerator, BfvKey, SealedSession, Site, SiteRun)
+_KEYS = (
+    seal.SecretKey, seal.Decryptor, seal.Encryptor, seal.KeyGenerator, Lock, PairKeys, CohortMasks, SumMac, RunKeys,
+    Session, Site, SiteRun, SiteStore,
+)  # fmt: skip
 _ATOMS = (int, float, bool, complex, type(None), types.ModuleType, type, types.CodeType, types.BuiltinFunctionType)
 
 
@@ -89,9 +99,13 @@ class Secrets:
             self.blobs[f"signing key of {name}"] = site.identity.key.private_bytes_raw()
             keys = site._runs[run].keys
             self.blobs[f"ephemeral key of {name}"] = keys._private
+            self.blobs[f"storage key of {name}"] = keys.storage
             session = keys._session
-            if isinstance(session, SealedSession):
+            if isinstance(session, SlotSession):
                 self.blobs["MAC key"] = session._mac_key
+                self.blobs[f"own-mask key of {name}"] = session._own_key
+                if isinstance(session._lock, BfvLock):
+                    self.blobs["BFV key"] = session._lock._key
                 for peer, shared in session._pairs._shared.items():
                     self.blobs[f"pair {name}, {peer}"] = shared
 
@@ -141,24 +155,31 @@ class Watched:
         self.found: dict[int, set[str]] = {}
         self.objects = 0
         compute, size = SiteRun.compute, federation.manifest.layout.size
-        self._grid = federation.grid()
+        self._grid = federation.grid(tamper=self._arrives)
 
         def computed(run: SiteRun, round_: int, *rest: Any) -> Any:
             vector = compute(run, round_, *rest)
             self.secrets.vectors[f"vector of {run.site}, round {round_}"] = vector.copy()
             return vector
 
-        opened = SealedSession.open
+        opened = SlotSession.open
 
-        def opening(session: SealedSession, total: Any, *rest: Any) -> Any:
-            vector = opened(session, total, *rest)
-            if len(vector) == size or len(vector) > 20:  # a sum of metrics alone is released by the run
-                self.secrets.vectors[f"sum of {len(vector)} coordinates"] = vector[:size].copy()
-            return vector
+        def opening(session: SlotSession, total: Any, *rest: Any) -> Opened:
+            found = opened(session, total, *rest)
+            if len(found.values) == size or len(found.values) > 20:  # a sum of metrics alone is released by the run
+                self.secrets.vectors[f"sum of {len(found.values)} coordinates"] = found.values[:size].copy()
+            return found
 
         monkeypatch.setattr(SiteRun, "compute", computed)
-        monkeypatch.setattr(SealedSession, "open", opening)
+        monkeypatch.setattr(SlotSession, "open", opening)
         self.coordinator: Coordinator = federation.coordinator(self._grid, after_round=self._look)
+
+    def _arrives(self, site: str, _request: Envelope, reply: Envelope) -> Envelope:
+        """What a site sends to be summed is added to the sum as it arrives, and not kept."""
+        header = header_of(reply)
+        if header.step == "seal":
+            self.secrets.blobs[f"payload of {site}, round {header.round}"] = b"".join(reply.chunks)
+        return reply
 
     def _look(self, outcome: Any) -> None:
         self.secrets.collect()
@@ -172,19 +193,22 @@ class Watched:
 
 
 @pytest.fixture
-def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Watched]:
     """A sealed run."""
-    with open_federation(tmp_path / "f") as federation:
+    with open_federation(tmp_path / "f", sealing=getattr(request, "param", {})) as federation:
         yield Watched(federation, monkeypatch)
 
 
+@pytest.mark.parametrize("watched", [{}, {"retry": True}], ids=["", "that may retry"], indirect=True)
 def test_in_a_sealed_run_the_coordinator_never_holds_a_secret_an_update_or_a_sum(watched: Watched) -> None:
     released = watched.coordinator.run()
     rounds = watched.federation.manifest.rounds
     assert watched.found == {r: set() for r in range(1, rounds + 2)}
     assert watched.objects > 200, "the walk went somewhere"
     kinds = {name.split()[0] for name in (*watched.secrets.blobs, *watched.secrets.vectors)}
-    assert kinds == {"signing", "ephemeral", "MAC", "pair", "vector", "sum", "model"}, "and knew what to look for"
+    assert kinds == {
+        "signing", "ephemeral", "storage", "own-mask", "pair", "MAC", "BFV", "payload", "vector", "sum", "model",
+    }, "and knew what to look for"  # fmt: skip
     assert released.weights.tobytes() == watched.federation.model("ash").weights.tobytes()
 
 
@@ -197,7 +221,11 @@ PLANTS = {
     "vector of birch, round 2": lambda w: (lambda kept: lambda: kept)(w.secrets.vectors["vector of birch, round 2"]),
     "vector of ash, round 1": lambda w: w.secrets.vectors["vector of ash, round 1"].tobytes(),
     "sum of 4 coordinates": lambda w: w.secrets.vectors["sum of 4 coordinates"].tolist(),
-    "a SealedSession": lambda w: w.federation.sites["ash"]._runs[w.federation.manifest.run].keys,
+    "BFV key": lambda w: [w.secrets.blobs["BFV key"]],
+    "own-mask key of cedar": lambda w: {w.secrets.blobs["own-mask key of cedar"]},
+    "storage key of ash": lambda w: memoryview(w.secrets.blobs["storage key of ash"]),
+    "payload of birch, round 2": lambda w: Envelope(b"", b"", b"", (w.secrets.blobs["payload of birch, round 2"],)),
+    "a SlotSession": lambda w: w.federation.sites["ash"]._runs[w.federation.manifest.run].keys,
     "a SecretKey": lambda _w: seal.SecretKey(),
 }
 
@@ -236,14 +264,14 @@ def test_in_an_open_run_the_coordinator_does_hold_sums(tmp_path: Path, monkeypat
     """Another control, without planting: the profile that hides nothing."""
     with open_federation(tmp_path / "f", sealing={"profile": "open"}) as federation:
         watched = Watched(federation, monkeypatch)
-        opened = plain._OpenSession.open
+        opened = open_profile._OpenSession.open
 
-        def opening(session: Any, total: Any, *rest: Any) -> Any:
-            vector = opened(session, total, *rest)
-            if len(vector) != 20:
-                watched.secrets.vectors["open sum"] = vector[: federation.manifest.layout.size].copy()
-            return vector
+        def opening(session: Any, total: Any, *rest: Any) -> Opened:
+            found = opened(session, total, *rest)
+            if len(found.values) != 20:
+                watched.secrets.vectors["open sum"] = found.values[: federation.manifest.layout.size].copy()
+            return found
 
-        monkeypatch.setattr(plain._OpenSession, "open", opening)
+        monkeypatch.setattr(open_profile._OpenSession, "open", opening)
         watched.coordinator.run()
         assert "open sum" in watched.found[2]

@@ -89,7 +89,8 @@ def test_a_dry_run_tells_what_would_happen_and_writes_nothing(folder: Path) -> N
         "purpose research/test",
         "model 4 parameters",
         "rounds 3 × 4 local steps; metrics leave after rounds 2, 3",
-        "sites 4, profile open",
+        "sites 4 profile open: updates travel readable, as float32",
+        "kB down a site and training round (5.00 bytes a parameter up; float32 is 4) ε of this run",
         f"ε of this run {plan.epsilon:.2f} (per subject, δ = 1e-05, neighbours: add or remove one subject)",
         f"noise multiplier σ {plan.noise_multiplier:g} training, {plan.metrics_noise_multiplier:g} metrics",
         "sample rate q, clip C 0.3, 1",
@@ -102,6 +103,26 @@ def test_a_dry_run_tells_what_would_happen_and_writes_nothing(folder: Path) -> N
         assert line in answer.words
     assert [s.site for s in plan.sites] == SITES
     assert 0 < plan.epsilon <= 4.0
+
+
+@pytest.mark.parametrize(
+    ("profile", "told"),
+    [
+        (
+            "sealed",
+            ("BFV (N = 4096", "30.8 kB up and 61.4 kB down", "padding: a small model pays for one whole cipher"),
+        ),
+        ("ckks", ("CKKS (N = 4096", "without masks", "30.8 kB up and 61.4 kB down", "pays for one whole ciphertext")),
+        ("masked", ("no encryption of the sum", "(6.00 bytes a parameter up; float32 is 4); 16.7% of it is padding ε")),
+    ],
+)
+def test_a_dry_run_tells_how_sums_are_protected_and_what_they_cost(
+    folder: Path, profile: str, told: tuple[str, ...]
+) -> None:
+    words = confide("simulate", "experiment.toml", "--set", f"sealing.profile='{profile}'", "--dry-run").words
+    assert f"profile {profile}: 20 bits a coordinate" in words
+    for line in told:
+        assert line in words
 
 
 def test_a_dry_run_as_json_is_one_object_with_every_number(folder: Path) -> None:
@@ -163,17 +184,37 @@ def test_a_run_tells_each_round_on_stderr_and_the_outcome_on_stdout(folder: Path
     for line in (
         f"run {result['run_id']}",
         "sites 4 (ash, birch, cedar, doum)",
-        "profile open: coordinator sees every site's update, every round",
-        "rounds 3",
+        "profile open rounds 3",
         "consent simulated consent",
         f"ε of this run {result['epsilon']['max']:.2f} per subject (δ = 1e-05; neighbours: add or remove one subject)",
         "of 8 charged so far",
         f"auc {result['metrics']['auc']:.3f}, accuracy {result['metrics']['accuracy']:.3f} on held-out persons",
         f"uplink {result['bytes_per_parameter']:.2f} bytes a parameter",
+        "Who learns what under profile open",
+        "coordinator every site's update, every round",
+        "one other site the sum over the cohort",
+        "coordinator and one site every site's update",
         "written to out",
     ):
         assert line in answer.words
     assert "\x1b" not in answer.out + answer.err
+
+
+def test_a_sealed_run_tells_who_learns_what_and_how_much_was_clipped(folder: Path) -> None:
+    narrow = ("--set", "sealing.profile='sealed'", "--set", "sealing.range=0.01")
+    answer = confide("simulate", "experiment.toml", "--out", "out", *narrow)
+    assert answer.code == 0
+    for line in (
+        "Who learns what under profile sealed",
+        "coordinator nothing until a release",
+        "one other site the sum over the cohort",
+        "a small model pays for one whole ciphertext, 31 kB",
+    ):
+        assert line in answer.words
+    told = re.search(r"clipped to the range at most (\d+\.\d\d)% of a round's coordinates", answer.words)
+    lines = [json.loads(line) for line in (folder / "out" / "rounds.jsonl").read_text().splitlines()]
+    assert told
+    assert 0 < float(told[1]) / 100 == pytest.approx(max(line["saturated"] for line in lines), abs=1e-4)
 
 
 def test_stderr_holds_no_empty_lines(folder: Path) -> None:

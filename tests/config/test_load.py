@@ -126,6 +126,7 @@ UNKNOWN = [
     ("strategy.knd='fedavg'", "unknown key strategy.knd", "did you mean strategy.kind?"),
     ("privacy.epsilom=1", "unknown key privacy.epsilom", "did you mean privacy.epsilon?"),
     ("sealing.profil='open'", "unknown key sealing.profil", "did you mean sealing.profile?"),
+    ("sealing.rotations=true", "unknown key sealing.rotations", "did you mean sealing.rotation?"),
 ]  # fmt: skip
 
 
@@ -216,6 +217,16 @@ NOT_ALLOWED = [
     ("privacy.max_grad_norm=inf", "privacy.max_grad_norm = inf: input should be a finite number"),
     ("privacy.unit='household'", "privacy.unit = 'household': input should be 'subject' or 'record'"),
     ("privacy.site_epsilon_limit=inf", "privacy.site_epsilon_limit = inf: input should be a finite number"),
+    ("sealing.bits=7", "sealing.bits = 7: input should be greater than or equal to 8"),
+    ("sealing.bits=21", "sealing.bits = 21: input should be less than or equal to 20"),
+    ("sealing.bits=8.5", "sealing.bits = 8.5: input should be a valid integer, got a number with a fractional part"),
+    ("sealing.range=0", "sealing.range = 0: input should be greater than 0"),
+    ("sealing.range=1.1", "sealing.range = 1.1: input should be less than or equal to 1"),
+    ("sealing.range=nan", "sealing.range = nan: input should be less than or equal to 1"),
+    ("sealing.retry='maybe'", "sealing.retry = 'maybe': input should be a valid boolean, unable to interpret input"),
+    ("sealing.rotation=true", "sealing: rotation belongs to a profile that quantises: sealed, masked or ckks"),
+    ("sealing={profile='open', retry=true}", "sealing: retry needs masks: profile sealed or masked"),
+    ("sealing={profile='ckks', retry=true}", "sealing: retry needs masks: profile sealed or masked"),
 ]  # fmt: skip
 
 
@@ -231,11 +242,23 @@ def test_a_value_that_is_not_allowed_is_named_with_its_key(assignment: str, text
         ("training.optimizer='adamw'", "training.optimizer = 'adamw': input should be 'sgd'"),
         ("strategy.kind='fedprocs'", "strategy.kind = 'fedprocs': input should be 'fedavg'"),
         ("privacy.placement='cloud'", "privacy.placement = 'cloud': input should be 'site'"),
-        ("sealing.profile='glass'", "sealing.profile = 'glass': input should be "),
+        ("sealing.profile='glass'", "sealing.profile = 'glass': input should be 'sealed', 'masked', 'ckks' or 'open'"),
     ],
 )
 def test_a_choice_that_does_not_exist_is_answered_with_those_that_do(assignment: str, choice: str) -> None:
     assert refusal(assignment).what.startswith(choice)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_rotation_goes_with_an_optimizer_whose_steps_have_a_public_norm(optimizer: str) -> None:
+    sections: dict[str, Any] = {
+        "training": {"optimizer": optimizer},
+        "sealing": {"profile": "sealed", "rotation": True},
+    }
+    if optimizer == "sgd":
+        assert load_experiment(experiment_tree("people.csv", **sections)).sealing.rotation
+    else:
+        assert refusal(**sections).what.startswith("sealing.rotation needs training.optimizer = 'sgd'")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

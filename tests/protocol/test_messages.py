@@ -39,7 +39,7 @@ FIELDS: dict[type[m.Message], set[str]] = {
     # seed: makes the site's own mask, a random one of this attempt only; the pairwise masks still hide its update.
     m.UnlockReply: {"transcript", "seed"},
     m.ReleaseRequest: {"sums", "statements"},
-    m.ReleaseReply: {"model"},
+    m.ReleaseReply: {"model", "key"},
     m.Refusal: {"kind", "reason"},
 }
 EXAMPLES: list[m.Message] = [
@@ -58,7 +58,7 @@ EXAMPLES: list[m.Message] = [
     m.UnlockRequest(statements=(STATEMENT,)),
     m.UnlockReply(transcript=H, seed=H),
     m.ReleaseRequest(sums=(SUM,), statements=()),
-    m.ReleaseReply(model=H),
+    m.ReleaseReply(model=H, key=H),
     m.Refusal(kind="abstains", reason="abstains"),
 ]
 TYPES = [e.TYPE for e in EXAMPLES]

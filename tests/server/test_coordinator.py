@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,19 @@ import numpy as np
 import pytest
 from flwr.app import Message as FlowerMessage
 
+import confide.server.exchange as exchange_module
 from confide.clients.training.trainer import LocalTrainer
 from confide.errors import ConfideError, PeerError, SealingError
+from confide.privacy.audit import records as audit
+from confide.privacy.audit.log import parse_line
 from confide.privacy.digest import digest
+from confide.privacy.sealing.accumulate import LatticeAccumulator
+from confide.privacy.sealing.lattice import SUMMED_BYTES
 from confide.protocol import messages as m
 from confide.protocol.envelope import Envelope
+from confide.protocol.flower import from_records
 from confide.server.coordinator import Coordinator, RoundOutcome
+from confide.simulations.grid import LocalGrid
 from tests.attacks.federation import Federation, header_of, open_federation, resign
 
 Drop = Callable[[FlowerMessage, str], bool]
@@ -116,13 +124,21 @@ def test_one_that_dies_while_sealing_abandons_the_round_and_the_charge_stands(
         script.down = {("seal", 2, "birch")}
     else:
         script.lies = {("seal", 2, "birch"): lambda _: None}
-    released = script.coordinator().run()
+    coordinator, left = script.coordinator(), dict[str, Any]()
+
+    def look(outcome: RoundOutcome) -> None:
+        script.outcomes.append(outcome)
+        if outcome.round == 2:
+            left.update({s: federation.sites[s]._runs[federation.manifest.run].pending for s in federation.names})
+
+    coordinator._after_round = look
+    released = coordinator.run()
     assert script.cohorts() == [federation.names, (), federation.names, federation.names]
     sealed = {s for s in federation.names if lost == "the reply" or s != "birch"}
     for site in sealed:
         assert steps(federation, site, 2) == federation.manifest.training.local_steps
         assert federation.sites[site]._store.sealed_transcript(federation.manifest.run, 2) is not None
-        assert federation.sites[site]._store.pending(federation.manifest.run, 2) is None
+        assert left[site] is None, "and the update is gone"
     assert digests(federation) == {released.weights.tobytes()}
     assert np.isfinite(released.weights).all()
 
@@ -179,10 +195,81 @@ def test_three_of_four_do_start(federation: Federation, script: Script) -> None:
     assert script.cohorts() == [federation.names[:3]] * 4
 
 
-def test_another_site_makes_the_secret_where_the_first_one_fails(federation: Federation, script: Script) -> None:
-    script.down = {("secret", 0, "ash"), ("keys", 0, "ash")}
+def agreed_epochs(federation: Federation) -> dict[str, list[tuple[int, str]]]:
+    """Epoch and maker of every secret that a site took, by site."""
+    found = {}
+    for name in federation.names:
+        records = [parse_line(line)[1] for line in federation.sites[name].log.path.read_bytes().splitlines()]
+        found[name] = [(e.epoch, e.maker) for e in records if isinstance(e, audit.KeysAgreed)]
+    return found
+
+
+def test_where_everybody_takes_the_first_secret_no_other_is_made(federation: Federation, script: Script) -> None:
+    """The control of those below."""
     script.coordinator().run()
-    assert script.cohorts() == [federation.names[1:]] * 4
+    assert agreed_epochs(federation) == {name: [(0, "ash")] for name in federation.names}
+
+
+@pytest.mark.parametrize("site", ["ash", "birch", "cedar", "doum"])
+def test_a_site_that_dies_after_joining_leaves_the_others_to_agree_on_keys(
+    federation: Federation, script: Script, site: str
+) -> None:
+    """Whatever its place in the order of makers."""
+    script.down = {("secret", 0, site), ("keys", 0, site)}
+    script.coordinator().run()
+    rest = tuple(n for n in federation.names if n != site)
+    assert script.cohorts() == [rest] * 4
+    assert agreed_epochs(federation)[site] == []
+    assert len({tuple(agreed_epochs(federation)[n][-1:]) for n in rest}) == 1, "all under the same secret"
+
+
+#: What a hostile maker answers, signed, and with everything as it should be but this.
+MAKERS: dict[str, Callable[[Federation, Envelope], Envelope | None]] = {
+    "nothing": lambda _f, _e: None,
+    "a wrap too few": lambda f, e: resign(f.sites["ash"], e, chunks=e.chunks[:-1]),
+    "a wrap too many": lambda f, e: resign(f.sites["ash"], e, chunks=(*e.chunks, e.chunks[0])),
+    "nonsense for one": lambda f, e: resign(f.sites["ash"], e, chunks=(*e.chunks[:3], b"nonsense")),
+    "nonsense for all others": lambda f, e: resign(f.sites["ash"], e, chunks=(e.chunks[0], b"a", b"b", b"c")),
+    "two exchanged": lambda f, e: resign(f.sites["ash"], e, chunks=(*e.chunks[:2], *e.chunks[:1:-1])),
+    "under another epoch": lambda f, e: f.sign(
+        "secret", 0, "coordinator", m.SecretReply(), e.chunks, identity=f.sites["ash"].identity,
+        address=f.address("secret", 0).model_copy(update={"key_epoch": 1}), request=header_of(e).request,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", MAKERS)
+def test_a_hostile_maker_does_not_decide_who_takes_part(federation: Federation, script: Script, lie: str) -> None:
+    """Another one is asked, under a key epoch of its own; everybody ends with that secret, and the run with it."""
+    script.lies = {("secret", 0, "ash"): lambda e: MAKERS[lie](federation, e)}
+    released = script.coordinator().run()
+    assert script.cohorts() == [federation.names] * 4
+    assert {taken[-1] for taken in agreed_epochs(federation).values()} == {(1, "birch")}
+    assert digests(federation) == {released.weights.tobytes()}
+
+
+def test_a_hostile_last_maker_does_not_undo_what_others_agreed_on(federation: Federation, script: Script) -> None:
+    """doum is dead, so that every maker is asked in turn; cedar, the last, lets nobody but itself have its secret."""
+    script.down = {("keys", 0, "doum")}
+    script.lies = {
+        ("secret", 0, "cedar"): lambda e: resign(federation.sites["cedar"], e, chunks=(b"a", b"b", e.chunks[2], b"d"))
+    }
+    script.coordinator().run()
+    assert script.cohorts() == [federation.names[:3]] * 4
+    taken = agreed_epochs(federation)
+    assert taken["ash"] == taken["birch"] == [(0, "ash"), (1, "birch"), (3, "birch")]
+    assert taken["cedar"] == [(0, "ash"), (1, "birch"), (2, "cedar"), (3, "birch")]
+
+
+def test_three_hostile_makers_of_four_end_the_run_before_anything_is_trained(
+    federation: Federation, script: Script
+) -> None:
+    for maker in federation.names[:3]:
+        script.lies["secret", 0, maker] = lambda e, maker=maker: resign(federation.sites[maker], e, chunks=(b"x",) * 4)
+    with pytest.raises(PeerError, match="fewer than 3 sites agreed on keys"):
+        script.coordinator().run()
+    assert script.outcomes == []
+    assert all(not federation.charges(s, 1) for s in federation.names)
 
 
 def test_sites_whose_models_differ_stop_the_run(
@@ -191,9 +278,9 @@ def test_sites_whose_models_differ_stop_the_run(
     def drift(round_: int) -> None:
         if round_ == 3:
             store, run = federation.sites["cedar"]._store, federation.manifest.run
-            model = store.model(run)
-            moved = np.nextafter(model.weights, np.float32(np.inf))
-            store.put_model(run, type(model)(model.round, moved, model.state, model.metrics))
+            key = federation.sites["cedar"]._runs[run].keys.storage
+            model = store.model(run, key)
+            store.put_model(run, replace(model, weights=np.nextafter(model.weights, np.float32(np.inf))), key)
 
     coordinator = script.coordinator()
     coordinator._before_round = drift
@@ -203,24 +290,117 @@ def test_sites_whose_models_differ_stop_the_run(
     assert all(not o.abandoned for o in script.outcomes)
 
 
+# --- replies as they arrive -------------------------------------------------------------------------------------------
+
+
+def test_each_sealed_update_is_added_before_the_next_one_is_held(
+    federation: Federation, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is that of one sum and one payload, whatever the number of sites."""
+    seen: list[str] = []
+    add = LatticeAccumulator.add
+
+    def adding(accumulator: LatticeAccumulator, payload: Any) -> None:
+        add(accumulator, payload)
+        seen.append("added")
+
+    def arrives(site: str, _request: Envelope, reply: Envelope) -> Envelope:
+        if header_of(reply).step == "seal":
+            seen.append(site)
+        return reply
+
+    monkeypatch.setattr(LatticeAccumulator, "add", adding)
+    federation.coordinator(federation.grid(tamper=arrives)).run()
+    assert seen == [x for name in federation.names for x in (name, "added")] * 4
+
+
+class Clock:
+    """Time that passes only where somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class LateGrid(LocalGrid):
+    """What birch answers to the requests of a round's step is there only after so many seconds; never, for infinity."""
+
+    late: tuple[str, int, float]
+    clock: Clock
+    asked: dict[str, float]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[FlowerMessage]:
+        found = []
+        for identifier in message_ids:
+            message = self._outbox.get(identifier)
+            if message is None:
+                continue
+            header = header_of(from_records(message.content))
+            step, round_, seconds = self.late
+            due = self.asked.setdefault(identifier, self.clock.now) + seconds
+            if (header.step, header.round, header.recipient) != (step, round_, "birch") or self.clock.now >= due:
+                found += super().pull_messages([identifier])
+        return found
+
+
+@pytest.mark.parametrize("step", ["train", "seal"])
+@pytest.mark.parametrize(
+    ("seconds", "timeout", "waited"), [(20.0, 60.0, True), (20.0, None, True), (90.0, 60.0, False)]
+)
+def test_a_late_answer_is_waited_for_until_the_timeout(
+    federation: Federation, script: Script, monkeypatch: pytest.MonkeyPatch, step: str, seconds: float,
+    timeout: float | None, waited: bool,
+) -> None:  # fmt: skip
+    clock = Clock()
+    monkeypatch.setattr(exchange_module, "time", clock)
+    grid = federation.grid()
+    grid.__class__ = LateGrid
+    grid.late, grid.clock, grid.asked = (step, 2, seconds), clock, {}  # type: ignore[attr-defined]
+    federation.coordinator(grid, after_round=script.outcomes.append, timeout=timeout).run()
+    rest = tuple(n for n in federation.names if n != "birch")
+    second = federation.names if waited else rest if step == "train" else ()
+    assert script.cohorts() == [federation.names, second, federation.names, federation.names]
+    assert seconds <= clock.now < seconds + 1 if waited else 60 <= clock.now < 61, "and no longer than that"
+
+
 # --- hostile replies --------------------------------------------------------------------------------------------------
 
-HOSTILE: dict[str, Callable[[Federation, Envelope], Envelope]] = {
-    "no chunk": lambda f, e: resign(f.sites["birch"], e, chunks=()),
-    "a chunk too many": lambda f, e: resign(f.sites["birch"], e, chunks=e.chunks * 2),
-    "a short chunk": lambda f, e: resign(f.sites["birch"], e, chunks=(e.chunks[0][:-1],)),
-    "zeros": lambda f, e: resign(f.sites["birch"], e, chunks=(bytes(len(e.chunks[0])),)),
-    "an empty chunk": lambda f, e: resign(f.sites["birch"], e, chunks=(b"",)),
-    "a broken frame": lambda f, e: resign(f.sites["birch"], e, chunks=(e.chunks[0][:40] + bytes(32_932),)),
-    "no tag": lambda f, e: resign(f.sites["birch"], e, tags=()),
-    "a tag too many": lambda f, e: resign(f.sites["birch"], e, tags=("1", "2")),
-    "a tag out of range": lambda f, e: resign(f.sites["birch"], e, tags=("f" * 16,)),
-    "another transcript": lambda f, e: resign(f.sites["birch"], e, transcript="00" * 32),
-    "not its signature": lambda f, e: Envelope(e.header, bytes(64), e.body, e.chunks),
-    "another site's reply": lambda f, e: resign(f.sites["cedar"], e),
-    "a refusal": lambda f, e: _refusing(f, e),
-    "another type": lambda f, e: resign(f.sites["birch"], _as_train(f, e)),
-}
+#: What arrives in place of a sealed update, and what the coordinator notes of it.
+HOSTILE: dict[str, tuple[Callable[[Federation, Envelope], Envelope], str]] = {
+    "no chunk": (lambda f, e: resign(f.sites["birch"], e, chunks=()), "is not complete"),
+    "a chunk too many": (lambda f, e: resign(f.sites["birch"], e, chunks=e.chunks * 2), "is not complete"),
+    "a short chunk": (lambda f, e: resign(f.sites["birch"], e, chunks=(e.chunks[0][:-1],)), "has a length"),
+    "a long chunk": (lambda f, e: resign(f.sites["birch"], e, chunks=(e.chunks[0] + b"\0",)), "has a length"),
+    "an empty chunk": (lambda f, e: resign(f.sites["birch"], e, chunks=(b"",)), "has a length"),
+    "the form of a sum": (
+        lambda f, e: resign(f.sites["birch"], e, chunks=(bytes(SUMMED_BYTES),)), "has a length"),
+    "residues that are none": (
+        lambda f, e: resign(f.sites["birch"], e, chunks=(b"\xff" * len(e.chunks[0]),)), "is not below q"),
+    "no tag": (lambda f, e: resign(f.sites["birch"], e, tags=()), "is not complete"),
+    "a tag too many": (lambda f, e: resign(f.sites["birch"], e, tags=("1", "2")), "is not complete"),
+    "a tag out of range": (lambda f, e: resign(f.sites["birch"], e, tags=("f" * 16,)), "holds a tag out of range"),
+    "another transcript": (lambda f, e: resign(f.sites["birch"], e, transcript="00" * 32), "for another cohort"),
+    "another attempt": (lambda f, e: _elsewhere(f, e, attempt=1), "belongs to another attempt"),
+    "another key epoch": (lambda f, e: _elsewhere(f, e, key_epoch=1), "belongs to another key_epoch"),
+    "not its signature": (lambda f, e: Envelope(e.header, bytes(64), e.body, e.chunks), "the signature is not"),
+    "another site's reply": (lambda f, e: resign(f.sites["cedar"], e), "the signature is not"),
+    "a refusal": (lambda f, e: _refusing(f, e), "abstains"),
+    "another type": (lambda f, e: resign(f.sites["birch"], _as_train(f, e)), "expected a seal.reply"),
+}  # fmt: skip
+
+
+def _elsewhere(federation: Federation, reply: Envelope, **place: int) -> Envelope:
+    header = header_of(reply)
+    address = federation.address(header.step, header.round).model_copy(update=place)
+    return federation.sign(
+        header.step, header.round, "coordinator", m.SealReply.model_validate_json(reply.body), reply.chunks,
+        identity=federation.sites["birch"].identity, address=address, request=header.request,
+    )  # fmt: skip
 
 
 def _refusing(federation: Federation, reply: Envelope) -> Envelope:
@@ -240,67 +420,99 @@ def _as_train(federation: Federation, reply: Envelope) -> Envelope:
     )  # fmt: skip
 
 
+def noted(coordinator: Coordinator) -> list[tuple[str, int, str, str]]:
+    """Kind, round, step and reason of what the coordinator's log holds of birch's refusals and of what was none."""
+    records = [parse_line(line)[1] for line in coordinator.log.path.read_bytes().splitlines()]
+    return [
+        (e.KIND, e.round, e.step, e.reason)
+        for e in records
+        if isinstance(e, audit.Refused | audit.Rejected) and e.party == "birch"
+    ]
+
+
 @pytest.mark.parametrize("lie", HOSTILE)
 def test_hostile_bytes_of_one_site_abandon_the_round_and_no_other(
     federation: Federation, script: Script, lie: str
 ) -> None:
-    script.lies = {("seal", 2, "birch"): lambda e: HOSTILE[lie](federation, e)}
-    released = script.coordinator().run()
+    change, reason = HOSTILE[lie]
+    script.lies = {("seal", 2, "birch"): lambda e: change(federation, e)}
+    coordinator = script.coordinator()
+    released = coordinator.run()
     assert script.cohorts() == [federation.names, (), federation.names, federation.names]
     assert digests(federation) == {released.weights.tobytes()}
     assert np.isfinite(released.weights).all()
+    ((kind, round_, step, told),) = noted(coordinator)
+    assert (kind, round_, step) == ("refused" if lie == "a refusal" else "rejected", 2, "seal")
+    assert reason in told
 
 
-def test_a_wrong_tag_makes_a_sum_that_every_site_refuses(federation: Federation, script: Script) -> None:
+#: Well-formed, and not what the site computed: nobody can tell by looking at it.
+WELL_FORMED: dict[str, Callable[[Federation, Envelope], Envelope]] = {
+    "a wrong tag": lambda f, e: resign(
+        f.sites["birch"], e, tags=(f"{int(m.SealReply.model_validate_json(e.body).tags[0], 16) ^ 1:x}",)
+    ),
+    "zeros": lambda f, e: resign(f.sites["birch"], e, chunks=(bytes(len(e.chunks[0])),)),
+    "another seed": lambda f, e: resign(f.sites["birch"], e, chunks=(e.chunks[0][:-64] + bytes(64),)),
+}
+
+
+@pytest.mark.parametrize("lie", WELL_FORMED)
+def test_content_that_its_tag_does_not_fit_makes_a_sum_that_every_site_refuses(
+    federation: Federation, script: Script, lie: str
+) -> None:
     before: list[set[bytes]] = []
 
-    def lie(reply: Envelope) -> Envelope:
+    def lies(reply: Envelope) -> Envelope:
         before.append(digests(federation))
-        tag = m.SealReply.model_validate_json(reply.body).tags[0]
-        return resign(federation.sites["birch"], reply, tags=(f"{int(tag, 16) ^ 1:x}",))
+        return WELL_FORMED[lie](federation, reply)
 
-    script.lies = {("seal", 2, "birch"): lie}
+    script.lies = {("seal", 2, "birch"): lies}
     with pytest.raises(PeerError, match="was not authentic"):
         script.coordinator().run()
+    assert script.cohorts() == [federation.names] * 2, "the coordinator could not tell"
     assert [digests(federation)] == before, "nothing of round 2 was applied anywhere"
     run = federation.manifest.run
     assert all(federation.sites[s]._store.stopped(run) for s in federation.names)
+    assert all(federation.sites[s]._runs[run].keys.destroyed for s in federation.names)
 
 
-def test_a_hostile_join_leaves_out_one_site_only(federation: Federation, script: Script) -> None:
-    """Signed by a member, and wrong in every other way: the run must not depend on one site's good will."""
-    for name, lie in {
-        "step": lambda e: federation.sign("train", 0, "coordinator", m.JoinReply(ephemeral="00" * 32),
-                                          identity=federation.sites["birch"].identity, request=header_of(e).request),
-        "request": lambda e: federation.sign("join", 0, "coordinator", m.JoinReply(ephemeral="00" * 32),
-                                             identity=federation.sites["birch"].identity, request="00" * 32),
-        "type": lambda e: federation.sign("join", 0, "coordinator", m.SecretReply(),
-                                          identity=federation.sites["birch"].identity, request=header_of(e).request),
-    }.items():  # fmt: skip
-        script.lies = {("join", 0, "birch"): lie}
-        coordinator = script.coordinator()
-        try:
-            coordinator._join()
-        except ConfideError as error:
-            pytest.fail(f"a join reply with another {name} from one site ended the run: {error.what}")
-        assert set(coordinator._progress.nodes) == set(federation.names) - {"birch"}
+#: What arrives in place of a join reply, honest in everything else, and what the coordinator notes of it.
+JOINS: dict[str, tuple[Callable[[Federation, Envelope], Envelope], str]] = {
+    "step": (lambda f, e: _join(f, e, step="train"), "belongs to another step"),
+    "request": (lambda f, e: _join(f, e, request="00" * 32), "belongs to another request"),
+    "type": (lambda f, e: _join(f, e, body=m.SecretReply()), "expected a join.reply"),
+    "key epoch": (lambda f, e: _join(f, e, key_epoch=1), "belongs to another key_epoch"),
+    "attempt": (lambda f, e: _join(f, e, attempt=1), "belongs to another attempt"),
+    "run": (lambda f, e: _join(f, e, run="another"), "belongs to another run"),
+    "bulk": (lambda f, e: resign(f.sites["birch"], e, chunks=(b"more",)), "that no site can use"),
+    "key": (lambda f, e: resign(f.sites["birch"], e, ephemeral="00" * 32), "that no site can use"),
+}
 
 
-@pytest.mark.parametrize("what", ["chunks", "zero key"])
-def test_a_join_that_no_other_site_will_accept_leaves_out_one_site_only(
-    federation: Federation, script: Script, what: str
-) -> None:
-    def lie(reply: Envelope) -> Envelope:
-        if what == "chunks":
-            return resign(federation.sites["birch"], reply, chunks=(b"more",))
-        return resign(federation.sites["birch"], reply, ephemeral="00" * 32)
+def _join(
+    federation: Federation, reply: Envelope, body: m.Message | None = None, request: str | None = None, **place: Any
+) -> Envelope:
+    return federation.sign(
+        "join", 0, "coordinator", body or m.JoinReply.model_validate_json(reply.body),
+        identity=federation.sites["birch"].identity, address=federation.address("join", 0).model_copy(update=place),
+        request=header_of(reply).request if request is None else request,
+    )  # fmt: skip
 
-    script.lies = {("join", 0, "birch"): lie}
+
+@pytest.mark.parametrize("name", JOINS)
+def test_a_hostile_join_leaves_out_one_site_only(federation: Federation, script: Script, name: str) -> None:
+    """Signed by a member, and wrong in some way: the run must not depend on one site's good will."""
+    lie, reason = JOINS[name]
+    script.lies = {("join", 0, "birch"): lambda e: lie(federation, e)}
+    coordinator = script.coordinator()
     try:
-        script.coordinator().run()
+        coordinator.run()
     except ConfideError as error:
-        pytest.fail(f"one site's join reply ended the run: {error.what}")
-    assert all("birch" not in cohort for cohort in script.cohorts())
+        pytest.fail(f"a join reply with another {name} from one site ended the run: {error.what}")
+    assert script.cohorts() == [tuple(n for n in federation.names if n != "birch")] * 4
+    ((kind, round_, step, told),) = noted(coordinator)
+    assert (kind, round_, step) == ("rejected", 0, "join")
+    assert reason in told
 
 
 @pytest.mark.parametrize("kind", ["plain", "odd text"])

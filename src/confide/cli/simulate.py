@@ -144,7 +144,7 @@ def _show_plan(plan: Plan) -> None:
             "traffic",
             f"{plan.uplink_bytes / 1000:,.1f} kB up and {plan.downlink_bytes / 1000:,.1f} kB down a site and "
             f"training round ({plan.uplink_bytes / plan.parameters:,.2f} bytes a parameter up; float32 is 4)"
-            + _padding(plan.padding),
+            + _padding(plan),
         ),
         ("ε of this run", f"{number(plan.epsilon, 2)} ({unit})"),
         (
@@ -175,8 +175,11 @@ def _show_plan(plan: Plan) -> None:
         out.print("[bold red]This run would be refused[/]: the budget of a site does not suffice.")
 
 
-def _padding(share: float) -> str:
-    return f"; {share:.1%} of it is padding: a small model pays for one whole ciphertext" if share > 0.1 else ""
+def _padding(plan: Plan) -> str:
+    if plan.padding <= 0.1:
+        return ""
+    why = ": a small model pays for one whole ciphertext" if plan.profile in ("sealed", "ckks") else ""
+    return f"; {plan.padding:.1%} of it is padding{why}"
 
 
 def _show_result(result: Result) -> None:

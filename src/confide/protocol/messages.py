@@ -152,7 +152,7 @@ class TrainReply(Message):
     TYPE: ClassVar[str] = "train.reply"
     #: Digest of (nonce, update): commits to the update without telling anything of it.
     commitment: Hex32
-    #: Digest of the replicated model that the site trained from, and of the strategy's state.
+    #: The replicated model that the site trained from, and the strategy's state, named under a key of the sites.
     model: Hex32
     state: Hex32
     #: Digest of the run secret that the site holds.
@@ -206,7 +206,9 @@ class ReleaseReply(Message):
     """Site → coordinator. Chunks: the model (float32, little endian), and the last noised metrics where due."""
 
     TYPE: ClassVar[str] = "release.reply"
+    #: Digest of the model, and the key under which the sites have named it so far.
     model: Hex32
+    key: Hex32
 
 
 class Refusal(Message):

@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from flwr.app import Error, Message
 
+from confide.protocol.envelope import Header
+from confide.protocol.flower import from_records
+from confide.simulations.grid import LocalGrid
 from confide.simulations.result import Progress
 from tests.privacy.audit.logbook import KeyRing, Run
 from tests.support import experiment_tree, write_people
@@ -72,6 +77,32 @@ def interrupted(start: Callable[..., Run]) -> Run:
             raise KeyboardInterrupt
 
     return start("sealed", progress=stop)
+
+
+class _Lossy(LocalGrid):
+    """doum cannot be reached when round 2 is sealed first, and what birch answers in round 3 is lost."""
+
+    def _deliver(self, message: Message) -> Message:
+        header = Header.model_validate_json(from_records(message.content).header)
+        place = (header.step, header.round, header.attempt, header.recipient)
+        lost = Message(Error(code=5, reason="node unavailable"), reply_to=message)
+        if place == ("seal", 2, 0, "doum"):
+            return lost
+        reply = super()._deliver(message)
+        return lost if place == ("seal", 3, 0, "birch") else reply
+
+
+@pytest.fixture(scope="session")
+def retried(start: Callable[..., Run]) -> Run:
+    """A run that may retry, and had to: rounds 2 and 3 were summed at the second attempt, without one site each."""
+    with mock.patch("confide.simulations.runner.LocalGrid", _Lossy):
+        return start("sealed", sealing={"retry": True})
+
+
+@pytest.fixture
+def twice(retried: Run, tmp_path: Path) -> Run:
+    """A copy of the run that had to retry."""
+    return retried.copy(tmp_path / "twice")
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def child(path: Path, told: int, first: int) -> None:
     while True:
         log.append(
             Charged(run="r", round=number, charge=f"r/{number}", event="e" * (number * 37 % 5000)),
-            Opened(run="r", round=number, transcript="t", model="m"),
+            Opened(run="r", round=number, transcript="t", model="m", saturated="0"),
         )
         number += 1
         os.write(told, b".")

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[3]
 
 def entry(number: int) -> Record:
     """An entry that can be told from others."""
-    return Opened(run="r", round=number, transcript=f"t{number}", model="m" * (number % 7))
+    return Opened(run="r", round=number, transcript=f"t{number}", model="m" * (number % 7), saturated="0")
 
 
 def open_log(path: Path, origin: str = ORIGIN) -> Log:
@@ -368,5 +368,5 @@ def test_what_is_no_line_is_refused(line: bytes) -> None:
 
 
 def test_an_entry_after_another_kind_is_told_apart(log: Log, path: Path) -> None:
-    log.append(Sealed(run="r", round=1, cohort=["a"], transcript="x", coordinator="0:00"))
+    log.append(Sealed(run="r", round=1, attempt=0, cohort=["a"], transcript="x", coordinator="0:00"))
     assert [type(e).__name__ for e in reopen(path)[-2:]] == ["Opened", "Sealed"]

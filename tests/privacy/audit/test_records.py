@@ -38,22 +38,31 @@ VALUES: dict[Any, st.SearchStrategy[Any]] = {
 #: cannot tell anything of one person (a digest under a salt, a public parameter, or noised and charged), then add it.
 FEDERATED_FIELDS = {
     "charged": {"run", "round", "charge", "event"},
-    "cohort": {"run", "round", "cohort", "statements", "checkpoints", "transcript"},
+    # attempt, key_epoch: how often the coordinator had to ask again; that hangs on which sites answered, not on people.
+    "cohort": {"run", "round", "attempt", "key_epoch", "cohort", "statements", "checkpoints", "transcript"},
     "joined": {"run", "manifest", "coordinator"},
-    "keys_agreed": {"run", "maker", "secret"},
+    "keys_agreed": {"run", "epoch", "maker", "secret"},  # epoch: as a cohort's
+    "keys_destroyed": {"run", "secret"},  # secret: the digest that stands in keys_agreed already
     "metrics_released": {"run", "round", "cohort_size", "values"},  # values: noised, charged, of a whole cohort
-    "model_released": {"run", "model", "sites", "checkpoints"},
-    "opened": {"run", "round", "transcript", "model"},
+    "model_released": {"run", "model", "key", "sites", "checkpoints"},
+    # saturated: the clipped share of a whole cohort's coordinates, which had their noise before they were clipped; it
+    # is opened from the sealed sum, and every site of the run reads the same.
+    "opened": {"run", "round", "transcript", "model", "saturated"},
     "refused": {"run", "round", "step", "party", "reason"},
+    # reason: why a message is not authentic or not of the right form, in the words of somebody who holds no data.
+    "rejected": {"run", "round", "step", "party", "reason"},
     "round_abandoned": {"run", "round", "reason"},
     "run_created": {"run", "manifest", "software"},
     "run_ended": {"run", "status"},
     "run_stopped": {"run", "reason"},
-    "sealed": {"run", "round", "cohort", "transcript", "coordinator"},
+    "sealed": {"run", "round", "attempt", "cohort", "transcript", "coordinator"},
     "settled": {"run", "charge", "steps"},
     "snapshot_taken": {"run", "round", "commitment"},
+    "unlocked": {"run", "round", "attempt", "transcript"},  # which attempt: the coordinator chose it
     "update_committed": {"run", "round", "commitment", "model", "state", "coordinator"},
 }
+#: Numbers of the schedule, of the roster, and of how often the coordinator asked again: known, or not about people.
+PUBLIC_NUMBERS = {"round", "steps", "cohort_size", "attempt", "epoch", "key_epoch"}
 
 
 @st.composite
@@ -202,7 +211,7 @@ def test_nothing_else_is_an_entry(data: bytes) -> None:
 @pytest.mark.parametrize("value", [0.5, float("nan"), float("inf")])
 def test_a_float_cannot_be_logged(value: float) -> None:
     with pytest.raises((TypeError, ValueError, AuditError)):
-        r.decode(r.encode(r.Opened(run="r", round=value, transcript="x", model="y"), 5))  # type: ignore[arg-type]
+        r.decode(r.encode(r.Opened(run="r", round=value, transcript="x", model="y", saturated="0"), 5))  # type: ignore[arg-type]
 
 
 # --- what travels ----------------------------------------------------------------------------------------------------
@@ -215,13 +224,29 @@ def test_what_may_travel_is_written_down_here_field_by_field() -> None:
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.KIND not in LOCAL], ids=lambda k: k.KIND)
 def test_a_federated_entry_has_no_number_but_public_ones(kind: type[r.Record]) -> None:
     numbers = {name for name, hint in field_types(kind).items() if hint not in (str, list[str], dict[str, str])}
-    assert numbers <= {"round", "steps", "cohort_size"}  # of the schedule and the roster: known beforehand
+    assert numbers <= PUBLIC_NUMBERS
 
 
 def test_a_sites_federated_log_holds_federated_kinds_only(finished: Run) -> None:
     for site in finished.sites:
         assert {e.KIND for e in finished.records(site)} <= set(FEDERATED_FIELDS)
         assert {e.KIND for e in finished.records(site, local=True)} <= LOCAL
+
+
+def test_what_is_clipped_is_the_same_share_of_the_whole_cohort_in_every_log(finished: Run) -> None:
+    """No site's own: each of them reads it from the opened sum."""
+    told = [[(e.round, e.saturated) for e in finished.records(s) if isinstance(e, r.Opened)] for s in finished.sites]
+    assert [round_ for round_, _ in told[0]] == [1, 2, 3]
+    assert all(each == told[0] for each in told)
+    assert all(re.fullmatch(r"[01]\.\d{6}", share) and 0 <= float(share) <= 1 for _, share in told[0])
+
+
+def test_only_the_coordinator_rejects_and_only_sites_unlock(finished: Run, retried: Run) -> None:
+    for run in (finished, retried):
+        assert not [e for site in run.sites for e in run.records(site) if isinstance(e, r.Rejected | r.Cohort)]
+        assert not [e for e in run.records(COORDINATOR) if isinstance(e, r.Unlocked | r.Opened | r.KeysDestroyed)]
+        for site in run.sites:
+            assert isinstance(run.records(site)[-1], r.KeysDestroyed), "the last that a site tells of a run"
 
 
 def test_no_federated_log_names_a_person_or_counts_persons(finished: Run) -> None:

@@ -322,6 +322,47 @@ def test_who_could_learn_what_is_said_for_the_profile(page: Page) -> None:
     assert "A poisoned update cannot be detected under encryption." in page.text
 
 
+def test_it_says_where_the_keys_of_the_run_were_destroyed(run: Run) -> None:
+    numbers = {site: Logbook(run).index(site, r.KeysDestroyed) for site in run.sites}
+    told = ", ".join(f"{site} (entry {numbers[site]})" for site in run.sites)
+    assert f"The run’s keys were destroyed at: {told}." in report(run).text
+    book = Logbook(run)
+    del book.logs["birch"][numbers["birch"]]
+    book.write("birch")
+    assert "birch (entry" not in report(run).text
+
+
+def test_an_interrupted_run_says_that_nobody_tells_of_destroyed_keys(interrupted: Run, tmp_path: Path) -> None:
+    page = report(interrupted.copy(tmp_path / "run"))
+    assert "No log says that the run’s keys were destroyed." in page.text
+
+
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [
+        ("0.000000", "No coordinate of a sum was clipped"),
+        ("0.250000", "At most 25.00% of a sum’s coordinates were clipped"),
+        *((nonsense, "At most 100.00% of a sum’s") for nonsense in ("", "little", "nan", "inf", "-1", "7", "1e999")),
+    ],
+)
+def test_it_says_how_much_was_clipped_and_takes_nonsense_for_the_worst(run: Run, share: str, told: str) -> None:
+    book = Logbook(run)
+    book.change("cedar", book.index("cedar", r.Opened, round=2), saturated=share)
+    book.write("cedar")
+    assert told in report(run).text
+
+
+def test_every_attempt_at_a_round_is_told(retried: Run, tmp_path: Path) -> None:
+    page = report(retried.copy(tmp_path / "run"))
+    assert "The evidence holds together." in page.text
+    again = "a site did not seal: tried again without it"
+    assert [(row[0], row[2]) for row in _rows(page) if len(row) == 5 and re.fullmatch("[0-9a-f]{16}", row[3])] == [
+        ("1", "sum opened"), ("2", again), ("2", "sum opened"), ("3", again), ("3", "sum opened"),
+    ]  # fmt: skip
+    assert "3 of 3 sums were opened" in page.text
+    assert "0 abandoned" in page.text
+
+
 def test_a_run_without_privacy_says_so(start: Callable[..., Run]) -> None:
     run = start("open", people=40, privacy={"epsilon": float("inf")})
     page = report(run)

@@ -10,7 +10,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from confide.errors import AuditError
 from confide.privacy.audit import records as r
 from confide.privacy.audit.log import parse_line
 from confide.privacy.audit.verify import Evidence, Finding, verify
+from confide.privacy.digest import digest
 from confide.privacy.dp.events import PrivacyEvent, Role, event_to_json
+from confide.privacy.sealing.transcript import transcript
 from confide.protocol.identity import Identity
 from tests.privacy.audit.command import confide
 from tests.privacy.audit.logbook import COORDINATOR, Logbook, Run
@@ -64,6 +66,45 @@ def test_an_interrupted_run_holds_together(interrupted: Run) -> None:
     evidence = verify(interrupted.folder)
     assert evidence.findings == []
     assert not any(evidence.coordinator.of(r.RunEnded))
+
+
+def test_a_run_that_may_retry_and_never_had_to_has_no_finding(start: Callable[..., Run]) -> None:
+    run = start("sealed", sealing={"retry": True})
+    assert findings(run) == []
+    for site in run.sites:
+        assert [(e.round, e.attempt) for e in run.records(site) if isinstance(e, r.Unlocked)] == [
+            (1, 0),
+            (2, 0),
+            (3, 0),
+        ]
+
+
+def test_a_run_that_had_to_retry_has_no_finding(retried: Run) -> None:
+    assert findings(retried) == []
+    cohorts = [e for e in retried.records(COORDINATOR) if isinstance(e, r.Cohort)]
+    assert [(e.round, e.attempt, e.cohort) for e in cohorts] == [
+        (1, 0, retried.sites), (2, 0, retried.sites), (2, 1, ["ash", "birch", "cedar"]), (3, 0, retried.sites),
+        (3, 1, ["ash", "cedar", "doum"]),
+    ]  # fmt: skip
+
+    def of(site: str, kind: type[r.Sealed] | type[r.Unlocked]) -> list[tuple[int, int]]:
+        return [(e.round, e.attempt) for e in retried.records(site) if isinstance(e, kind)]
+
+    assert {s: of(s, r.Sealed) for s in retried.sites} == {
+        "ash": [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1)],
+        "cedar": [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1)],
+        "birch": [(1, 0), (2, 0), (2, 1), (3, 0)],
+        "doum": [(1, 0), (3, 0), (3, 1)],
+    }
+    assert {s: of(s, r.Unlocked) for s in retried.sites} == {
+        "ash": [(1, 0), (2, 1), (3, 1)],
+        "birch": [(1, 0), (2, 1)],
+        "cedar": [(1, 0), (2, 1), (3, 1)],
+        "doum": [(1, 0), (3, 1)],
+    }
+    settled = {s: [e.charge.partition("/")[2] for e in retried.records(s) if isinstance(e, r.Settled)]
+               for s in retried.sites}  # fmt: skip
+    assert settled == {"ash": [], "birch": [], "cedar": [], "doum": ["2/train", "2/held_out"]}, "what never left"
 
 
 def test_verifying_changes_no_file(run: Run) -> None:
@@ -334,13 +375,15 @@ def test_a_coordinator_cannot_take_back_that_it_released_the_model(run: Run) -> 
     assert COORDINATOR in parties(findings(run))
 
 
-def test_a_coordinator_cannot_name_a_second_cohort_for_a_round(run: Run) -> None:
+@pytest.mark.parametrize("attempt", [0, 1])
+def test_a_coordinator_cannot_name_a_second_cohort_for_a_round(run: Run, attempt: int) -> None:
+    """Nor call it a second attempt, where the run does not retry."""
     book = Logbook(run)
     number = book.index(COORDINATOR, r.Cohort, round=3)
     first = book.logs[COORDINATOR][number].record
     assert isinstance(first, r.Cohort)
     second = r.Cohort(
-        run=first.run, round=3, cohort=first.cohort[:3], statements=first.statements[:3],
+        run=first.run, round=3, attempt=attempt, key_epoch=0, cohort=first.cohort[:3], statements=first.statements[:3],
         checkpoints=first.checkpoints[:3], transcript=first.transcript,
     )  # fmt: skip
     book.insert(COORDINATOR, len(book.logs[COORDINATOR]), second)
@@ -457,6 +500,52 @@ def _charged_later(book: Logbook) -> None:
     lines.insert(update, moved)
 
 
+def _rebound(book: Logbook, round_: int, **changes: Any) -> r.Cohort:
+    """The coordinator's cohort of a round with other fields, and the transcript that they hash to."""
+    first = book.logs[COORDINATOR][0].record
+    of = book.logs[COORDINATOR][book.index(COORDINATOR, r.Cohort, round=round_)].record
+    assert isinstance(first, r.RunCreated)
+    assert isinstance(of, r.Cohort)
+    changed = replace(of, **changes)
+    digests = dict(zip(changed.cohort, changed.statements, strict=True))
+    bound = transcript(
+        digest("manifest", first.manifest.encode()).hex(), json.loads(first.manifest)["roster_version"],
+        changed.key_epoch, changed.round, digests, changed.attempt,
+    )  # fmt: skip
+    assert changes or bound == of.transcript
+    return replace(changed, transcript=bound)
+
+
+def _other_epoch(book: Logbook) -> None:
+    """Everybody sealed and opened round 2 under a transcript of key epoch 1, of which nobody has keys."""
+    number = book.index(COORDINATOR, r.Cohort, round=2)
+    before, after = _rebound(book, 2), _rebound(book, 2, key_epoch=1)
+    book.logs[COORDINATOR][number].record = after
+    for lines in book.logs.values():
+        for line in lines:
+            if getattr(line.record, "transcript", "") == before.transcript:
+                line.record = replace(line.record, transcript=after.transcript)  # type: ignore[call-arg]
+
+
+def _second_attempt(book: Logbook) -> None:
+    """As a run that retries would have it, in one that does not."""
+    number = book.index(COORDINATOR, r.Cohort, round=3)
+    book.insert(COORDINATOR, number + 1, _rebound(book, 3, attempt=1))
+
+
+def _sealed_again(book: Logbook) -> None:
+    number = book.index("doum", r.Sealed, round=1)
+    sealed = book.logs["doum"][number].record
+    assert isinstance(sealed, r.Sealed)
+    book.insert("doum", number + 1, replace(sealed, attempt=1, transcript=_rebound(book, 1, attempt=1).transcript))
+
+
+def _unlocked_without(book: Logbook) -> None:
+    of = _rebound(book, 2)
+    record = r.Unlocked(run=of.run, round=2, attempt=0, transcript=of.transcript)
+    book.insert("cedar", book.index("cedar", r.Sealed, round=2) + 1, record)
+
+
 def _refusal_received(book: Logbook) -> None:
     reason = r.Refused(run=_run_name(book), round=2, step="train", party="ash", reason="abstains")
     book.insert(COORDINATOR, book.index(COORDINATOR, r.Cohort, round=2), reason)
@@ -523,6 +612,13 @@ LIES: dict[str, tuple[Lie, str, tuple[type[r.Record], dict[str, Any]] | None]] =
         _edit("cedar", r.Sealed, {"round": 1}, cohort=["ash", "birch", "cedar"]), "cedar", (r.Sealed, {"round": 1})),
     "a site sealed under another transcript": (
         _edit("cedar", r.Sealed, {"round": 1}, transcript="0" * 64), "cedar", (r.Sealed, {"round": 1})),
+    "a cohort names a key epoch that no site agreed on": (_other_epoch, "ash", None),
+    "a site agreed on another key epoch": (_edit("cedar", r.KeysAgreed, {}, epoch=1), "cedar", None),
+    "a second attempt in a run without retry": (
+        _second_attempt, COORDINATOR, (r.Cohort, {"round": 3, "attempt": 1})),
+    "a site sealed a second attempt in a run without retry": (
+        _sealed_again, "doum", (r.Sealed, {"round": 1, "attempt": 1})),
+    "a site unlocked in a run without retry": (_unlocked_without, "cedar", (r.Unlocked, {})),
     "a site never sealed": (_delete("cedar", r.Sealed, round=2), "cedar", None),
     "a site never committed to its update": (_delete("cedar", r.UpdateCommitted, round=2), "cedar", None),
     "a site never asked who consents": (_delete("cedar", r.SnapshotTaken, round=2), "cedar", None),
@@ -541,7 +637,7 @@ LIES: dict[str, tuple[Lie, str, tuple[type[r.Record], dict[str, Any]] | None]] =
         _edit("cedar", r.ModelReleased, {}, model="0" * 64), "cedar", (r.ModelReleased, {})),
     "a refusal that nobody sent": (_refusal_received, COORDINATOR, (r.Refused, {})),
     "a refusal that nobody received": (_refusal_sent, "ash", (r.Refused, {})),
-    "an entry of another run at a site": (_another_runs_entry("birch"), "birch", (r.ModelReleased, {})),
+    "an entry of another run at a site": (_another_runs_entry("birch"), "birch", (r.KeysDestroyed, {})),
     "an entry of another run at the coordinator": (
         _another_runs_entry(COORDINATOR), COORDINATOR, (r.RunEnded, {})),
     "a second run in the coordinator's log": (_second_run, COORDINATOR, None),
@@ -561,6 +657,105 @@ def test_what_everybody_signs_must_still_make_sense(run: Run, name: str) -> None
     assert party in parties(found), [str(f) for f in found]
     if number is not None:
         assert number in {f.entry for f in found if f.party == party}, [str(f) for f in found]
+
+
+def test_where_a_cohort_names_another_key_epoch_every_member_says_so(run: Run) -> None:
+    book = Logbook(run)
+    _other_epoch(book)
+    book.conspire()
+    what = "agreed on other keys than those of round 2's cohort"
+    assert findings(run) == [Finding(site, None, what) for site in run.sites], "and nothing else gives it away"
+
+
+# --- everybody together, where a round was retried -------------------------------------------------------------------
+
+
+def _attempt(book: Logbook, attempt: int, kind: type[r.Record] = r.Cohort, party: str = COORDINATOR) -> int:
+    """Number of the entry about an attempt at round 2."""
+    return book.index(party, kind, round=2, attempt=attempt)
+
+
+def _bound(book: Logbook, attempt: int) -> str:
+    """Transcript of an attempt at round 2."""
+    return str(book.logs[COORDINATOR][_attempt(book, attempt)].record.transcript)  # type: ignore[attr-defined]
+
+
+def _again(party: str, kind: type[r.Record], **changes: Any) -> Lie:
+    """A second entry after the one about the second attempt at round 2."""
+
+    def lie(book: Logbook) -> None:
+        number = _attempt(book, 1, kind, party)
+        book.insert(party, number + 1, replace(book.logs[party][number].record, **changes))
+
+    return lie
+
+
+def _unlocked_both(book: Logbook) -> None:
+    _again("ash", r.Unlocked, attempt=0, transcript=_bound(book, 0))(book)
+
+
+def _unlocked_the_first(book: Logbook) -> None:
+    book.change("ash", _attempt(book, 1, r.Unlocked, "ash"), attempt=0, transcript=_bound(book, 0))
+
+
+def _opened_the_first(book: Logbook) -> None:
+    for site in book.run.sites:
+        book.change(site, book.index(site, r.Opened, round=2), transcript=_bound(book, 0))
+
+
+_NOT_COUNTED = "unlocked in round 2 what the coordinator's log knows nothing of"
+#: The lie; whose log tells; the entry about round 2, if one does (kind, where, how many after the first such); what.
+RETRY_LIES: dict[str, tuple[Lie, str, tuple[type[r.Record], dict[str, int], int] | None, str]] = {
+    "a site unlocked an attempt twice": (
+        _again("ash", r.Unlocked), "ash", (r.Unlocked, {}, 1), "unlocked round 2 twice"),
+    "a site unlocked both attempts": (
+        _unlocked_both, "ash", (r.Unlocked, {"attempt": 0}, 0), "unlocked round 2 twice"),
+    "a site unlocked another attempt than was opened": (
+        _unlocked_the_first, "ash", (r.Unlocked, {}, 0), "unlocked another attempt of round 2 than was opened"),
+    "a site unlocked what nobody sealed": (
+        _edit("cedar", r.Unlocked, {"round": 2}, transcript="0" * 64), "cedar", (r.Unlocked, {}, 0), _NOT_COUNTED),
+    "a site tells of another attempt than it unlocked": (
+        _edit("cedar", r.Unlocked, {"round": 2}, attempt=0), "cedar", (r.Unlocked, {}, 0), _NOT_COUNTED),
+    "a site never unlocked": (
+        _delete("birch", r.Unlocked, round=2), "birch", None, "did not unlock round 2, yet it was counted"),
+    "a site sealed an attempt twice": (
+        _again("ash", r.Sealed), "ash", (r.Sealed, {"attempt": 1}, 1), "sealed round 2 twice"),
+    "a site never sealed the second attempt": (
+        _delete("ash", r.Sealed, round=2, attempt=1), "ash", None,
+        "nothing was sealed for round 2, yet it was counted"),
+    "an attempt has two cohorts": (
+        _again(COORDINATOR, r.Cohort), COORDINATOR, (r.Cohort, {"attempt": 1}, 1),
+        "round 2 was sealed for a second cohort"),
+    "the first attempt is forgotten": (
+        _delete(COORDINATOR, r.Cohort, round=2, attempt=0), "ash", (r.Sealed, {"attempt": 0}, 0),
+        "sealed round 2, of which the coordinator's log knows no cohort"),
+    "the second attempt is called a third": (
+        _edit(COORDINATOR, r.Cohort, {"round": 2, "attempt": 1}, attempt=2), COORDINATOR,
+        (r.Cohort, {"attempt": 2}, 0), "the transcript is not the hash of what was agreed"),
+    "the second attempt has too small a cohort": (
+        _edit(COORDINATOR, r.Cohort, {"round": 2, "attempt": 1}, cohort=["ash", "birch"]), COORDINATOR,
+        (r.Cohort, {"attempt": 1}, 0), "a cohort that the run does not allow"),
+    "all opened the first attempt": (
+        _opened_the_first, "doum", (r.Opened, {}, 0), "opened round 2 under another transcript than its cohort's"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RETRY_LIES, ids=str)
+def test_what_everybody_signs_of_a_retried_round_must_still_make_sense(twice: Run, name: str) -> None:
+    lie, party, place, what = RETRY_LIES[name]
+    book = Logbook(twice)
+    lie(book)
+    number = None if place is None else book.index(party, place[0], round=2, **place[1]) + place[2]
+    book.conspire()
+    found = findings(twice)
+    assert Finding(party, number, what) in found, [str(f) for f in found]
+    assert not any("signed" in f.what or "checkpoint" in f.what for f in found)
+
+
+def test_signing_a_retried_run_again_is_no_finding_by_itself(twice: Run) -> None:
+    """The control of those above."""
+    Logbook(twice).conspire()
+    assert findings(twice) == []
 
 
 # --- the model -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ from confide.privacy.sealing.wrapping import new_ephemeral
 
 Floats = NDArray[np.float64]
 TRANSCRIPT = "ab" * 32
+#: A small vector's ranges.
+SEGMENTS = (Segment(6, -0.5, 0.5), Segment(2, -3.0, 40.0))
+SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,10 @@ class Cohort:
     ) -> Floats:
         """What one site opens."""
         return self.sessions[site or self.names[0]].open(total, segments, agreement or self.agreement()).values
+
+
+def vectors(cohort: Cohort, seed: int = 0) -> dict[str, Floats]:
+    """A small vector a site, inside its ranges."""
+    rng = np.random.default_rng(seed)
+    low, high = np.repeat([-0.5, -3.0], [6, 2]), np.repeat([0.5, 40.0], [6, 2])
+    return {name: rng.uniform(low, high) for name in cohort.names}

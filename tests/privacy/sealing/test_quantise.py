@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -85,10 +87,10 @@ def test_integers_stay_in_range_and_infinities_are_clipped_whatever_the_value(bi
 )
 @settings(max_examples=60, deadline=None)
 def test_clipped_values_are_counted_exactly_and_values_at_the_ends_are_not(
-    inside: list[float], outside: list[float], order: object
+    inside: list[float], outside: list[float], order: Random
 ) -> None:
     values = [*inside, -1.0, 1.0, *outside]
-    order.shuffle(values)  # type: ignore[attr-defined]  # a random.Random
+    order.shuffle(values)
     assert quantise(np.array(values), -1.0, 1.0, 8, FIXED)[1] == len(outside)
 
 
