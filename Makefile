@@ -6,10 +6,10 @@ STAMP  := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench clean
+.PHONY: help venv demo test test-large lint format bench clean
 
 help: ## what there is to run
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 # Re-installs only when what is installed would change.
 $(STAMP): pyproject.toml constraints.txt
@@ -27,6 +27,9 @@ demo: $(STAMP) ## the main job: six sites, real data, consent, person-level priv
 
 test: $(STAMP) ## every test
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+test-large: $(STAMP) ## seal a hundred million parameters: seconds and GiB
+	@CONFIDE_LARGE=1 $(BIN)/python -m pytest -q -s -n 0 tests/privacy/sealing/test_streaming.py -k hundred_million
 
 lint: $(STAMP) ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }

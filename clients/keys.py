@@ -22,12 +22,12 @@ from confide.privacy.sealing import Profile, Session
 from confide.privacy.sealing.keystream import derive
 from confide.privacy.sealing.vault import Vault
 from confide.privacy.sealing.wrapping import new_ephemeral, unwrap, wrap
-from confide.protocol.envelope import Address, expect, verify
+from confide.protocol.envelope import MAX_REPLY_BODY, Address, carries, expect, verify
 from confide.protocol.manifest import Manifest
 from confide.protocol.messages import JoinReply, SecretReply, Statement, decode
 from confide.protocol.statements import signed_reply
 
-__all__ = ["RunKeys"]
+__all__ = ["RunKeys", "vault_entry"]
 
 
 class RunKeys:
@@ -48,7 +48,7 @@ class RunKeys:
         self._vault, self._session, self._destroyed, self._naming = vault, None, False, b""
         #: Which run secret is in force; secrets are numbered from 0.
         self.epoch = 0
-        self._entry = f"run-{hashlib.sha256(manifest.digest.encode()).hexdigest()[:32]}"
+        self._entry = vault_entry(manifest)
         if not self._restore():
             self._private, self.public = new_ephemeral()
             self._storage = new_key()
@@ -102,9 +102,16 @@ class RunKeys:
         )
 
     def accept(
-        self, address: Address, statements: Sequence[Statement], made: Statement, maker: str, wrapped: bytes
+        self, address: Address, statements: Sequence[Statement], made: Statement, wraps: Sequence[str], wrapped: bytes
     ) -> str:
-        """Take the run secret that `maker` wrapped for this site; `address.key_epoch` numbers it.
+        """Take the run secret that a site made and wrapped for this one; `address.key_epoch` numbers it.
+
+        Args:
+            address: Where the request belongs.
+            statements: Every participant's signed `join` reply.
+            made: The maker's signed `secret` reply.
+            wraps: Digests of the chunks of that reply.
+            wrapped: The chunk for this site.
 
         Returns:
             The secret's digest.
@@ -112,17 +119,19 @@ class RunKeys:
         Raises:
             SealingError: A signature, the position, the epoch or the wrap is not right, or another secret was taken.
         """
-        peers, epoch = self._peers(address, statements), address.key_epoch
+        peers, epoch, maker = self._peers(address, statements), address.key_epoch, made.site
         member = self._manifest.member(maker)
         if member is None or maker not in peers or self._site not in peers:
             raise SealingError("a run secret from outside the participants", where=f"site {maker}")
         envelope = made.envelope()
-        header = verify(envelope, bytes.fromhex(member.public_key), sender=maker, with_chunks=False)
+        key = bytes.fromhex(member.public_key)
+        header = verify(envelope, key, sender=maker, with_chunks=False, max_body=MAX_REPLY_BODY)
         place = address.model_copy(update={"step": "secret", "round": 0})
         expect(header, place, sender=maker, recipient=self._coordinator)
         decode(SecretReply, header.type, envelope.body)
         position = sorted(peers).index(self._site)
-        if len(header.chunks) != len(peers) or hashlib.sha256(wrapped).hexdigest() != header.chunks[position]:
+        signed = carries(header, wraps) and len(wraps) == len(peers)
+        if not signed or hashlib.sha256(wrapped).hexdigest() != wraps[position]:
             raise SealingError("is not what its maker signed for this site", where="run secret")
         secret = unwrap(wrapped, self._private, self._info(epoch, maker, self._site))
         session = self._profile.session(self._site, secret, self._private, peers)
@@ -189,3 +198,8 @@ class RunKeys:
             self._session = self._profile.session(self._site, keys["secret"], self._private, peers)
             self._naming = keys["secret"]
         return True
+
+
+def vault_entry(manifest: Manifest) -> str:
+    """What a run's keys are called in a vault."""
+    return f"run-{hashlib.sha256(manifest.digest.encode()).hexdigest()[:32]}"

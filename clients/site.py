@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from confide.clients.data.records import SiteRecords
+from confide.clients.keys import vault_entry
 from confide.clients.participants import Participants, ParticipantSource
 from confide.clients.policy import SitePolicy
 from confide.clients.rounds import NOT_AUTHENTIC, Answer, RoundSteps
@@ -88,6 +89,7 @@ class Site:
             "join": self._join, "secret": self._secret, "keys": self._keys, "train": self._rounds.train,
             "seal": self._rounds.seal, "unlock": self._rounds.unlock, "release": self._rounds.release,
         }  # fmt: skip
+        self._forget_ended_runs()
         #: The latest refusal with its full reason, for the operator; only shareable reasons are sent.
         self.last_refusal: ConfideError | None = None
 
@@ -213,7 +215,7 @@ class Site:
             raise SealingError("a keys request holds one wrapped secret", where=f"site {self.name}")
         made = message.made
         place = run.address(0, "keys", epoch=header.key_epoch)
-        digest_ = run.keys.accept(place, message.statements, made, made.site, request.chunks[0])
+        digest_ = run.keys.accept(place, message.statements, made, message.wraps, request.chunks[0])
         self.log.append(audit.KeysAgreed(run=run.manifest.run, epoch=header.key_epoch, maker=made.site, secret=digest_))
         return Answer(m.KeysReply(secret=digest_))
 
@@ -238,10 +240,14 @@ class Site:
         )
 
     def _refuse(self, header: Header, request: Envelope, error: ConfideError) -> Envelope:
+        # Tracebacks would keep whatever was refused, which may be large.
+        reason: BaseException | None = error
+        while reason is not None:
+            reason.__traceback__, reason = None, reason.__cause__ or reason.__context__
         self.last_refusal = error
         _log.warning("site %s refuses a %s request: %s", self.name, header.step, type(error).__name__)
         answer = (
-            m.Refusal(kind=error.kind, reason=error.what)
+            m.Refusal(kind=error.kind, reason=error.what[:500])
             if error.shareable
             else m.Refusal(kind="abstains", reason="abstains")
         )
@@ -257,6 +263,12 @@ class Site:
         self.log.append(
             audit.Refused(run=header.run, round=header.round, step=header.step, party=self.name, reason=answer.reason)
         )
+
+    def _forget_ended_runs(self) -> None:
+        """Destroy what a process left in the vault that died between the end of a run and the end of its keys."""
+        if self._vault is not None:
+            for data in self._store.ended_runs():
+                self._vault.destroy(vault_entry(Manifest.from_bytes(data)))
 
     def _joining(self, header: Header, request: Envelope) -> SiteRun:
         if len(request.chunks) != 2:

@@ -216,6 +216,14 @@ class SiteStore:
         row = self._db.execute("SELECT reason FROM stopped WHERE run = ?", (run,)).fetchone()
         return row[0] if row else None
 
+    def ended_runs(self) -> list[bytes]:
+        """Manifests of runs that this site stopped, or whose model it has released."""
+        rows = self._db.execute(
+            "SELECT manifest FROM run WHERE run IN (SELECT run FROM stopped) "
+            "OR run IN (SELECT run FROM reply WHERE step = 'release')"
+        )
+        return [manifest for (manifest,) in rows]
+
     def close(self) -> None:
         """Release the file."""
         self._db.close()

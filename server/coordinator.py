@@ -24,7 +24,7 @@ from confide.privacy.sealing import Payload, make_profile
 from confide.privacy.sealing.transcript import transcript
 from confide.privacy.sealing.wrapping import usable
 from confide.protocol import messages as m
-from confide.protocol.envelope import EVERYBODY, Envelope, Header, verify
+from confide.protocol.envelope import EVERYBODY, MAX_REPLY_BODY, Envelope, Header, chunk_digests, verify
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
 from confide.server.exchange import Exchange
@@ -167,7 +167,8 @@ class Coordinator:
         for node, envelope in self._exchange.send("join", dict.fromkeys(self._grid.get_node_ids(), request)):
             for member in self.manifest.members:
                 try:
-                    header = verify(envelope, bytes.fromhex(member.public_key), sender=member.site)
+                    key = bytes.fromhex(member.public_key)
+                    header = verify(envelope, key, sender=member.site, max_body=MAX_REPLY_BODY)
                 except SealingError:
                     continue
                 if self._joins(header, envelope, request, member.site):
@@ -224,7 +225,8 @@ class Coordinator:
         if maker not in made or len(made[maker][0].chunks) != len(names):
             return {}
         envelope, place = made[maker][0], self._exchange.address("keys")
-        body = m.KeysRequest(statements=statements, made=m.Statement.of(maker, envelope))
+        wraps = chunk_digests(envelope.chunks)
+        body = m.KeysRequest(statements=statements, made=m.Statement.of(maker, envelope), wraps=wraps)
         requests = {s: self._exchange.sign(place, s, body, (envelope.chunks[i],)) for i, s in enumerate(names)}
         return self._exchange.ask(place, requests, m.KeysReply)
 
@@ -310,8 +312,9 @@ class Coordinator:
                 accumulator.add(Payload(envelope.chunks, tuple(int(tag, 16) for tag in reply.tags)))
             except SealingError as error:
                 self._exchange.reject(place, site, error)
-                continue
-            sealed[site] = envelope.without_chunks()
+            else:
+                sealed[site] = envelope.without_chunks()
+            del envelope, reply
         if set(sealed) != set(cohort):
             return None, uplink, sealed
         total = _Sum(round_, cohort, tuple(digests.values()), agreed, attempt, accumulator.total())

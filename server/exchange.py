@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from confide.errors import SealingError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.protocol import messages as m
-from confide.protocol.envelope import Address, Envelope, Header, expect, seal_envelope, verify
+from confide.protocol.envelope import MAX_REPLY_BODY, Address, Envelope, Header, expect, seal_envelope, verify
 from confide.protocol.flower import from_records, to_records
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
@@ -65,19 +66,25 @@ class Exchange:
     ) -> Iterator[tuple[str, Envelope, m._M]]:
         """The same, one reply at a time as they arrive: (site, envelope, reply). None is kept here."""
         by_node = {self.nodes[site]: (site, request) for site, request in requests.items()}
-        for node, envelope in self.send(place.step, {n: r for n, (_, r) in by_node.items()}):
+        for arrived in self.send(place.step, {n: r for n, (_, r) in by_node.items()}):
+            node, envelope = arrived
             site, request = by_node[node]
-            member = self._manifest.member(site)
-            if member is None:
-                continue
-            try:
-                header = verify(envelope, bytes.fromhex(member.public_key), sender=site)
-                reply = self.accept(header, envelope, request, place, site, kind)
-            except SealingError as error:
-                self.reject(place, site, error)
-                continue
+            reply = self._reply(place, site, request, envelope, kind)
             if reply is not None:
                 yield site, envelope, reply
+            del arrived, envelope, reply  # before the next one is asked for
+
+    def _reply(self, place: Address, site: str, request: Envelope, envelope: Envelope, kind: type[m._M]) -> m._M | None:
+        """What a site says, if it is authentic and not a refusal; else that is noted."""
+        member = self._manifest.member(site)
+        if member is None:
+            return None
+        try:
+            header = verify(envelope, bytes.fromhex(member.public_key), sender=site, max_body=MAX_REPLY_BODY)
+            return self.accept(header, envelope, request, place, site, kind)
+        except SealingError as error:
+            self.reject(place, site, error)
+            return None
 
     def reject(self, place: Address, site: str, error: SealingError) -> None:
         """Note that what came from a site counts as a refusal, and why."""
@@ -128,15 +135,14 @@ class Exchange:
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
         while waiting:
             for identifier in list(waiting):
-                for reply in self._grid.pull_messages([identifier]):
+                replies = list(self._grid.pull_messages([identifier]))
+                if replies:
                     waiting.pop(identifier, None)
-                    if reply.has_error():
-                        continue
-                    try:
-                        envelope = from_records(reply.content)
-                    except SealingError:
-                        continue
-                    yield reply.metadata.src_node_id, envelope
+                while replies:
+                    arrived = _parse(replies.pop())
+                    if arrived is not None:
+                        yield arrived
+                    del arrived
             if waiting and deadline is not None and time.monotonic() > deadline:
                 return
             if waiting:
@@ -167,3 +173,13 @@ class Exchange:
             step=step,
             attempt=attempt,
         )
+
+
+def _parse(reply: Message) -> tuple[int, Envelope] | None:
+    """(node, unverified envelope); None where the node failed, or sent something else."""
+    if reply.has_error():
+        return None
+    try:
+        return reply.metadata.src_node_id, from_records(reply.content)
+    except SealingError:
+        return None

@@ -296,7 +296,10 @@ def _models(evidence: Evidence, folder: Path) -> Iterator[Finding]:
 
 def _named(entry: r.ModelReleased) -> str:
     """What the sites called the released model: they name models under keys, and give one away with the model."""
-    return hmac.digest(bytes.fromhex(entry.key), bytes.fromhex(entry.model), hashlib.sha256).hex()
+    try:
+        return hmac.digest(bytes.fromhex(entry.key), bytes.fromhex(entry.model), hashlib.sha256).hex()
+    except ValueError:
+        return "no model"
 
 
 def _weights_digest(path: Path, manifest: dict[str, Any]) -> str:

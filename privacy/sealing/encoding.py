@@ -33,6 +33,8 @@ class _Stretch:
     low: float
     high: float
     rotated: bool
+    #: Largest magnitude of a coordinate before it is rotated.
+    bound: float = np.inf
 
 
 class Encoder:
@@ -63,7 +65,10 @@ class Encoder:
             values = vector[offset : offset + stretch.size].astype(np.float64)
             offset += stretch.size
             if stretch.rotated:
-                values = rotate(values, self._signs(number, stretch.size))
+                # One wild value would be spread over its whole block.
+                bounded = np.clip(values, -stretch.bound, stretch.bound)
+                saturated += int(np.count_nonzero(bounded != values))
+                values = rotate(bounded, self._signs(number, stretch.size))
             words, clipped = quantise(values, stretch.low, stretch.high, self._bits, rng)
             saturated += clipped
             yield words
@@ -100,7 +105,7 @@ def _stretches(segment: Segment) -> Iterator[_Stretch]:
         half = half_range(block, *segment.rotation)
         # A short block is spread too little for its range to become narrower.
         if half < segment.high:
-            yield _Stretch(block, -half, half, True)
+            yield _Stretch(block, -half, half, True, segment.high)
         else:
             yield _Stretch(block, segment.low, segment.high, False)
 

@@ -41,7 +41,6 @@ class MaskedProfile(Profile):
 
     name = "masked"
     keyed = True
-    retries = True
 
     def __init__(self, sites: int, bits: int) -> None:
         check_request(sites, bits)

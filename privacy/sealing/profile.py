@@ -158,8 +158,6 @@ class Profile(ABC):
     name: str
     #: Do sites need ephemeral keys and a common secret?
     keyed: bool
-    #: Can an attempt be repeated with a smaller cohort (self-masks, unlocked once)?
-    retries: bool = False
 
     @property
     @abstractmethod

@@ -36,7 +36,6 @@ class SealedProfile(Profile):
 
     name = "sealed"
     keyed = True
-    retries = True
 
     def __init__(self, sites: int, bits: int) -> None:
         self.choice = choose_parameters(sites, bits)

@@ -45,7 +45,8 @@ class Vault:
             raise ConfigError(f"needs at least {_FEWEST_CHARACTERS} characters", where="passphrase of the vault",
                               hint="a few random words are easy to keep")  # fmt: skip
         self._folder, self._passphrase = folder, passphrase
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
 
     def save(self, name: str, data: bytes) -> None:
         """Write or replace an entry."""

@@ -163,9 +163,9 @@ def stop_workers() -> None:
 def main() -> None:
     """A worker's life: a job, shares of it, and then to forget it."""
     way = connection.Connection(int(sys.argv[1]))
-    way.send_bytes(_READY)
     job: Any = None
     with suppress(EOFError, OSError, KeyboardInterrupt):
+        way.send_bytes(_READY)
         while True:
             message = way.recv()
             if not isinstance(message, list):

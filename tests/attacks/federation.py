@@ -25,7 +25,7 @@ from confide.privacy.sealing import Payload, make_profile
 from confide.privacy.sealing.lattice import pack_residues
 from confide.privacy.sealing.transcript import transcript
 from confide.protocol import messages as m
-from confide.protocol.envelope import EVERYBODY, Address, Envelope, Header, seal_envelope
+from confide.protocol.envelope import EVERYBODY, Address, Envelope, Header, chunk_digests, seal_envelope
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
 from confide.server.coordinator import Coordinator
@@ -182,10 +182,11 @@ class Federation:
         fields: dict[str, Any] = {
             "statements": self.statements(),
             "made": m.Statement.of(self.maker, self.made),
+            "wraps": chunk_digests(self.made.chunks),
             "wrapped": self.made.chunks[self.participants.index(site)],
             "round": 0,
         } | changes
-        body = m.KeysRequest(statements=fields["statements"], made=fields["made"])
+        body = m.KeysRequest(statements=fields["statements"], made=fields["made"], wraps=fields["wraps"])
         return self.ask(site, "keys", fields["round"], body, (fields["wrapped"],))
 
     def train(self, round_: int, *sums: Sum, sites: Sequence[str] | None = None) -> dict[str, Envelope]:

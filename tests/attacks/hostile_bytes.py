@@ -17,6 +17,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 import zlib
@@ -48,7 +49,7 @@ from confide.privacy.sealing.lattice import SUMMED_BYTES, Lattice, pack_residues
 from confide.privacy.sealing.masked import MODULUS
 from confide.privacy.sealing.parameters import DEGREE, choose_parameters
 from confide.protocol import messages as m
-from confide.protocol.envelope import _DOMAIN, Address, Envelope, seal_envelope
+from confide.protocol.envelope import _DOMAIN, MAX_CHUNKS, Address, Envelope, chunk_digests, chunk_root, seal_envelope
 from confide.protocol.flower import from_records, to_records
 from confide.protocol.identity import Identity
 from confide.simulations.grid import LocalGrid
@@ -138,6 +139,10 @@ class Honest:
         """The honest message with another first chunk."""
         return self.but(chunks=(chunk, *self.chunks[1:]))
 
+    def last(self, chunk: bytes) -> Sent:
+        """The honest message with another last chunk: what comes before it is in order."""
+        return self.but(chunks=(*self.chunks[:-1], chunk))
+
     def all(self, chunk: bytes) -> Sent:
         """The honest message with the same chunk everywhere."""
         return self.but(chunks=(chunk,) * len(self.chunks))
@@ -177,14 +182,15 @@ def _too_large_residue(honest: Honest) -> list[Sent]:
         for position in (0, -1):
             residues = unpack_residues(honest.chunks[0][: len(honest.chunks[0]) - len(seed)]).copy()
             residues[position] = value
-            found.append(honest.first(pack_residues(residues) + seed))
+            wrong = pack_residues(residues) + seed
+            found += [honest.first(wrong), honest.last(wrong)]
     return found
 
 
 def _too_large_word(honest: Honest) -> list[Sent]:
-    return [
-        honest.first(int(value).to_bytes(8, "little") + honest.chunks[0][8:]) for value in (MODULUS, 2**61, 2**64 - 1)
-    ]
+    words = [int(value).to_bytes(8, "little") for value in (MODULUS, 2**61, 2**64 - 1)]
+    found = [honest.first(word + honest.chunks[0][8:]) for word in words]
+    return [*found, *(honest.last(honest.chunks[-1][:-8] + word) for word in words)]
 
 
 def _not_finite(honest: Honest) -> list[Sent]:
@@ -368,12 +374,13 @@ def _many(start: bytes, unit: bytes, end: bytes, size: int = _BODY) -> bytes:
     return start + unit * ((size - len(start) - len(end)) // len(unit)) + unit.rstrip(b",") + end
 
 
-def _in_list(name: bytes, unit: bytes) -> Callable[[bytes], bytes]:
-    """JSON with a long list put at the end of its first list called `name`."""
+def _long(name: bytes, unit: bytes) -> Callable[[bytes], bytes]:
+    """JSON in which the first `name` is a long list."""
 
     def change(data: bytes) -> bytes:
-        before, after = data.split(b'"' + name + b'":[', 1)
-        return _many(before + b'"' + name + b'":[', unit + b",", b"]" + after.split(b"]", 1)[1])
+        found = re.search(rb'"%s":(\[[^\]]*\]|[^,}]*)' % name, data)
+        assert found is not None, "the message has changed"
+        return _many(data[: found.start(1)] + b"[", unit + b",", b"]" + data[found.end(1) :])
 
     return change
 
@@ -386,6 +393,7 @@ def _extra_keys(data: bytes) -> bytes:
 _FORM: dict[str, Item] = {
     "truncated": Item(lambda h: [h.first(h.chunks[0][:-n]) for n in (1, 7, 8, 64, len(h.chunks[0]) // 2)]),
     "empty chunks": Item(lambda h: [h.first(b""), h.all(b"")]),
+    "wrong in the last chunk only": Item(lambda h: [h.last(h.chunks[-1][:-8]), h.last(b""), h.last(b"\xff" * 99)]),
     "no chunks": Item(lambda h: [h.but(chunks=())]),
     "one chunk of 100 MB": Item(lambda h: [h.first(b"\x01" * _BIG), h.but(chunks=(b"\xff" * _BIG,))]),
     "100 MB behind an honest chunk": Item(lambda h: [h.first(h.chunks[0] + b"\x01" * _BIG)]),
@@ -450,9 +458,9 @@ _PLACES: dict[str, Item] = {
     ),
     "signed by somebody without a key": Item(lambda h: [h.but(signer=_STRANGER)]),
     "100 MB from somebody without a key": Item(lambda h: [replace(h.first(b"\x01" * _BIG), signer=_STRANGER)]),
-    "a body of a million wrong list members": Item(lambda h: [h.but(body=_in_list(b"tags", u)) for u in (b"0", b"[]")]),
+    "a body of a million wrong list members": Item(lambda h: [h.but(body=_long(b"tags", u)) for u in (b"0", b"[]")]),
     "a body of unknown keys": Item(lambda h: [h.but(body=_extra_keys)]),
-    "a header of a million wrong list members": Item(lambda h: [h.but(header=_in_list(b"chunks", b"0"))]),
+    "a header of a million wrong list members": Item(lambda h: [h.but(header=_long(b"chunks", b"0"))]),
     "a header of unknown keys": Item(lambda h: [h.but(header=_extra_keys)]),
     "a body or header that is no JSON": Item(
         lambda h: [
@@ -589,12 +597,17 @@ def _write(sent: Sent, identity: Identity, address: Address, recipient: str, bod
     signer = Identity(identity.name, (sent.signer or identity).key)
     envelope = seal_envelope(
         signer, address.model_copy(update=dict(sent.place)), recipient=recipient, type_=body.TYPE,
-        body=sent.body(body.to_bytes()), checkpoint=CHECKPOINT, chunks=sent.chunks, request=request,
+        body=sent.body(body.to_bytes()), checkpoint=CHECKPOINT, chunks=sent.chunks[:MAX_CHUNKS], request=request,
     )  # fmt: skip
-    header = sent.header(envelope.header)
+    header = envelope.header
+    if len(sent.chunks) > MAX_CHUNKS:  # an attacker is not held to what our own types allow
+        digests = chunk_digests(sent.chunks)
+        tree = json.loads(header) | {"chunks": len(digests), "chunk_root": chunk_root(digests)}
+        header = json.dumps(tree).encode()
+    header = sent.header(header)
     if header == envelope.header:
         return envelope
-    return replace(envelope, header=header, signature=signer.sign(framed((_DOMAIN, header))))
+    return Envelope(header, signer.sign(framed((_DOMAIN, header))), envelope.body, sent.chunks)
 
 
 class _Wire(LocalGrid):

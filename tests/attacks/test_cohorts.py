@@ -14,7 +14,7 @@ import confide.clients.keys as keys_module
 from confide.errors import PolicyError, SealingError
 from confide.privacy.sealing.wrapping import new_ephemeral, wrap
 from confide.protocol import messages as m
-from confide.protocol.envelope import Envelope
+from confide.protocol.envelope import Envelope, chunk_digests
 from confide.protocol.identity import Identity
 from tests.attacks.federation import Federation, header_of, is_refusal, open_federation, refusal_of, resign
 
@@ -263,9 +263,14 @@ def test_a_secret_that_the_coordinator_makes_is_refused(made: Federation, monkey
         "secret", 0, "coordinator", m.SecretReply(), forged, identity=Identity(ASH, made.world.coordinator.key)
     )
     statement = m.Statement.of(ASH, reply)
-    assert "signature" in refusal_of(made.hand_over("birch", made=statement, wrapped=forged[1])).reason
+    assert (
+        "signature"
+        in refusal_of(made.hand_over("birch", made=statement, wraps=chunk_digests(forged), wrapped=forged[1])).reason
+    )
     monkeypatch.setattr("confide.protocol.envelope.verify_signature", lambda *_: True)
-    assert not is_refusal(made.hand_over("birch", made=statement, wrapped=forged[1])), "the control"
+    assert not is_refusal(made.hand_over("birch", made=statement, wraps=chunk_digests(forged), wrapped=forged[1])), (
+        "the control"
+    )
 
 
 def test_different_secrets_for_different_sites_are_noticed_before_anything_is_sealed(made: Federation) -> None:
@@ -277,7 +282,10 @@ def test_different_secrets_for_different_sites_are_noticed_before_anything_is_se
     honest, wraps = made.made, (*made.made.chunks[:3], other)
     reply = resign(made.sites[ASH], honest, chunks=wraps)
     for i, site in enumerate(made.names):
-        assert not is_refusal(made.hand_over(site, made=m.Statement.of(ASH, reply), wrapped=wraps[i]))
+        taken = made.hand_over(
+            site, made=m.Statement.of(ASH, reply), wraps=chunk_digests(reply.chunks), wrapped=wraps[i]
+        )
+        assert not is_refusal(taken)
     assert len(digests(made)) == 2, "each site alone cannot know"
     committed = made.train(1)
     assert all(map(is_refusal, made.seal(1, committed).values()))

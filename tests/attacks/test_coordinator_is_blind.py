@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import types
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from confide.clients.store import SiteStore
 from confide.privacy.sealing import open as open_profile
 from confide.privacy.sealing.authentication import SumMac
 from confide.privacy.sealing.bfv import BfvLock
-from confide.privacy.sealing.lattice import _MemoryFile
+from confide.privacy.sealing.lattice import _new_memory_file
 from confide.privacy.sealing.masks import CohortMasks, PairKeys
 from confide.privacy.sealing.profile import Opened, Session
 from confide.privacy.sealing.slots import Lock, SlotSession
@@ -100,6 +101,8 @@ class Secrets:
             keys = site._runs[run].keys
             self.blobs[f"ephemeral key of {name}"] = keys._private
             self.blobs[f"storage key of {name}"] = keys.storage
+            for trained in range(self._federation.manifest.rounds):  # that of the last one is given with the model
+                self.blobs[f"naming key of round {trained}"] = keys.model_key(trained)
             session = keys._session
             if isinstance(session, SlotSession):
                 self.blobs["MAC key"] = session._mac_key
@@ -143,8 +146,15 @@ def _bytes_of(thing: object) -> Iterator[bytes]:
         yield thing.encode("utf-8", "surrogatepass")
     elif isinstance(thing, np.ndarray) and thing.dtype != object:
         yield thing.tobytes()
-    elif isinstance(thing, _MemoryFile):
-        yield os.pread(thing._descriptor, 2**24, 0)
+
+
+def memory_files() -> list[str]:
+    """Files in memory that SEAL could have left something in."""
+    links = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the one that listed the folder is closed by now
+            links.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return [link for link in links if "memfd:confide" in link]
 
 
 class Watched:
@@ -189,6 +199,7 @@ class Watched:
             self.secrets.vectors[f"model after round {model.round}"] = model.weights.astype(np.float64)
         stop = {id(self.federation), id(self.federation.world), id(self), id(self._grid._app), id(self._grid._drop)}
         self.objects = sum(1 for _ in walk(self.coordinator, stop))
+        assert memory_files() == [], "SEAL's objects are never left lying in a file"
         self.found[outcome.round] = self.secrets.found_in([self.coordinator, outcome], stop)
 
 
@@ -207,7 +218,8 @@ def test_in_a_sealed_run_the_coordinator_never_holds_a_secret_an_update_or_a_sum
     assert watched.objects > 200, "the walk went somewhere"
     kinds = {name.split()[0] for name in (*watched.secrets.blobs, *watched.secrets.vectors)}
     assert kinds == {
-        "signing", "ephemeral", "storage", "own-mask", "pair", "MAC", "BFV", "payload", "vector", "sum", "model",
+        "signing", "ephemeral", "storage", "naming", "own-mask", "pair", "MAC", "BFV", "payload", "vector", "sum",
+        "model",
     }, "and knew what to look for"  # fmt: skip
     assert released.weights.tobytes() == watched.federation.model("ash").weights.tobytes()
 
@@ -223,6 +235,7 @@ PLANTS = {
     "sum of 4 coordinates": lambda w: w.secrets.vectors["sum of 4 coordinates"].tolist(),
     "BFV key": lambda w: [w.secrets.blobs["BFV key"]],
     "own-mask key of cedar": lambda w: {w.secrets.blobs["own-mask key of cedar"]},
+    "naming key of round 1": lambda w: (w.secrets.blobs["naming key of round 1"].hex(),),
     "storage key of ash": lambda w: memoryview(w.secrets.blobs["storage key of ash"]),
     "payload of birch, round 2": lambda w: Envelope(b"", b"", b"", (w.secrets.blobs["payload of birch, round 2"],)),
     "a SlotSession": lambda w: w.federation.sites["ash"]._runs[w.federation.manifest.run].keys,
@@ -248,6 +261,13 @@ def test_what_is_planted_in_the_coordinator_is_found(watched: Watched, name: str
         watched.coordinator._progress.joined.pop("planted", None)
     assert name in watched.found[3]
     assert name not in watched.found[2]
+
+
+def test_a_file_in_memory_would_be_found() -> None:
+    """The control of the look for them."""
+    with _new_memory_file():
+        assert len(memory_files()) == 1
+    assert memory_files() == []
 
 
 def test_the_coordinators_files_hold_no_secret_update_or_sum(watched: Watched) -> None:

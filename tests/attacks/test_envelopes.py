@@ -246,8 +246,8 @@ def test_statements_of_any_text_are_refused(
     requests: tuple[tuple[str, m.Message, tuple[bytes, ...]], ...] = (
         ("seal", m.SealRequest(cohort=("ash", "birch", "cedar"), statements=of_any_text), ()),
         ("unlock", m.UnlockRequest(statements=of_any_text), ()),
-        ("keys", m.KeysRequest(statements=of_any_text, made=of_any_text[0]), (b"x",)),
-        ("keys", m.KeysRequest(statements=standing.statements(), made=of_any_text[0]), (b"x",)),
+        ("keys", m.KeysRequest(statements=of_any_text, made=of_any_text[0], wraps=()), (b"x",)),
+        ("keys", m.KeysRequest(statements=standing.statements(), made=of_any_text[0], wraps=()), (b"x",)),
         ("secret", m.SecretRequest(statements=of_any_text), ()),
     )
     for step, message, chunks in requests:

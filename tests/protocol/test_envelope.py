@@ -14,6 +14,7 @@ from confide.privacy.digest import framed
 from confide.protocol.envelope import (
     MAX_BODY,
     MAX_CHUNKS,
+    MAX_REPLY_BODY,
     Address,
     Envelope,
     Header,
@@ -52,7 +53,8 @@ def test_every_field_of_a_header_is_known() -> None:
     """A field more or less is a change of the protocol: bump the version and this table together."""
     assert set(Header.model_fields) == {
         "federation", "roster_version", "run", "manifest", "key_epoch", "round", "step", "attempt",
-        "version", "sender", "recipient", "type", "request", "body", "chunks", "checkpoint",
+        "version", "sender", "recipient", "type", "request", "body", "chunks", "chunk_root",
+        "checkpoint",
     }  # fmt: skip
     assert set(Address.model_fields) == {
         "federation", "roster_version", "run", "manifest", "key_epoch", "round", "step",
@@ -101,10 +103,15 @@ def test_every_part_has_a_limit_and_the_largest_allowed_passes() -> None:
     largest = sealed(body=bytes(MAX_BODY))
     assert verify(largest, ALICE.public_key, sender="alice").sender == "alice"
     many = sealed(chunks=(b"",) * MAX_CHUNKS)
-    assert len(verify(many, ALICE.public_key, sender="alice").chunks) == MAX_CHUNKS
+    assert verify(many, ALICE.public_key, sender="alice").chunks == MAX_CHUNKS
+    assert len(many.header) < 2048, "a header is short, whatever it carries"
+    short = sealed(body=bytes(MAX_REPLY_BODY))
+    assert verify(short, ALICE.public_key, sender="alice", max_body=MAX_REPLY_BODY).sender == "alice"
+    with pytest.raises(SealingError, match="larger than any honest"):
+        verify(sealed(body=bytes(MAX_REPLY_BODY + 1)), ALICE.public_key, sender="alice", max_body=MAX_REPLY_BODY)
     for oversized in (
         replace(sealed(), body=bytes(MAX_BODY + 1)),
-        replace(sealed(), header=bytes(8 * 2**20 + 1)),
+        replace(sealed(), header=bytes(4097)),
         replace(sealed(), chunks=(b"",) * (MAX_CHUNKS + 1)),
     ):
         with pytest.raises(SealingError, match="larger than any honest"):
@@ -114,7 +121,7 @@ def test_every_part_has_a_limit_and_the_largest_allowed_passes() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"extra": 1}, {"version": 2}, {"version": "1"}, {"body": "00"}, {"chunks": ["zz"]}, {"round": -1},
+        {"extra": 1}, {"version": 2}, {"version": "1"}, {"body": "00"}, {"chunks": ["zz"]}, {"chunks": -1}, {"chunks": MAX_CHUNKS + 1}, {"chunk_root": "zz"}, {"sender": "x" * 129}, {"round": -1},
         {"round": 1.5}, {"attempt": -1}, {"attempt": 101}, {"attempt": 0.5}, {"key_epoch": -1}, {"key_epoch": 1001},
         {"key_epoch": None}, {"step": "destroy"}, {"sender": None}, {"checkpoint": "1"}, {"manifest": "AB" * 32},
     ],

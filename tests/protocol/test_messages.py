@@ -26,7 +26,7 @@ FIELDS: dict[type[m.Message], set[str]] = {
     m.Statement: {"site", "header", "signature", "body"},
     m.SecretRequest: {"statements"},
     m.SecretReply: set(),
-    m.KeysRequest: {"statements", "made"},
+    m.KeysRequest: {"statements", "made", "wraps"},
     m.KeysReply: {"secret"},
     # attempt: how often the coordinator asked for this round; it depends on which sites answered, on nobody's data.
     # unlocked: signed `unlock` replies, see below; the coordinator has them, and sites check them.
@@ -48,7 +48,7 @@ EXAMPLES: list[m.Message] = [
     STATEMENT,
     m.SecretRequest(statements=(STATEMENT,)),
     m.SecretReply(),
-    m.KeysRequest(statements=(STATEMENT,), made=STATEMENT),
+    m.KeysRequest(statements=(STATEMENT,), made=STATEMENT, wraps=(H,)),
     m.KeysReply(secret=H),
     SUM,
     m.TrainRequest(sums=(SUM,)),

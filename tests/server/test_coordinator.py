@@ -517,7 +517,7 @@ def test_a_hostile_join_leaves_out_one_site_only(federation: Federation, script:
 
 @pytest.mark.parametrize("kind", ["plain", "odd text"])
 def test_a_refusal_of_any_text_is_no_more_than_a_refusal(federation: Federation, script: Script, kind: str) -> None:
-    reason = "no" if kind == "plain" else "\x1b[2J\u2028\U0001f600\n" + "x" * 100_000
+    reason = "no" if kind == "plain" else "\x1b[2J\u2028\U0001f600\n" + "x" * 400
 
     def lie(reply: Envelope) -> Envelope:
         header = header_of(reply)
@@ -536,44 +536,45 @@ def test_a_refusal_of_any_text_is_no_more_than_a_refusal(federation: Federation,
 # --- the release ------------------------------------------------------------------------------------------------------
 
 
-def test_a_released_model_whose_bytes_are_not_its_digest_is_not_written(federation: Federation, script: Script) -> None:
-    """Only one site answers, and what it hands out is not what all of the last cohort signed."""
-    end = federation.manifest.rounds + 2
-    others = [n for n in federation.names if n != "birch"]
-    script.lies = {("release", end, s): lambda _: None for s in others}
-    script.lies[("release", end, "birch")] = lambda e: resign(
-        federation.sites["birch"], e, chunks=(np.full(4, 7, dtype="<f4").tobytes(), *e.chunks[1:])
-    )
-    with pytest.raises(SealingError):
-        script.coordinator().run()
+FORGED = np.full(4, 7, dtype="<f4").tobytes()
+#: What the only site that answers hands out in place of the model that all of the last cohort signed.
+RELEASES: dict[str, Callable[[Envelope], dict[str, Any]]] = {
+    "other bytes": lambda e: {"chunks": (FORGED, *e.chunks[1:])},
+    "other bytes and their digest": lambda e: {
+        "chunks": (FORGED, *e.chunks[1:]), "model": digest("model", FORGED).hex()},
+    "other bytes, their digest, another key": lambda e: {
+        "chunks": (FORGED, *e.chunks[1:]), "model": digest("model", FORGED).hex(), "key": "11" * 32},
+    "another digest": lambda _: {"model": digest("model", FORGED).hex()},
+    "another key": lambda _: {"key": "11" * 32},
+}  # fmt: skip
 
 
+@pytest.mark.parametrize("what", RELEASES)
 def test_a_released_model_that_the_last_cohort_did_not_sign_is_not_written(
-    federation: Federation, script: Script
+    federation: Federation, script: Script, what: str
 ) -> None:
     end = federation.manifest.rounds + 2
-    forged = np.full(4, 7, dtype="<f4").tobytes()
     script.lies = {("release", end, s): lambda _: None for s in federation.names if s != "birch"}
-    script.lies[("release", end, "birch")] = lambda e: resign(
-        federation.sites["birch"], e, chunks=(forged, *e.chunks[1:]), model=digest("model", forged).hex()
-    )
-    with pytest.raises(SealingError):
+    script.lies[("release", end, "birch")] = lambda e: resign(federation.sites["birch"], e, **RELEASES[what](e))
+    with pytest.raises(SealingError, match="not the one that the sites signed"):
         script.coordinator().run()
 
 
 def test_one_honest_site_is_enough_for_the_release(federation: Federation, script: Script) -> None:
-    """The control of the two above."""
+    """The control of those above."""
     end = federation.manifest.rounds + 2
     script.lies = {("release", end, s): lambda _: None for s in federation.names if s != "birch"}
     released = script.coordinator().run()
     assert released.weights.tobytes() == federation.model("birch").weights.tobytes()
 
 
-@pytest.mark.parametrize("field", ["bytes", "digest"])
+@pytest.mark.parametrize("field", ["bytes", "digest", "key"])
 def test_sites_that_release_different_models_stop_the_run(federation: Federation, script: Script, field: str) -> None:
     def lie(reply: Envelope) -> Envelope:
         if field == "digest":
             return resign(federation.sites["birch"], reply, model="00" * 32)
+        if field == "key":
+            return resign(federation.sites["birch"], reply, key="00" * 32)
         return resign(federation.sites["birch"], reply, chunks=(bytes(16), *reply.chunks[1:]))
 
     script.lies = {("release", federation.manifest.rounds + 2, "birch"): lie}
@@ -601,6 +602,30 @@ def test_where_no_site_may_release_nothing_comes_out(federation: Federation, scr
         federation.set_policy(site, release=False)
     with pytest.raises(PeerError, match="release is not allowed"):
         script.coordinator().run()
+
+
+def test_after_the_release_no_site_has_keys_or_can_read_the_model_that_it_stored(
+    federation: Federation, script: Script
+) -> None:
+    run, kept = federation.manifest.run, dict[str, Any]()
+
+    def look(outcome: RoundOutcome) -> None:
+        kept.update({s: federation.sites[s].current_model(run) for s in federation.names})
+
+    coordinator = script.coordinator()
+    coordinator._after_round = look
+    released = coordinator.run()
+    assert {m.weights.tobytes() for m in kept.values()} == {released.weights.tobytes()}, (
+        "the control: until then it can"
+    )
+    for site in federation.sites.values():
+        assert site._runs[run].keys.destroyed
+        with pytest.raises(SealingError, match="destroyed"):
+            site.current_model(run)
+        with pytest.raises(SealingError, match="holds no keys"):
+            _ = site._runs[run].keys.session
+        last = parse_line(site.log.path.read_bytes().splitlines()[-1])[1]
+        assert isinstance(last, audit.KeysDestroyed)
 
 
 # --- the same request, and another one --------------------------------------------------------------------------------

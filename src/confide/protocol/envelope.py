@@ -3,13 +3,15 @@
 Invariants:
 1. A signature covers sender, recipient, federation, roster version, run, manifest, key epoch, round, step, type, the
    request answered, and the digest of every byte of content. Nothing can be moved to another place and stay valid.
-2. Each chunk has its own digest, so it is verified before anything parses it.
-3. A header is parsed only under a size limit, and content only after the signature holds.
+2. Every chunk is covered by the signature and verified before anything parses it.
+3. A header is parsed only under a size limit, and content only after the signature holds and its size is one that an
+   honest message has.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -24,17 +26,23 @@ __all__ = [
     "EVERYBODY",
     "MAX_BODY",
     "MAX_CHUNKS",
+    "MAX_REPLY_BODY",
     "Address",
     "Envelope",
     "Header",
+    "carries",
+    "chunk_digests",
+    "chunk_root",
     "expect",
     "seal_envelope",
     "verify",
 ]
 
 _DOMAIN = b"confide/envelope/1"
-_MAX_HEADER = 8 * 2**20
+_MAX_HEADER = 4096
+#: A request carries signed replies of the whole cohort; a reply is short, because others must be able to carry it.
 MAX_BODY = 8 * 2**20
+MAX_REPLY_BODY = 4096
 MAX_CHUNKS = 65_536
 #: Recipient of a request that goes to every node before the coordinator knows which site lives where.
 EVERYBODY = "*"
@@ -61,13 +69,15 @@ class Header(Address):
     """What is signed."""
 
     version: Literal[1] = 1
-    sender: str
-    recipient: str
-    type: str
+    sender: Annotated[str, Field(max_length=128)]
+    recipient: Annotated[str, Field(max_length=128)]
+    type: Annotated[str, Field(max_length=64)]
     #: Digest of the request that this answers; empty for a request.
-    request: str
+    request: Annotated[str, Field(max_length=64)]
     body: Hex32
-    chunks: tuple[Hex32, ...]
+    #: How many chunks there are, and the digest over their digests: a header is short, whatever it carries.
+    chunks: Annotated[int, Field(ge=0, le=MAX_CHUNKS)]
+    chunk_root: Hex32
     #: State of the sender's log, `size:root`: whoever keeps the envelope can prove later what the log held.
     checkpoint: Annotated[str, Field(pattern=r"^[0-9]{1,18}:[0-9a-f]{64}$")]
 
@@ -110,14 +120,32 @@ def seal_envelope(
         type=type_,
         request=request,
         body=hashlib.sha256(body).hexdigest(),
-        chunks=tuple(hashlib.sha256(c).hexdigest() for c in chunks),
+        chunks=len(chunks),
+        chunk_root=chunk_root(chunk_digests(chunks)),
         checkpoint=checkpoint,
     )
     encoded = header.model_dump_json().encode()
     return Envelope(encoded, identity.sign(framed((_DOMAIN, encoded))), body, chunks)
 
 
-def verify(envelope: Envelope, public_key: bytes, *, sender: str, with_chunks: bool = True) -> Header:
+def chunk_digests(chunks: Iterable[bytes]) -> tuple[str, ...]:
+    """SHA-256 of each chunk, hex."""
+    return tuple(hashlib.sha256(chunk).hexdigest() for chunk in chunks)
+
+
+def chunk_root(digests: Sequence[str]) -> str:
+    """The digest over chunks' digests, hex."""
+    return digest("chunks", *(bytes.fromhex(d) for d in digests)).hex()
+
+
+def carries(header: Header, digests: Sequence[str]) -> bool:
+    """Are these the digests of the chunks that a header was signed for?"""
+    return header.chunks == len(digests) and header.chunk_root == chunk_root(digests)
+
+
+def verify(
+    envelope: Envelope, public_key: bytes, *, sender: str, with_chunks: bool = True, max_body: int = MAX_BODY
+) -> Header:
     """Check size, signature and digests; where the message belongs is for `expect` to say.
 
     Args:
@@ -125,12 +153,13 @@ def verify(envelope: Envelope, public_key: bytes, *, sender: str, with_chunks: b
         public_key: The sender's key, from the roster or the policy (never from the message).
         sender: Whose key that is, for the error text.
         with_chunks: False where a statement travels without its bulk.
+        max_body: Most bytes of body that anything honest has here.
 
     Raises:
         SealingError: Anything at all is not as it must be.
     """
     where = f"message from {sender}"
-    if len(envelope.header) > _MAX_HEADER or len(envelope.body) > MAX_BODY or len(envelope.chunks) > MAX_CHUNKS:
+    if len(envelope.header) > _MAX_HEADER or len(envelope.body) > max_body or len(envelope.chunks) > MAX_CHUNKS:
         raise SealingError("is larger than any honest message", where=where)
     if not verify_signature(public_key, envelope.signature, framed((_DOMAIN, envelope.header))):
         raise SealingError("the signature is not the sender's", where=where)
@@ -140,7 +169,7 @@ def verify(envelope: Envelope, public_key: bytes, *, sender: str, with_chunks: b
         raise SealingError("the signed header cannot be read", where=where) from None
     if hashlib.sha256(envelope.body).hexdigest() != header.body:
         raise SealingError("the body is not the signed one", where=where)
-    if with_chunks and tuple(hashlib.sha256(c).hexdigest() for c in envelope.chunks) != header.chunks:
+    if with_chunks and not carries(header, chunk_digests(envelope.chunks)):
         raise SealingError("a chunk is not the signed one", where=where)
     return header
 

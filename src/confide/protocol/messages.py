@@ -108,11 +108,13 @@ class SecretReply(Message):
 
 
 class KeysRequest(Message):
-    """Coordinator → site: the participants' keys, and the maker's signed reply. Chunk: the wrap for this site."""
+    """Coordinator → site: the participants' keys, the maker's signed reply with the digests of its chunks. Chunk: the
+    wrap for this site."""
 
     TYPE: ClassVar[str] = "keys.request"
     statements: tuple[Statement, ...]
     made: Statement
+    wraps: tuple[Hex32, ...]
 
 
 class KeysReply(Message):
@@ -215,8 +217,8 @@ class Refusal(Message):
     """Site → coordinator: no. The reason is made of public parameters; anything else is the uniform `abstains`."""
 
     TYPE: ClassVar[str] = "refusal"
-    kind: str
-    reason: str
+    kind: Annotated[str, Field(max_length=32)]
+    reason: Annotated[str, Field(max_length=500)]
 
 
 _M = TypeVar("_M", bound=Message)

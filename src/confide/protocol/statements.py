@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from confide.errors import SealingError
-from confide.protocol.envelope import Address, expect, verify
+from confide.protocol.envelope import MAX_REPLY_BODY, Address, expect, verify
 from confide.protocol.manifest import Manifest
 from confide.protocol.messages import Message, Statement, decode
 
@@ -26,6 +26,6 @@ def signed_reply(
     if statement.site != site or member is None:
         raise SealingError(f"the reply of {site[:64]} is somebody else's", where=f"run {manifest.run}")
     envelope = statement.envelope()
-    header = verify(envelope, bytes.fromhex(member.public_key), sender=site, with_chunks=False)
+    header = verify(envelope, bytes.fromhex(member.public_key), sender=site, with_chunks=False, max_body=MAX_REPLY_BODY)
     expect(header, address, sender=site, recipient=coordinator)
     return decode(kind, header.type, envelope.body)

@@ -633,6 +633,12 @@ LIES: dict[str, tuple[Lie, str, tuple[type[r.Record], dict[str, Any]] | None]] =
         _edit("cedar", r.Opened, {"round": 1}, transcript="0" * 64), "cedar", (r.Opened, {"round": 1})),
     "the coordinator released another model": (
         _edit(COORDINATOR, r.ModelReleased, {}, model="0" * 64), COORDINATOR, (r.ModelReleased, {})),
+    "the coordinator released under another key": (
+        _edit(COORDINATOR, r.ModelReleased, {}, key="0" * 64), COORDINATOR, (r.ModelReleased, {})),
+    "a site released under another key": (
+        _edit("cedar", r.ModelReleased, {}, key="0" * 64), "cedar", (r.ModelReleased, {})),
+    "a site released under a key that is none": (
+        _edit("cedar", r.ModelReleased, {}, key="key"), "cedar", (r.ModelReleased, {})),
     "a site released another model": (
         _edit("cedar", r.ModelReleased, {}, model="0" * 64), "cedar", (r.ModelReleased, {})),
     "a refusal that nobody sent": (_refusal_received, COORDINATOR, (r.Refused, {})),

@@ -136,8 +136,9 @@ def test_a_worker_that_kills_itself_in_the_middle_of_a_share_loses_nothing(pids:
     results = list(run_jobs(Dies(os.getpid(), at), range(COUNT), COUNT))
     assert results == [(i, i) for i in range(COUNT)]
     if at < COUNT - 8:
-        assert not all(map(is_alive, pids)), "the control: something did die"
+        wait_for(lambda: not all(map(is_alive, pids)), 10)  # the control: something did die
     assert [r[:2] for r in run_jobs(Where(), range(COUNT), COUNT)] == results, "and the next call is unharmed"
+    stop_workers()  # the next test starts new ones
 
 
 @pytest.mark.parametrize("when", [0, 10, COUNT // 2])
@@ -207,6 +208,7 @@ def test_an_interruption_while_it_waits_for_a_worker_does_not_poison_the_next_ca
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert [r[:3] for r in run_jobs(Where("x"), range(COUNT), COUNT)] == [(i, i, "x") for i in range(COUNT)]
+    stop_workers()  # the next test starts new ones
 
 
 def test_two_calls_at_a_time_do_not_mix_up_their_jobs(pids: list[int]) -> None:
