@@ -151,13 +151,13 @@ class RoundSteps:
         message = m.decode(m.ReleaseRequest, header.type, request.body)
         if header.round != run.manifest.rounds + 2:
             raise SealingError("a model is released after the last round", where=f"run {run.manifest.run}")
-        if not self._policy().release:
-            raise PolicyError("release is not allowed", where=f"policy of site {run.site}")
         model = self._apply(run, message.sums, request.chunks, before=header.round)
         self._settle_unsent(run, header.round)
-        agree_to_release(
-            run, message, model=model, min_sites=self._policy().min_sites, coordinator=self._policy().coordinator
-        )
+        policy = self._policy()
+        agree_to_release(run, message, model=model, min_sites=policy.min_sites, coordinator=policy.coordinator)
+        if not policy.release:
+            self.end(run)  # its part is over all the same
+            raise PolicyError("release is not allowed", where=f"policy of site {run.site}")
         weights = model.weights.astype("<f4").tobytes()
         named, key = model_digest(model), run.keys.model_key(model.trained).hex()
         self._log.append(audit.ModelReleased(run=run.manifest.run, model=named, key=key, sites=[], checkpoints=[]))

@@ -76,6 +76,7 @@ class SiteRun:
     def destroy(self) -> None:
         """Forget every key, and an update that waits."""
         self.pending = None
+        self.trainer.destroy()
         self.keys.destroy()
 
     def address(self, round_: int, step: str, *, epoch: int | None = None, attempt: int = 0) -> Address:

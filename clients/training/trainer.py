@@ -116,7 +116,15 @@ class LocalTrainer:
             self._person_gradients(drawn)
             optimizer.step()
         optimizer.zero_grad()
-        return flatten(self._model).astype(np.float64) - weights.astype(np.float64)
+        update = flatten(self._model).astype(np.float64) - weights.astype(np.float64)
+        load_flat(self._model, weights)  # given and trained weights together are the update
+        return update
+
+    def destroy(self) -> None:
+        """Forget the model of a run that is over."""
+        for p in self._parameters:
+            p.data.zero_()
+            p.grad = p.grad_sample = p.summed_grad = None
 
     def metric_sum(self, weights: Vector, eligible: NDArray[np.int64]) -> Floats:
         """The exact metric vector of these units, before noise; it must not leave as it is."""

@@ -121,7 +121,9 @@ def test_every_part_has_a_limit_and_the_largest_allowed_passes() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"extra": 1}, {"version": 2}, {"version": "1"}, {"body": "00"}, {"chunks": ["zz"]}, {"chunks": -1}, {"chunks": MAX_CHUNKS + 1}, {"chunk_root": "zz"}, {"sender": "x" * 129}, {"round": -1},
+        {"extra": 1}, {"version": 2}, {"version": "1"}, {"body": "00"}, {"chunks": ["zz"]}, {"chunks": -1},
+        {"chunks": MAX_CHUNKS + 1},
+        {"chunk_root": "zz"}, {"sender": "x" * 129}, {"round": -1},
         {"round": 1.5}, {"attempt": -1}, {"attempt": 101}, {"attempt": 0.5}, {"key_epoch": -1}, {"key_epoch": 1001},
         {"key_epoch": None}, {"step": "destroy"}, {"sender": None}, {"checkpoint": "1"}, {"manifest": "AB" * 32},
     ],
