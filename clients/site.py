@@ -34,13 +34,15 @@ from confide.privacy.consent import Registry, SiteKey
 from confide.privacy.dp import Ledger, SecureRandom
 from confide.privacy.sealing.vault import Vault
 from confide.protocol import messages as m
-from confide.protocol.envelope import EVERYBODY, Address, Envelope, Header, expect, seal_envelope, verify
+from confide.protocol.envelope import EVERYBODY, MAX_BODY, Address, Envelope, Header, expect, seal_envelope, verify
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
 
 __all__ = ["Site"]
 
 _log = logging.getLogger(__name__)
+#: Bytes of a request's body besides statements, and of a statement (a signed reply in JSON).
+_REQUEST_BODY, _STATEMENT = 64 * 1024, 4096
 
 
 class Site:
@@ -159,6 +161,8 @@ class Site:
         if header.step != step:
             raise SealingError("was sent as another step than it was signed for", where=f"site {self.name}")
         try:
+            if len(request.body) > self._most_body(header.run):
+                raise SealingError("is larger than any honest request", where=f"run {header.run[:64]}")
             stored = self._store.stored_reply(_place(header), request.digest)
             if stored is not None:
                 return stored
@@ -263,6 +267,14 @@ class Site:
         self.log.append(
             audit.Refused(run=header.run, round=header.round, step=header.step, party=self.name, reason=answer.reason)
         )
+
+    def _most_body(self, run: str) -> int:
+        """A request holds signed replies of the roster, at most for each sum that this site may have missed."""
+        data = self._store.manifest(run)
+        if data is None:
+            return _REQUEST_BODY
+        manifest = self._runs[run].manifest if run in self._runs else Manifest.from_bytes(data)
+        return min(MAX_BODY, _REQUEST_BODY + _STATEMENT * len(manifest.members) * (manifest.rounds + 2))
 
     def _forget_ended_runs(self) -> None:
         """Destroy what a process left in the vault that died between the end of a run and the end of its keys."""

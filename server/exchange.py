@@ -70,16 +70,20 @@ class Exchange:
             node, envelope = arrived
             site, request = by_node[node]
             reply = self._reply(place, site, request, envelope, kind)
-            if reply is not None:
+            if reply is not None and isinstance(envelope, Envelope):
                 yield site, envelope, reply
             del arrived, envelope, reply  # before the next one is asked for
 
-    def _reply(self, place: Address, site: str, request: Envelope, envelope: Envelope, kind: type[m._M]) -> m._M | None:
+    def _reply(
+        self, place: Address, site: str, request: Envelope, envelope: Envelope | SealingError, kind: type[m._M]
+    ) -> m._M | None:
         """What a site says, if it is authentic and not a refusal; else that is noted."""
         member = self._manifest.member(site)
         if member is None:
             return None
         try:
+            if isinstance(envelope, SealingError):
+                raise envelope
             header = verify(envelope, bytes.fromhex(member.public_key), sender=site, max_body=MAX_REPLY_BODY)
             return self.accept(header, envelope, request, place, site, kind)
         except SealingError as error:
@@ -119,8 +123,8 @@ class Exchange:
             return None
         return m.decode(kind, header.type, envelope.body)
 
-    def send(self, step: str, requests: Mapping[int, Envelope]) -> Iterator[tuple[int, Envelope]]:
-        """Send each node its request; (node, unverified reply) as they arrive, one at a time.
+    def send(self, step: str, requests: Mapping[int, Envelope]) -> Iterator[tuple[int, Envelope | SealingError]]:
+        """Send each node its request; (node, unverified reply, or why it is none) as they arrive, one at a time.
 
         Flower's own `send_and_receive` would hold all replies at once.
         """
@@ -175,11 +179,11 @@ class Exchange:
         )
 
 
-def _parse(reply: Message) -> tuple[int, Envelope] | None:
-    """(node, unverified envelope); None where the node failed, or sent something else."""
+def _parse(reply: Message) -> tuple[int, Envelope | SealingError] | None:
+    """(node, unverified envelope, or why there is none); None where the node failed."""
     if reply.has_error():
         return None
     try:
         return reply.metadata.src_node_id, from_records(reply.content)
-    except SealingError:
-        return None
+    except SealingError as error:
+        return reply.metadata.src_node_id, error

@@ -61,8 +61,9 @@ class WordAccumulator(Accumulator):
         """See the base class."""
         _check(payload, len(self._lengths), len(self._tags), self._modulus)
         for chunk, length in zip(payload.chunks, self._lengths, strict=True):
-            if len(words_from(chunk, self._modulus)) != length:
+            if len(chunk) != 8 * length:
                 raise SealingError("has another number of words than the run", where="payload")
+            words_from(chunk, self._modulus)
         if self._total is None:
             self._total = [np.zeros(length, dtype=np.uint64) for length in self._lengths]
         for into, chunk in zip(self._total, payload.chunks, strict=True):

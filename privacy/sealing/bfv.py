@@ -10,7 +10,7 @@ import tenseal.sealapi as seal
 from numpy.typing import NDArray
 
 from confide.errors import SealingError
-from confide.privacy.sealing.lattice import Lattice
+from confide.privacy.sealing.lattice import SUMMED_BYTES, Lattice
 from confide.privacy.sealing.parameters import DEGREE, BfvParameters
 from confide.privacy.sealing.slots import Lock
 
@@ -52,6 +52,10 @@ class BfvLock(Lock):
         plain = seal.Plaintext()
         self._encoder.encode(words.tolist(), plain)
         return self._lattice.fresh(lambda: self._encryptor.encrypt_symmetric(plain))
+
+    def summed_bytes(self, words: int) -> int:
+        """One length for all."""
+        return SUMMED_BYTES
 
     def open(self, data: bytes) -> Words:
         """The slots of a summed ciphertext.

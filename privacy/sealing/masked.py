@@ -94,5 +94,8 @@ class _NoLock(Lock):
     def close(self, words: Words) -> bytes:
         return words.astype("<u8").tobytes()
 
+    def summed_bytes(self, words: int) -> int:
+        return 8 * words
+
     def open(self, data: bytes) -> Words:
         return words_from(data, MODULUS)

@@ -43,6 +43,10 @@ class Lock(ABC):
         """A chunk's bytes."""
 
     @abstractmethod
+    def summed_bytes(self, words: int) -> int:
+        """Length of a summed chunk of so many words."""
+
+    @abstractmethod
     def open(self, data: bytes) -> Words:
         """A summed chunk's words; raises `SealingError` where they are none."""
 
@@ -126,10 +130,13 @@ class SlotSession(Session):
         lengths, sites = chunk_words(packing, encoder.size, whole=self._whole), len(agreement.cohort)
         if len(total.chunks) != len(lengths):
             raise SealingError("is not complete", where="sum")
+        lock = self._alive()
+        if any(len(chunk) != lock.summed_bytes(words) for chunk, words in zip(total.chunks, lengths, strict=True)):
+            raise SealingError("has a chunk of another length than the run's", where="sum")
         if len(agreement.unlocked) != (sites if agreement.self_masked else 0):
             raise SealingError("lacks what its cohort unlocked", where="sum")
         mac = self._mac(agreement)
-        job = _OpenJob(self._alive(), agreement.unlocked, mac, packing.modulus)
+        job = _OpenJob(lock, agreement.unlocked, mac, packing.modulus)
         opened, products = list[Words](), [0] * self._tags
         for words, parts in run_jobs(job, total.chunks, len(lengths)):
             if len(words) != lengths[len(opened)]:

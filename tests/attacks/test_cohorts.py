@@ -273,6 +273,22 @@ def test_a_secret_that_the_coordinator_makes_is_refused(made: Federation, monkey
     )
 
 
+def test_a_wrap_counts_only_among_those_that_its_maker_signed(
+    made: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digests of the wraps travel beside the maker's signed reply: they must be the ones it was signed for."""
+    assert made.made is not None
+    run = made.sites["birch"]._runs[made.manifest.run]
+    own = wrap(run.profile.make_secret(), run.keys.public, run.keys._info(0, ASH, "birch"))
+    honest = chunk_digests(made.made.chunks)
+    forged = (honest[0], *chunk_digests((own,)), *honest[2:])
+    for wraps in (forged, (), honest[:2], honest[::-1], (*honest, honest[0])):
+        answer = made.hand_over("birch", wraps=wraps, wrapped=own)
+        assert "not what its maker signed" in refusal_of(answer).reason
+    monkeypatch.setattr(keys_module, "carries", lambda *_: True)
+    assert not is_refusal(made.hand_over("birch", wraps=forged, wrapped=own)), "the control"
+
+
 def test_different_secrets_for_different_sites_are_noticed_before_anything_is_sealed(made: Federation) -> None:
     """A maker in league with the coordinator wraps another secret for one site."""
     assert made.made is not None

@@ -188,7 +188,10 @@ def test_a_model_is_released_at_the_end_only(federation: Federation) -> None:
     federation.agree()
     first = federation.round(1)
     request = federation.release_request(first)
+    federation.set_policy("birch", release=False)
     early = {r: federation.ask("ash", "release", r, request, first.chunks) for r in (2, 3, 0, 77)}
+    early |= {-r: federation.ask("birch", "release", r, request, first.chunks) for r in (2, 5)}
+    assert not any(federation.sites[s]._runs[federation.manifest.run].keys.destroyed for s in federation.names)
     total, ended = federation.finish(first)
     body = federation.release_request(total, ended=ended)
     end = federation.ask("ash", "release", federation.manifest.rounds + 2, body, total.chunks)

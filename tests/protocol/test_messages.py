@@ -140,6 +140,9 @@ def test_bytes_that_are_no_message_are_refused(body: bytes) -> None:
         (m.UnlockReply, {"transcript": H, "seed": "ab" * 31}),
         (m.UnlockReply, {"transcript": H, "seed": "AB" * 32}),
         (m.UnlockReply, {"transcript": H, "seed": ""}),
+        (m.KeysRequest, {"statements": [], "made": STATEMENT.model_dump(), "wraps": ["zz"]}),
+        (m.Refusal, {"kind": "abstains", "reason": "x" * 501}),
+        (m.Refusal, {"kind": "x" * 33, "reason": "abstains"}),
         (m.TrainReply, {"commitment": H, "model": H, "state": H, "secret": None}),
     ],
 )

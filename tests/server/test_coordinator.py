@@ -515,22 +515,33 @@ def test_a_hostile_join_leaves_out_one_site_only(federation: Federation, script:
     assert reason in told
 
 
-@pytest.mark.parametrize("kind", ["plain", "odd text"])
-def test_a_refusal_of_any_text_is_no_more_than_a_refusal(federation: Federation, script: Script, kind: str) -> None:
-    reason = "no" if kind == "plain" else "\x1b[2J\u2028\U0001f600\n" + "x" * 400
-
+@pytest.mark.parametrize(
+    ("reason", "counts_as"),
+    [
+        ("no", "abstains"),
+        ("\x1b[2J\u2028\U0001f600\n" + "x" * 400, "abstains"),
+        ("x" * 501, "sealing"),
+        ("x" * 100_000, "sealing"),
+    ],
+    ids=["plain", "odd text", "long", "longer than any reply"],
+)
+def test_a_refusal_of_any_text_is_no_more_than_a_refusal(
+    federation: Federation, script: Script, reason: str, counts_as: str
+) -> None:
     def lie(reply: Envelope) -> Envelope:
         header = header_of(reply)
         return federation.sign(
-            header.step, header.round, "coordinator", m.Refusal(kind="abstains", reason=reason),
+            header.step, header.round, "coordinator", m.Refusal.model_construct(kind="abstains", reason=reason),
             identity=federation.sites["birch"].identity, request=header.request,
         )  # fmt: skip
 
     script.lies = {("train", 2, "birch"): lie}
     coordinator = script.coordinator()
     coordinator.run()
-    assert script.cohorts()[1] == tuple(n for n in federation.names if n != "birch")
-    assert coordinator.refusals["birch"].kind == "abstains"
+    rest = tuple(n for n in federation.names if n != "birch")
+    assert script.cohorts() == [federation.names, rest, federation.names, federation.names]
+    assert coordinator.refusals["birch"].kind == counts_as
+    assert len(coordinator.refusals["birch"].reason) <= 500
 
 
 # --- the release ------------------------------------------------------------------------------------------------------
@@ -595,6 +606,8 @@ def test_a_site_whose_policy_does_not_allow_the_release_keeps_the_model(federati
     released = coordinator.run()
     assert released.weights.size == 4
     assert set(coordinator.refusals) == set(federation.names) - {"ash"}
+    run = federation.manifest.run
+    assert all(federation.sites[s]._runs[run].keys.destroyed for s in federation.names), "its part is over all the same"
 
 
 def test_where_no_site_may_release_nothing_comes_out(federation: Federation, script: Script) -> None:

@@ -24,7 +24,6 @@ def test_the_profile_that_is_named_is_the_one_that_is_made(name: str) -> None:
     assert type(made) is KINDS[name]
     assert made.name == name
     assert made.keyed == (name != "open")
-    assert made.retries == (name in ("sealed", "masked"))
     assert bool(made.make_secret()) == made.keyed
     if made.keyed:
         assert made.make_secret() != made.make_secret()
