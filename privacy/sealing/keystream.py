@@ -31,12 +31,16 @@ def uniform_mod(key: bytes, count: int, modulus: int) -> Words:
     stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
     mask = np.uint64((1 << modulus.bit_length()) - 1)
     share = modulus / (1 << modulus.bit_length())
-    found = np.empty(0, dtype=np.uint64)
-    while len(found) < count:
-        words = int((count - len(found)) / share * 1.02) + 64
-        drawn = np.frombuffer(stream.update(bytes(8 * words)), dtype="<u8").astype(np.uint64) & mask
-        found = np.concatenate([found, drawn[drawn < np.uint64(modulus)]])
-    return found[:count]
+    found, have = list[Words](), 0
+    while have < count or not found:
+        words = int((count - have) / share * 1.02) + 64
+        drawn = np.frombuffer(stream.update(bytes(8 * words)), dtype="<u8") & mask
+        fits = drawn < np.uint64(modulus)
+        if not fits.all():
+            drawn = drawn[fits]
+        found.append(drawn)
+        have += len(drawn)
+    return np.concatenate(found)[:count] if len(found) > 1 else found[0][:count]
 
 
 def random_words(key: bytes, count: int) -> Words:

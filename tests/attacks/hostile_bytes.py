@@ -49,7 +49,16 @@ from confide.privacy.sealing.lattice import SUMMED_BYTES, Lattice, pack_residues
 from confide.privacy.sealing.masked import MODULUS
 from confide.privacy.sealing.parameters import DEGREE, choose_parameters
 from confide.protocol import messages as m
-from confide.protocol.envelope import _DOMAIN, MAX_CHUNKS, Address, Envelope, chunk_digests, chunk_root, seal_envelope
+from confide.protocol.envelope import (
+    _DOMAIN,
+    EVERYBODY,
+    MAX_CHUNKS,
+    Address,
+    Envelope,
+    chunk_digests,
+    chunk_root,
+    seal_envelope,
+)
 from confide.protocol.flower import from_records, to_records
 from confide.protocol.identity import Identity
 from confide.simulations.grid import LocalGrid
@@ -806,6 +815,8 @@ def _attack(side: str, profile: str, attacked: HostileSite | HostileCoordinator)
     if profile == "sealed":
         say("mutations", _try_mutations(attacked, meter))
         say("control: a decompressor", [_swell(attacked.honest, meter)])
+        if isinstance(attacked, HostileCoordinator):
+            say("parsing", _parse(attacked, meter))
     _try(attacked, [attacked.honest.first(b"\x01" * _BIG)], meter)
     say("afterwards", [{"above": round((meter.settle() - meter.baseline) / MIB, 1)}])
     say("control: the honest message", [attacked.attack(attacked.honest.but())])
@@ -830,6 +841,46 @@ def _try_mutations(attacked: HostileSite | HostileCoordinator, meter: Meter) -> 
 
     attempt()
     return outcomes
+
+
+def _parse(attacked: HostileCoordinator, meter: Meter) -> list[dict[str, Any]]:
+    """What two megabytes of wrong JSON cost: in bodies (how long one may be depends on the roster), and in a manifest,
+    which comes from the coordinator before the site knows anything of the run."""
+    federation = attacked.federation
+    body = m.TrainRequest(sums=(attacked.total.reference,)).to_bytes()
+    seal_body = m.SealRequest(cohort=federation.names, statements=()).to_bytes()
+    manifest = federation.manifest.to_bytes()
+    wrong: dict[str, Callable[[], Any]] = {
+        "numbers for sums": partial(m.decode, m.TrainRequest, m.TrainRequest.TYPE, _long(b"sums", b"0")(body)),
+        "numbers for tags": partial(m.decode, m.TrainRequest, m.TrainRequest.TYPE, _long(b"tags", b"0")(body)),
+        "numbers for sites": partial(m.decode, m.SealRequest, m.SealRequest.TYPE, _long(b"cohort", b"0")(seal_body)),
+        "unknown keys": partial(m.decode, m.SealRequest, m.SealRequest.TYPE, _extra_keys(seal_body)),
+    }
+    join = {name: change(manifest) for name, change in {
+        "a manifest with numbers for members": _long(b"members", b"0"),
+        "a manifest with numbers for a shape": _long(b"shapes", b'""'),
+        "a manifest with unknown keys": _extra_keys,
+    }.items()}  # fmt: skip
+    for name, data in join.items():
+        place = federation.address("join", 0).model_copy(update={"run": "another"})
+        envelope = federation.sign(
+            "join", 0, EVERYBODY, m.JoinRequest(), (data, federation.weights), address=place
+        )  # fmt: skip
+        wrong[name] = partial(attacked.target.handle, "join", envelope)
+    found = []
+    for name, parse in wrong.items():
+
+        def attempt(name: str = name, parse: Callable[[], Any] = parse) -> dict[str, Any]:
+            try:
+                answer = parse()
+            except SealingError as error:
+                return {"what": name, "outcome": "refused", "reason": error.what}
+            refused = isinstance(answer, Envelope) and is_refusal(answer)
+            return {"what": name, "outcome": "refused" if refused else "taken"}
+
+        meter.settle()
+        found.append(meter.watch(_BODY, attempt))
+    return found
 
 
 def _swell(honest: Honest, meter: Meter) -> dict[str, Any]:

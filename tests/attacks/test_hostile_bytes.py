@@ -26,6 +26,10 @@ MOST_MIB, MOST_KEPT_MIB = 256, 64
 ITEMS = [(side, profile, name) for profile in PROFILES for side in SIDES for name in corpus(side, profile)]
 #: A site takes a sum that differs in its noise only for the honest one; so do all others of its cohort.
 NOISE = {"one bit", "mutations"}
+WRONG_JSON = [
+    "numbers for sums", "numbers for tags", "numbers for sites", "unknown keys", "a manifest with numbers for members",
+    "a manifest with numbers for a shape", "a manifest with unknown keys",
+]  # fmt: skip
 Line = list[dict[str, Any]]
 
 
@@ -75,6 +79,17 @@ def test_mutations_of_an_honest_message_are_refused_or_mean_the_same(
     assert max(r["above"] for r in results) <= MOST_MIB
     assert len({r["outcome"] for r in results}) > 1, "the control: some get further than others"
     assert sum(r["outcome"] != "opened" for r in results) >= 20
+
+
+@pytest.mark.parametrize("number", range(len(WRONG_JSON)), ids=WRONG_JSON)
+def test_two_megabytes_of_wrong_json_cost_a_quarter_of_the_bound(
+    said: dict[tuple[str, str, str], Line], number: int
+) -> None:
+    """A body may have eight where the roster is large, and a manifest any number; some is left for what is around."""
+    result = said["coordinator", "sealed", "parsing"][number]
+    assert result["what"] == WRONG_JSON[number]
+    assert result["outcome"] == "refused"
+    assert result["above"] <= MOST_MIB / 4 + 16
 
 
 @pytest.mark.parametrize("profile", PROFILES)

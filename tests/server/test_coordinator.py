@@ -94,6 +94,26 @@ def test_an_undisturbed_run_holds_every_site_in_every_round(federation: Federati
     assert released.metrics_round == 4
 
 
+@pytest.mark.parametrize(
+    "sealing",
+    [
+        {"profile": "open"}, {"profile": "masked"}, {"profile": "ckks"}, {"profile": "masked", "retry": True},
+        {"profile": "sealed", "retry": True, "rotation": True, "bits": 10},
+    ],
+    ids=lambda sealing: " ".join(map(str, sealing.values())),
+)  # fmt: skip
+def test_every_profile_ends_with_one_model_at_all_sites(tmp_path: Path, sealing: dict[str, Any]) -> None:
+    with open_federation(tmp_path / "f", sealing=sealing) as federation:
+        script = Script(federation)
+        coordinator = script.coordinator()
+        released = coordinator.run()
+        assert script.cohorts() == [federation.names] * 4
+        assert coordinator.refusals == {}
+        assert digests(federation) == {released.weights.astype("<f4").tobytes()}
+        assert released.weights.tobytes() != federation.weights, "and it has learnt something"
+        assert released.metrics_round == 4
+
+
 def test_a_site_that_dies_while_training_is_left_out_and_the_run_goes_on(
     federation: Federation, script: Script
 ) -> None:
