@@ -222,7 +222,7 @@ class RoundSteps:
             return
         name, unsent = run.manifest.run, run.pending[0]
         run.pending = None
-        if self._store.was_sealed(name, unsent):
+        if run.attempts:
             return
         for charge in self._ledger.open_charges(f"{name}/{unsent}/"):
             self._ledger.settle(charge, 0)

@@ -182,12 +182,6 @@ class SiteStore:
         ).fetchone()
         return row[0] if row else None
 
-    def was_sealed(self, run: str, round_: int) -> bool:
-        """Did this site seal any attempt of a round?"""
-        return (
-            self._db.execute("SELECT 1 FROM sealed WHERE run = ? AND round = ?", (run, round_)).fetchone() is not None
-        )
-
     def unlocked_transcript(self, run: str, round_: int) -> str | None:
         """The transcript of the one attempt of a round that this site unlocked."""
         row = self._db.execute("SELECT transcript FROM unlocked WHERE run = ? AND round = ?", (run, round_)).fetchone()

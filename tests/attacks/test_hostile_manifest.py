@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 import types
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from confide.clients.store import ModelState
+from confide.clients.store import ModelState, SiteStore
 from confide.clients.training.models import build_model
 from confide.config import ModelConfig
 from confide.errors import BudgetError, ConfideError, ConfigError
@@ -259,6 +260,30 @@ def test_there_is_no_round_outside_the_run(federation: Federation, round_: int) 
     assert federation.manifest.rounds + 1 == 4
     assert is_refusal(federation.ask("ash", "train", round_, m.TrainRequest(sums=())))
     assert not federation.charges("ash", round_)
+
+
+def test_what_a_site_says_it_sealed_stays_charged_also_where_its_disk_lost_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log tells of the sealing: a charge taken back after that would look like a lie to every auditor."""
+    commit = SiteStore.commit_reply
+
+    def full(store: SiteStore, place: Any, *rest: Any, **options: Any) -> None:
+        if place.step == "seal":
+            raise sqlite3.OperationalError("database or disk is full")
+        commit(store, place, *rest, **options)
+
+    with open_federation(tmp_path / "f", sealing={"retry": True}) as federation:
+        committed = federation.agree().train(1)
+        monkeypatch.setattr(SiteStore, "commit_reply", full)
+        assert {refusal_of(a).kind for a in federation.seal(1, committed).values()} == {"abstains"}
+        federation.train(2)
+        federation.train(3)
+        whole = federation.manifest.training.local_steps
+        for site in federation.names:
+            assert b'"kind":"sealed"' in federation.sites[site].log.path.read_bytes()
+            assert sum(federation.charges(site, 1).values()) == whole
+            assert sum(federation.charges(site, 2).values()) == 0, "the control: what was never sealed is given back"
 
 
 def test_a_restarted_site_charges_nothing_for_rounds_that_it_cannot_seal(federation: Federation) -> None:
