@@ -43,6 +43,7 @@ __all__ = ["Site"]
 _log = logging.getLogger(__name__)
 #: Bytes of a request's body besides statements, and of a statement (a signed reply in JSON).
 _REQUEST_BODY, _STATEMENT = 64 * 1024, 4096
+_MANIFEST = 2**20
 
 
 class Site:
@@ -285,6 +286,8 @@ class Site:
     def _joining(self, header: Header, request: Envelope) -> SiteRun:
         if len(request.chunks) != 2:
             raise SealingError("a join request holds a manifest and a model", where=f"site {self.name}")
+        if len(request.chunks[0]) > _MANIFEST:
+            raise SealingError("the manifest is larger than any honest one", where=f"site {self.name}")
         try:
             manifest = Manifest.from_bytes(request.chunks[0])
         except ValidationError:

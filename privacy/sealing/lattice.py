@@ -1,8 +1,8 @@
 """SEAL behind our own bytes: ring degree 4096, one 60-bit prime q, symmetric encryption.
 
 On the wire a ciphertext is its residues mod q at 60 bits each: the first polynomial and a 64-byte seed when fresh, both
-polynomials once added. SEAL's own format would be 7 % longer, and its loader inflates whatever a 32 kB frame claims to
-hold; here SEAL parses only a frame that we built around residues that we checked. Nothing touches the disk.
+polynomials once added. SEAL's own format would be 7 % longer, and puts a decompressor behind the network; here SEAL
+parses only a frame that we built around residues that we checked. Nothing touches the disk.
 """
 
 from __future__ import annotations

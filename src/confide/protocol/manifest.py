@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from confide.config import (
     LabelConfig,
@@ -43,8 +43,8 @@ class Member(_Part):
 class Layout(_Part):
     """Where each parameter lies in the flat float32 model vector."""
 
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    names: Annotated[tuple[str, ...], FailFast()]
+    shapes: Annotated[tuple[Annotated[tuple[int, ...], FailFast()], ...], FailFast()]
 
     @property
     def size(self) -> int:
@@ -61,11 +61,11 @@ class Manifest(_Part):
     roster_version: int
     purpose: str
     coordinator_key: Hex32
-    members: tuple[Member, ...]
+    members: Annotated[tuple[Member, ...], FailFast()]
     min_sites: Annotated[int, Field(ge=3)]
     min_subjects: Annotated[int, Field(ge=1)]
     rounds: Annotated[int, Field(ge=1)]
-    metric_rounds: tuple[int, ...]
+    metric_rounds: Annotated[tuple[int, ...], FailFast()]
     held_out: float
     label: LabelConfig
     schema_: SchemaConfig

@@ -5,9 +5,9 @@ Bulk (model bytes, payloads, sums) travels as chunks of the envelope, in the ord
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from confide.errors import SealingError
 from confide.protocol.envelope import Envelope
@@ -35,8 +35,11 @@ __all__ = [
     "decode",
 ]
 
-Sites = tuple[str, ...]
-Tags = tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{1,16}$")], ...]
+_T = TypeVar("_T")
+#: The first wrong member ends the reading: a list of a million wrong ones must not cost a million errors.
+Many = Annotated[tuple[_T, ...], FailFast()]
+Sites = Many[str]
+Tags = Many[Annotated[str, Field(pattern=r"^[0-9a-f]{1,16}$")]]
 
 
 class Message(BaseModel):
@@ -44,6 +47,14 @@ class Message(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     TYPE: ClassVar[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_more_keys_than_fields(cls, data: Any) -> Any:
+        """Each unknown key would cost an error of its own."""
+        if isinstance(data, dict) and len(data) > len(cls.model_fields):
+            raise ValueError("more keys than fields")
+        return data
 
     def to_bytes(self) -> bytes:
         """The body's bytes."""
@@ -98,7 +109,7 @@ class SecretRequest(Message):
     """Coordinator → one site: make the run secret for these participants."""
 
     TYPE: ClassVar[str] = "secret.request"
-    statements: tuple[Statement, ...]
+    statements: Many[Statement]
 
 
 class SecretReply(Message):
@@ -112,9 +123,9 @@ class KeysRequest(Message):
     wrap for this site."""
 
     TYPE: ClassVar[str] = "keys.request"
-    statements: tuple[Statement, ...]
+    statements: Many[Statement]
     made: Statement
-    wraps: tuple[Hex32, ...]
+    wraps: Many[Hex32]
 
 
 class KeysReply(Message):
@@ -131,21 +142,21 @@ class SumReference(Message):
     round: Annotated[int, Field(ge=1)]
     cohort: Sites
     #: Digests of the cohort's signed `train` replies: with them a site recomputes the transcript for this very round.
-    statements: tuple[Hex32, ...]
+    statements: Many[Hex32]
     transcript: Hex32
     attempt: Annotated[int, Field(ge=0, le=100)]
     chunks: Annotated[int, Field(ge=0)]
     #: Summed authentication tags, hexadecimal: they exceed what JSON numbers hold everywhere.
     tags: Tags
     #: Where sites add masks of their own: the cohort's signed `unlock` replies, in the order of names.
-    unlocked: tuple[Statement, ...]
+    unlocked: Many[Statement]
 
 
 class TrainRequest(Message):
     """Coordinator → site: apply these sums, then train. Chunks: those of the sums, in order."""
 
     TYPE: ClassVar[str] = "train.request"
-    sums: tuple[SumReference, ...]
+    sums: Many[SumReference]
 
 
 class TrainReply(Message):
@@ -166,7 +177,7 @@ class SealRequest(Message):
 
     TYPE: ClassVar[str] = "seal.request"
     cohort: Sites
-    statements: tuple[Statement, ...]
+    statements: Many[Statement]
 
 
 class SealReply(Message):
@@ -181,7 +192,7 @@ class UnlockRequest(Message):
     """Coordinator → site: all of the cohort sealed this attempt, see their signed `seal` replies; unlock it."""
 
     TYPE: ClassVar[str] = "unlock.request"
-    statements: tuple[Statement, ...]
+    statements: Many[Statement]
 
 
 class UnlockReply(Message):
@@ -200,8 +211,8 @@ class ReleaseRequest(Message):
     """
 
     TYPE: ClassVar[str] = "release.request"
-    sums: tuple[SumReference, ...]
-    statements: tuple[Statement, ...]
+    sums: Many[SumReference]
+    statements: Many[Statement]
 
 
 class ReleaseReply(Message):
