@@ -7,6 +7,7 @@ is decided here for one person never depends on another.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 from confide.clients.data.records import SiteRecords
 from confide.privacy.consent import Registry, SiteKey, Snapshot, now_micros
 from confide.privacy.digest import digest
-from confide.privacy.dp import Ledger, Role
+from confide.privacy.dp import Ledger, PrivacyEvent, Role
+from confide.privacy.dp.personal import PersonalLosses
 
 __all__ = ["ParticipantSource", "Participants"]
 
@@ -47,19 +49,30 @@ class ParticipantSource:
         registry: The site's consent registry.
         key: The site's key; it fixes each person's role for ever.
         records: The site's data.
+        personal: What each person has been exposed to.
         purpose: The run's purpose.
         held_out: Share of persons whose role is held-out.
     """
 
-    def __init__(self, registry: Registry, key: SiteKey, records: SiteRecords, purpose: str, held_out: float) -> None:
-        self._registry, self._persons, self._purpose = registry, records.persons, purpose
+    def __init__(
+        self,
+        registry: Registry,
+        key: SiteKey,
+        records: SiteRecords,
+        personal: PersonalLosses,
+        purpose: str,
+        held_out: float,
+    ) -> None:
+        self._registry, self._persons, self._purpose, self._personal = registry, records.persons, purpose, personal
         self._held_out: Mask = np.array([key.role_share(p) < held_out for p in records.persons], dtype=np.bool_)
+        self._places = personal.enrol([key.locator(p) for p in records.persons])
 
-    def take(self, ledger: Ledger | None) -> Participants:
+    def take(self, ledger: Ledger | None, upcoming: Sequence[PrivacyEvent] = ()) -> Participants:
         """The snapshot of this instant.
 
         Args:
-            ledger: Holds this round's charges already, for personal limits; None for ε = ∞ on public data.
+            ledger: The site's charges; None for ε = ∞ on public data.
+            upcoming: What the next round releases: a person whose own limit it would exceed is left out.
 
         Raises:
             ConsentError: The registry cannot be read; the site then abstains.
@@ -68,17 +81,25 @@ class ParticipantSource:
         names = self._registry.pseudonyms(self._persons)
         consenting = np.array([names.get(p) in snapshot.participants for p in self._persons], dtype=np.bool_)
         if ledger is not None:
-            consenting &= self._within_personal_limit(snapshot, names, ledger)
+            consenting &= self._within_personal_limit(snapshot, names, ledger, upcoming)
         return Participants(train=consenting & ~self._held_out, held_out=consenting & self._held_out)
 
-    def _within_personal_limit(self, snapshot: Snapshot, names: dict[str, bytes], ledger: Ledger) -> Mask:
-        """A person's own loss is at most her role's total, so comparing with the total is safe (and public)."""
-        if all(limit is None for limit in snapshot.participants.values()):
+    def hold(self, used: Participants, charges: Mapping[Role, str]) -> None:
+        """Note, durably, whom a round's charges hold, before anything computed under them leaves."""
+        for role, charge in charges.items():
+            mask = used.train if role is Role.TRAIN else used.held_out
+            self._personal.hold(charge, self._places[mask])
+
+    def _within_personal_limit(
+        self, snapshot: Snapshot, names: dict[str, bytes], ledger: Ledger, upcoming: Sequence[PrivacyEvent]
+    ) -> Mask:
+        """A person's own loss decides, and nobody else's."""
+        found = [snapshot.participants.get(names.get(p, b"")) for p in self._persons]
+        if all(limit is None for limit in found):
             return np.ones(len(self._persons), dtype=np.bool_)
-        cost = {role: ledger.epsilon(role) for role in Role}
-        mask = np.ones(len(self._persons), dtype=np.bool_)
-        for i, person in enumerate(self._persons):
-            limit = snapshot.participants.get(names.get(person, b""))
-            role = Role.HELD_OUT if self._held_out[i] else Role.TRAIN
-            mask[i] = limit is None or cost[role] <= limit
+        limits = np.array([np.inf if limit is None else limit for limit in found], dtype=np.float64)
+        charges, mask = ledger.charges(), np.zeros(len(self._persons), dtype=np.bool_)
+        for role, here in ((Role.TRAIN, ~self._held_out), (Role.HELD_OUT, self._held_out)):
+            events = [e for e in upcoming if e.role is role]
+            mask[here] = self._personal.admits(self._places[here], limits[here], charges, events, ledger.budget.delta)
         return mask

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from confide.clients.agreement import agree, agree_to_release, agree_to_unlock
 from confide.clients.cutoff import compute_until_cut_off
 from confide.clients.data.records import SiteRecords
-from confide.clients.participants import Participants
+from confide.clients.participants import Participants, ParticipantSource
 from confide.clients.policy import SitePolicy
 from confide.clients.run import SiteRun, model_digest
 from confide.clients.store import ModelState, SiteStore
@@ -17,7 +17,7 @@ from confide.errors import PolicyError, SealingError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.digest import digest
-from confide.privacy.dp import Ledger
+from confide.privacy.dp import Ledger, Role
 from confide.privacy.dp.events import event_to_json
 from confide.privacy.sealing import Agreement
 from confide.protocol import messages as m
@@ -45,7 +45,7 @@ class RoundSteps:
     Args:
         policy: What the operator allows right now.
         records: The site's encoded data.
-        participants: Who may take part in a run right now.
+        participants: Where a run's snapshots come from.
         ledger: The site's privacy ledger.
         store: Its durable state.
         log: Its federated log.
@@ -57,7 +57,7 @@ class RoundSteps:
         *,
         policy: Callable[[], SitePolicy],
         records: SiteRecords,
-        participants: Callable[[Manifest], Participants],
+        participants: Callable[[Manifest], ParticipantSource],
         ledger: Ledger,
         store: SiteStore,
         log: Log,
@@ -78,15 +78,18 @@ class RoundSteps:
         if self._ledger.open_charges(f"{run.manifest.run}/{round_}/"):
             # What was computed under them may have left before this site's state was lost or put back.
             raise SealingError(f"round {round_} was charged before and is not computed again", where=f"site {run.site}")
-        for event in run.manifest.charges(round_):
-            charge = f"{run.manifest.run}/{round_}/{event.role.value}"
+        events, charges = run.manifest.charges(round_), dict[Role, str]()
+        for event in events:
+            charge = charges[event.role] = f"{run.manifest.run}/{round_}/{event.role.value}"
             self._ledger.reserve(charge, event)
             self._log.append(
                 audit.Charged(run=run.manifest.run, round=round_, charge=charge, event=event_to_json(event))
             )
+        source, ledger = self._participants(run.manifest), self._ledger if events else None
         vector, used, attempts = compute_until_cut_off(
-            run, round_, model, self._records, lambda: self._participants(run.manifest)
+            run, round_, model, self._records, lambda: source.take(ledger, events)
         )
+        source.hold(used, charges)
         self._log_snapshot(run, round_, used, attempts)
         commitment = digest("commitment", secrets.token_bytes(32), vector.tobytes()).hex()
         reply = m.TrainReply(

@@ -32,6 +32,7 @@ from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.consent import Registry, SiteKey
 from confide.privacy.dp import Ledger, SecureRandom
+from confide.privacy.dp.personal import PersonalLosses
 from confide.privacy.sealing.vault import Vault
 from confide.protocol import messages as m
 from confide.protocol.envelope import EVERYBODY, MAX_BODY, Address, Envelope, Header, expect, seal_envelope, verify
@@ -55,6 +56,7 @@ class Site:
         records: Its encoded data.
         registry: Its consent registry.
         ledger: Its privacy ledger.
+        personal: What each person has been exposed to; it lives beside the ledger.
         key: Its site-lifetime key.
         store: Its durable state.
         log: Its federated log: nothing in it depends on one person, and it may travel.
@@ -71,6 +73,7 @@ class Site:
         records: SiteRecords,
         registry: Registry,
         ledger: Ledger,
+        personal: PersonalLosses,
         key: SiteKey,
         store: SiteStore,
         log: Log,
@@ -81,11 +84,11 @@ class Site:
         self.identity, self.policy, self.records, self.ledger = identity, policy, records, ledger
         self._registry, self._key, self._store, self._device = registry, key, store, device
         self.log, self._local_log, self._vault = log, local_log, vault
-        self._rng = SecureRandom()
+        self._rng, self._personal = SecureRandom(), personal
         self._runs: dict[str, SiteRun] = {}
         self._sources: dict[tuple[str, float], ParticipantSource] = {}
         self._rounds = RoundSteps(
-            policy=lambda: self.policy, records=records, participants=self.participants, ledger=ledger, store=store,
+            policy=lambda: self.policy, records=records, participants=self.source, ledger=ledger, store=store,
             log=log, local_log=local_log,
         )  # fmt: skip
         self._steps: dict[str, Callable[[SiteRun, Header, Envelope], Answer]] = {
@@ -129,18 +132,23 @@ class Site:
         """
         return self._store.model(run, self._runs[run].keys.storage)
 
-    def participants(self, manifest: Manifest) -> Participants:
-        """Who may take part right now. For the site's own use: it never leaves."""
+    def source(self, manifest: Manifest) -> ParticipantSource:
+        """Where a run's snapshots come from."""
         place = (manifest.purpose, manifest.held_out)
-        source = self._sources.get(place)
-        if source is None:
-            source = self._sources[place] = ParticipantSource(self._registry, self._key, self.records, *place)
-        return source.take(self.ledger if manifest.privacy.is_private else None)
+        if place not in self._sources:
+            self._sources[place] = ParticipantSource(self._registry, self._key, self.records, self._personal, *place)
+        return self._sources[place]
+
+    def participants(self, manifest: Manifest, round_: int = 1) -> Participants:
+        """Who may take part in a round, as of right now. For the site's own use: it never leaves."""
+        private = manifest.privacy.is_private
+        return self.source(manifest).take(self.ledger if private else None, manifest.charges(round_))
 
     def close(self) -> None:
         """Release the site's files."""
         self._registry.close()
         self.ledger.close()
+        self._personal.close()
         self._store.close()
         self.log.close()
         self._local_log.close()

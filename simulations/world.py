@@ -35,6 +35,7 @@ from confide.privacy.consent import (
     read_csv,
 )
 from confide.privacy.dp import Ledger, RenyiBudget
+from confide.privacy.dp.personal import PersonalLosses
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest, Member
 from confide.server.plan import make_manifest
@@ -196,6 +197,7 @@ class World:
             records=records,
             registry=registry,
             ledger=Ledger(ledger_folder / "ledger.db", budget, privacy.unit, experiment.data.held_out),
+            personal=PersonalLosses(ledger_folder / "personal.db"),
             key=key,
             store=SiteStore(run_folder / "state.db"),
             log=identity.open_log(self._logs / f"{name}.log", "federated", FEDERATION),

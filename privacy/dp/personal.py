@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 _SCHEMA = """
 PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;
 CREATE TABLE IF NOT EXISTS person (place INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE);
-CREATE TABLE IF NOT EXISTS held (charge TEXT PRIMARY KEY, persons BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS held (entry INTEGER PRIMARY KEY, charge TEXT NOT NULL, persons BLOB NOT NULL);
 CREATE TRIGGER IF NOT EXISTS held_no_update BEFORE UPDATE ON held BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER IF NOT EXISTS held_no_delete BEFORE DELETE ON held BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
@@ -55,17 +55,17 @@ class PersonalLosses:
         try:
             self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
             self._db.executescript(_SCHEMA)
+            self._counts: dict[_Kind, NDArray[np.int64]] = {}
+            self._counted: dict[str, PrivacyEvent] = {}
             self._places: dict[bytes, int] = {n: p for p, n in self._db.execute("SELECT place, name FROM person")}
-            self._held = {
-                charge: _unpack(data) for charge, data in self._db.execute("SELECT charge, persons FROM held")
-            }
+            self._held: dict[str, Mask] = {}
+            for charge, data in self._db.execute("SELECT charge, persons FROM held ORDER BY entry"):
+                self._add(charge, np.unpackbits(np.frombuffer(data, dtype=np.uint8)).astype(np.bool_))
         except sqlite3.Error as error:
             raise BudgetError(
                 f"is not a readable record of personal losses ({type(error).__name__})", where=str(path),
                 hint="restore the file: without it nobody with a limit of her own may take part",
             ) from None  # fmt: skip
-        self._counts: dict[_Kind, NDArray[np.int64]] = {}
-        self._counted: dict[str, PrivacyEvent] = {}
 
     def enrol(self, names: Sequence[bytes]) -> NDArray[np.int64]:
         """Places of these persons, new ones included; shape of `names`."""
@@ -80,23 +80,19 @@ class PersonalLosses:
         return np.array([self._places[name] for name in names], dtype=np.int64)
 
     def hold(self, charge: str, places: NDArray[np.int64]) -> None:
-        """Note, durably, whom a charge held. Once per charge; a repetition may only name the same persons.
+        """Note, durably, whom a charge held. Where it is computed again, everybody it ever held counts.
 
         Raises:
-            BudgetError: The charge held somebody else, or the disk does not take it.
+            BudgetError: The disk does not take it.
         """
         mask = np.zeros(len(self._places), dtype=np.bool_)
         mask[places] = True
         try:
-            self._db.execute("INSERT INTO held VALUES (?, ?)", (charge, np.packbits(mask).tobytes()))
-        except sqlite3.IntegrityError:
-            if not np.array_equal(np.flatnonzero(self._held[charge]), np.flatnonzero(mask)):
-                raise BudgetError(f"charge {charge} held other persons", where=str(self._path)) from None
-            return
+            self._db.execute("INSERT INTO held (charge, persons) VALUES (?, ?)", (charge, np.packbits(mask).tobytes()))
         except sqlite3.Error as error:
             raise BudgetError(f"cannot be written ({type(error).__name__}): nothing may leave",
                               where=str(self._path), hint="check the disk") from None  # fmt: skip
-        self._held[charge] = mask
+        self._add(charge, mask)
 
     def divergence(self, charges: Mapping[str, PrivacyEvent], order: float) -> Floats:
         """Each enrolled person's summed Rényi divergence of an order; shape [persons].
@@ -168,6 +164,14 @@ class PersonalLosses:
             counts[: len(mask)] += mask * (event.steps - (known.steps if known is not None else 0))
             self._counted[charge] = event
 
-
-def _unpack(data: bytes) -> Mask:
-    return np.unpackbits(np.frombuffer(data, dtype=np.uint8)).astype(np.bool_)
+    def _add(self, charge: str, mask: Mask) -> None:
+        held = self._held.get(charge, np.zeros(0, dtype=np.bool_))
+        both = np.zeros(max(len(held), len(mask)), dtype=np.bool_)
+        both[: len(held)] |= held
+        both[: len(mask)] |= mask
+        counted = self._counted.pop(charge, None)
+        if counted is not None:  # taken out of the counts with whom it held before; it is counted anew
+            counts = self._counts[(counted.noise_multiplier, counted.sample_rate)]
+            here = held[: len(counts)]
+            counts[: len(here)] -= here * counted.steps
+        self._held[charge] = both

@@ -22,6 +22,7 @@ from confide.clients.store import SiteStore
 from confide.errors import SealingError
 from confide.privacy.consent import Registry
 from confide.privacy.dp import Ledger
+from confide.privacy.dp.personal import PersonalLosses
 from confide.privacy.sealing import Agreement, Payload, vault
 from confide.privacy.sealing.vault import Vault
 from confide.protocol import messages as m
@@ -86,6 +87,7 @@ class Machines(Federation):
         old, folder = self.sites[site], self.place("sites", site)
         reopened: dict[str, Any] = {
             "registry": Registry(folder / "consent.db", old._key),
+            "personal": PersonalLosses(self.place("ledgers", site) / "personal.db"),
             "ledger": Ledger(self.place("ledgers", site) / "ledger.db", old.ledger.budget,
                              held_out=self.manifest.held_out),
             "store": SiteStore(folder / "state.db"),

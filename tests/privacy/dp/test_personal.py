@@ -1,0 +1,156 @@
+"""Each person's own loss: what she was held by, nothing else, and what she may still take part in."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from confide.errors import BudgetError
+from confide.privacy.dp import PrivacyEvent, RenyiBudget, Role
+from confide.privacy.dp.accounting import rdp, rdp_epsilon
+from confide.privacy.dp.personal import PersonalLosses
+
+DELTA = 1e-5
+NAMES = [bytes([i]) * 32 for i in range(5)]
+KINDS = [(2.0, 0.1), (5.0, 0.1), (3.0, 1.0)]
+
+
+def event(kind: int = 0, steps: int = 1) -> PrivacyEvent:
+    sigma, rate = KINDS[kind]
+    return PrivacyEvent(
+        role=Role.TRAIN, unit="subject", noise_multiplier=sigma, sample_rate=rate, steps=steps, max_grad_norm=1.0
+    )
+
+
+@pytest.fixture
+def losses(tmp_path: Path) -> Iterator[PersonalLosses]:
+    made = PersonalLosses(tmp_path / "personal.db")
+    yield made
+    made.close()
+
+
+charges_of = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(0, 30), st.frozensets(st.integers(0, 4))), min_size=0, max_size=12
+)
+
+
+@given(made=charges_of, limit=st.sampled_from([0.3, 1.0, 2.5, 6.0]), kind=st.integers(0, 2), steps=st.integers(1, 40))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_person_may_go_on_exactly_while_her_own_charges_and_the_next_fit_her_own_budget(
+    tmp_path_factory: pytest.TempPathFactory,
+    made: list[tuple[int, int, frozenset[int]]],
+    limit: float,
+    kind: int,
+    steps: int,
+) -> None:
+    losses = PersonalLosses(tmp_path_factory.mktemp("personal") / "personal.db")
+    places = losses.enrol(NAMES)
+    charges = {f"charge-{i}": event(k, s) for i, (k, s, _) in enumerate(made)}
+    for i, (_, _, held) in enumerate(made):
+        losses.hold(f"charge-{i}", places[sorted(held)])
+    upcoming = [event(kind, steps)]
+    allowed = losses.admits(places, np.full(5, limit), charges, upcoming, DELTA)
+    budget = RenyiBudget.for_limit(limit, DELTA)
+    for person in range(5):
+        own = [event(k, s) for k, s, held in made if person in held and s]
+        share = budget.used([*own, *upcoming])
+        if abs(share - 1) > 1e-9:
+            assert allowed[person] == (share <= 1)
+        assert losses.epsilons(charges, DELTA)[person] == pytest.approx(rdp_epsilon(own, DELTA))
+        assert losses.divergence(charges, 4.0)[person] == pytest.approx(rdp(own, 4.0))
+    losses.close()
+
+
+def test_what_others_were_held_by_changes_nothing(losses: PersonalLosses) -> None:
+    places, limits = losses.enrol(NAMES), np.full(5, 1.0)
+    alone = losses.admits(places[:1], limits[:1], {}, [event()], DELTA)
+    losses.hold("others", places[1:])
+    charges = {"others": event(0, 10_000)}
+    found = losses.admits(places, limits, charges, [event()], DELTA)
+    assert found.tolist() == [bool(alone[0]), False, False, False, False]
+
+
+def test_without_a_limit_a_person_is_never_left_out_and_a_limit_of_nothing_always(losses: PersonalLosses) -> None:
+    places = losses.enrol(NAMES[:3])
+    losses.hold("all", places)
+    limits = np.array([np.inf, 0.0, -1.0])
+    assert losses.admits(places, limits, {"all": event(0, 10**6)}, [event()], DELTA).tolist() == [True, False, False]
+
+
+def test_a_settled_charge_counts_at_what_is_left_of_it(losses: PersonalLosses) -> None:
+    places = losses.enrol(NAMES)
+    losses.hold("a", places)
+    before = losses.divergence({"a": event(0, 10)}, 8.0)
+    assert losses.divergence({"a": event(0, 3)}, 8.0) == pytest.approx(before * 0.3)
+    assert not losses.divergence({"a": event(0, 0)}, 8.0).any()
+
+
+def test_a_charge_that_nobody_was_noted_for_counts_for_nobody_and_an_unknown_one_too(losses: PersonalLosses) -> None:
+    losses.enrol(NAMES)
+    assert not losses.divergence({"unknown": event(0, 10)}, 8.0).any()
+
+
+def test_everybody_a_charge_ever_held_counts_however_often_it_was_computed(losses: PersonalLosses) -> None:
+    places = losses.enrol(NAMES)
+    losses.hold("a", places[:2])
+    assert np.count_nonzero(losses.divergence({"a": event()}, 8.0)) == 2
+    losses.hold("a", places[1:3])
+    again = losses.divergence({"a": event()}, 8.0)
+    assert np.count_nonzero(again) == 3
+    assert len(set(again[:3])) == 1, "once each"
+
+
+def test_it_is_on_the_disk_when_hold_returns_and_there_again_after_reopening(tmp_path: Path) -> None:
+    path = tmp_path / "personal.db"
+    first = PersonalLosses(path)
+    places = first.enrol(NAMES)
+    first.hold("a", places[[0, 3]])
+    second = PersonalLosses(path)  # while the first is still open: nothing waits in it
+    assert second.enrol(NAMES).tolist() == places.tolist()
+    assert np.flatnonzero(second.divergence({"a": event()}, 8.0)).tolist() == [0, 3]
+    later = second.enrol([b"new" * 8, *NAMES])
+    assert later.tolist() == [5, *places.tolist()]
+    assert second.divergence({"a": event()}, 8.0)[5] == 0
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("statement", ["UPDATE held SET persons = x'00'", "DELETE FROM held"])
+def test_what_was_noted_cannot_be_changed(losses: PersonalLosses, tmp_path: Path, statement: str) -> None:
+    losses.hold("a", losses.enrol(NAMES))
+    with sqlite3.connect(tmp_path / "personal.db") as db, pytest.raises(sqlite3.IntegrityError, match="append-only"):
+        db.execute(statement)
+
+
+def test_a_file_that_cannot_be_read_is_refused_and_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "personal.db"
+    path.write_bytes(b"this is no database, and it is long enough to be looked at" * 40)
+    before = path.read_bytes()
+    with pytest.raises(BudgetError, match="not a readable record"):
+        PersonalLosses(path)
+    assert path.read_bytes() == before
+
+
+def test_a_disk_that_takes_nothing_is_told_and_nothing_is_counted(losses: PersonalLosses) -> None:
+    places = losses.enrol(NAMES)
+    losses._db.execute("PRAGMA query_only = ON")
+    with pytest.raises(BudgetError, match="nothing may leave"):
+        losses.hold("a", places)
+    assert not losses.divergence({"a": event()}, 8.0).any()
+
+
+def test_roles_do_not_matter_only_what_was_held(losses: PersonalLosses) -> None:
+    places = losses.enrol(NAMES[:2])
+    losses.hold("train", places[:1])
+    losses.hold("metrics", places[1:])
+    charges = {"train": event(0, 5), "metrics": replace(event(2, 5), role=Role.HELD_OUT)}
+    found = losses.divergence(charges, 8.0)
+    assert found[0] == pytest.approx(rdp([event(0, 5)], 8.0))
+    assert found[1] == pytest.approx(rdp([event(2, 5)], 8.0))
