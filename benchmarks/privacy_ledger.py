@@ -57,15 +57,17 @@ def measure(persons: int, charges: int, repeats: int) -> dict[str, Any]:
                 raise SystemExit("the benchmark's history exhausts the budget") from None
 
         checks = [_seconds(check) for _ in range(repeats)]
-        first = _seconds(lambda: losses.admits(places, limits, ledger.charges(), [_event(0)], DELTA))
+        first = _seconds(lambda: losses.admits(places, limits, Role.TRAIN, ledger.charges(), [_event(0)], DELTA))
         reopened = PersonalLosses(Path(scratch) / "personal.db")
-        cold = _seconds(lambda: reopened.admits(places, limits, ledger.charges(), [_event(0)], DELTA))
+        cold = _seconds(lambda: reopened.admits(places, limits, Role.TRAIN, ledger.charges(), [_event(0)], DELTA))
         warm = []
         for number in range(repeats):
             name = f"round-{number}"
             ledger.reserve(name, _event(number))
             losses.hold(name, places)
-            warm.append(_seconds(lambda: losses.admits(places, limits, ledger.charges(), [_event(0)], DELTA)))
+            warm.append(
+                _seconds(lambda: losses.admits(places, limits, Role.TRAIN, ledger.charges(), [_event(0)], DELTA))
+            )
         reopened.close()
         losses.close()
         ledger.close()

@@ -72,7 +72,8 @@ class ParticipantSource:
 
         Args:
             ledger: The site's charges; None for ε = ∞ on public data.
-            upcoming: What the next round releases: a person whose own limit it would exceed is left out.
+            upcoming: What is about to be released and not charged yet. A person whose own limit it, or what is charged
+                already, would exceed is left out.
 
         Raises:
             ConsentError: The registry cannot be read; the site then abstains.
@@ -100,6 +101,6 @@ class ParticipantSource:
         limits = np.array([np.inf if limit is None else limit for limit in found], dtype=np.float64)
         charges, mask = ledger.charges(), np.zeros(len(self._persons), dtype=np.bool_)
         for role, here in ((Role.TRAIN, ~self._held_out), (Role.HELD_OUT, self._held_out)):
-            events = [e for e in upcoming if e.role is role]
-            mask[here] = self._personal.admits(self._places[here], limits[here], charges, events, ledger.budget.delta)
+            delta = ledger.budget.delta
+            mask[here] = self._personal.admits(self._places[here], limits[here], role, charges, upcoming, delta)
         return mask

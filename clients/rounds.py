@@ -86,9 +86,7 @@ class RoundSteps:
                 audit.Charged(run=run.manifest.run, round=round_, charge=charge, event=event_to_json(event))
             )
         source, ledger = self._participants(run.manifest), self._ledger if events else None
-        vector, used, attempts = compute_until_cut_off(
-            run, round_, model, self._records, lambda: source.take(ledger, events)
-        )
+        vector, used, attempts = compute_until_cut_off(run, round_, model, self._records, lambda: source.take(ledger))
         source.hold(used, charges)
         self._log_snapshot(run, round_, used, attempts)
         commitment = digest("commitment", secrets.token_bytes(32), vector.tobytes()).hex()

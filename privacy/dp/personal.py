@@ -6,6 +6,8 @@ Invariants:
 2. Whether a person takes part depends on her own events and on public parameters, never on anybody else; so nobody's
    limit changes σ, q or the number of steps.
 3. Who was held by a charge is durable before anything computed under that charge leaves. It stays at the site.
+4. A charge that nobody was noted for (this file is newer than the ledger, or was lost) counts for everybody of its
+   role.
 
 Persons are known by a keyed digest; equal releases are counted together, so the work of a round is one pass over the
 persons for each kind of release, not for each charge.
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 from confide.errors import BudgetError
 from confide.privacy.dp.accounting import ORDERS, conversion, sampled_gaussian_rdp
 from confide.privacy.dp.budget import RenyiBudget
-from confide.privacy.dp.events import PrivacyEvent
+from confide.privacy.dp.events import PrivacyEvent, Role, merge_events
 
 __all__ = ["PersonalLosses"]
 
@@ -122,6 +124,7 @@ class PersonalLosses:
         self,
         places: NDArray[np.int64],
         limits: Floats,
+        role: Role,
         charges: Mapping[str, PrivacyEvent],
         upcoming: Sequence[PrivacyEvent],
         delta: float,
@@ -131,15 +134,18 @@ class PersonalLosses:
         Args:
             places: Persons, from `enrol`.
             limits: Each person's own limit of ε at `delta`; infinity where there is none.
-            charges: The ledger's charges as they stand now.
-            upcoming: The releases that are about to be made.
+            role: The role that these persons hold.
+            charges: The ledger's charges as they stand now; those of the next release may be among them already.
+            upcoming: Releases that are about to be made and not charged yet.
             delta: The ledger's δ.
         """
         allowed = np.isinf(limits) & (limits > 0)
+        unnoted = [e for charge, e in charges.items() if charge not in self._held]
+        certain = merge_events(e for e in (*unnoted, *upcoming) if e.role is role)
         for limit in np.unique(limits[np.isfinite(limits) & (limits > 0)]):
             budget = RenyiBudget.for_limit(float(limit), delta)
             (order,), (most,) = budget.orders, budget.limits
-            more = sum(e.steps * sampled_gaussian_rdp(e.noise_multiplier, e.sample_rate, order) for e in upcoming)
+            more = sum(e.steps * sampled_gaussian_rdp(e.noise_multiplier, e.sample_rate, order) for e in certain)
             here = limits == limit
             allowed[here] = self.divergence(charges, order)[places[here]] + more <= most
         return allowed

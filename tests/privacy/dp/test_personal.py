@@ -56,7 +56,7 @@ def test_a_person_may_go_on_exactly_while_her_own_charges_and_the_next_fit_her_o
     for i, (_, _, held) in enumerate(made):
         losses.hold(f"charge-{i}", places[sorted(held)])
     upcoming = [event(kind, steps)]
-    allowed = losses.admits(places, np.full(5, limit), charges, upcoming, DELTA)
+    allowed = losses.admits(places, np.full(5, limit), Role.TRAIN, charges, upcoming, DELTA)
     budget = RenyiBudget.for_limit(limit, DELTA)
     for person in range(5):
         own = [event(k, s) for k, s, held in made if person in held and s]
@@ -70,10 +70,10 @@ def test_a_person_may_go_on_exactly_while_her_own_charges_and_the_next_fit_her_o
 
 def test_what_others_were_held_by_changes_nothing(losses: PersonalLosses) -> None:
     places, limits = losses.enrol(NAMES), np.full(5, 1.0)
-    alone = losses.admits(places[:1], limits[:1], {}, [event()], DELTA)
+    alone = losses.admits(places[:1], limits[:1], Role.TRAIN, {}, [event()], DELTA)
     losses.hold("others", places[1:])
     charges = {"others": event(0, 10_000)}
-    found = losses.admits(places, limits, charges, [event()], DELTA)
+    found = losses.admits(places, limits, Role.TRAIN, charges, [event()], DELTA)
     assert found.tolist() == [bool(alone[0]), False, False, False, False]
 
 
@@ -81,7 +81,11 @@ def test_without_a_limit_a_person_is_never_left_out_and_a_limit_of_nothing_alway
     places = losses.enrol(NAMES[:3])
     losses.hold("all", places)
     limits = np.array([np.inf, 0.0, -1.0])
-    assert losses.admits(places, limits, {"all": event(0, 10**6)}, [event()], DELTA).tolist() == [True, False, False]
+    assert losses.admits(places, limits, Role.TRAIN, {"all": event(0, 10**6)}, [event()], DELTA).tolist() == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_settled_charge_counts_at_what_is_left_of_it(losses: PersonalLosses) -> None:
@@ -154,3 +158,14 @@ def test_roles_do_not_matter_only_what_was_held(losses: PersonalLosses) -> None:
     found = losses.divergence(charges, 8.0)
     assert found[0] == pytest.approx(rdp([event(0, 5)], 8.0))
     assert found[1] == pytest.approx(rdp([event(2, 5)], 8.0))
+
+
+def test_a_charge_that_nobody_was_noted_for_counts_against_everybodys_limit_of_its_role(losses: PersonalLosses) -> None:
+    """The file was deleted, or is younger than the ledger: no limit may start afresh."""
+    places, limits = losses.enrol(NAMES), np.full(5, 1.0)
+    charges = {"before": event(0, 10_000)}
+    assert not losses.admits(places, limits, Role.TRAIN, charges, [], DELTA).any()
+    assert losses.admits(places, limits, Role.HELD_OUT, charges, [], DELTA).all(), "the control: another role"
+    losses.hold("before", places[:1])
+    found = losses.admits(places, limits, Role.TRAIN, charges, [], DELTA)
+    assert found.tolist() == [False, True, True, True, True], "the control: it is known whom it held"
