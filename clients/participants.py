@@ -7,14 +7,14 @@ is decided here for one person never depends on another.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from confide.clients.data.records import SiteRecords
-from confide.privacy.consent import Registry, SiteKey, Snapshot, now_micros
+from confide.privacy.consent import Registry, SiteKey, Snapshot
 from confide.privacy.digest import digest
 from confide.privacy.dp import Ledger, PrivacyEvent, Role
 from confide.privacy.dp.personal import PersonalLosses
@@ -52,6 +52,7 @@ class ParticipantSource:
         personal: What each person has been exposed to.
         purpose: The run's purpose.
         held_out: Share of persons whose role is held-out.
+        clock: Microseconds since 1970; never goes back.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class ParticipantSource:
         personal: PersonalLosses,
         purpose: str,
         held_out: float,
+        clock: Callable[[], int],
     ) -> None:
+        self._clock = clock
         self._registry, self._persons, self._purpose, self._personal = registry, records.persons, purpose, personal
         self._held_out: Mask = np.array([key.role_share(p) < held_out for p in records.persons], dtype=np.bool_)
         self._places = personal.enrol([key.locator(p) for p in records.persons])
@@ -77,8 +80,9 @@ class ParticipantSource:
 
         Raises:
             ConsentError: The registry cannot be read; the site then abstains.
+            AuditError: The clock was set back.
         """
-        snapshot = self._registry.snapshot(self._purpose, now_micros())
+        snapshot = self._registry.snapshot(self._purpose, self._clock())
         names = self._registry.pseudonyms(self._persons)
         consenting = np.array([names.get(p) in snapshot.participants for p in self._persons], dtype=np.bool_)
         if ledger is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from confide.clients.agreement import agree, agree_to_release, agree_to_unlock
+from confide.clients.continuity import Continuity
 from confide.clients.cutoff import compute_until_cut_off
 from confide.clients.data.records import SiteRecords
 from confide.clients.participants import Participants, ParticipantSource
@@ -50,6 +51,7 @@ class RoundSteps:
         store: Its durable state.
         log: Its federated log.
         local_log: Its local log.
+        continuity: What it keeps of its peers' logs.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class RoundSteps:
         store: SiteStore,
         log: Log,
         local_log: Log,
+        continuity: Continuity,
     ) -> None:
+        self._continuity = continuity
         self._policy, self._records, self._participants = policy, records, participants
         self._ledger, self._store, self._log, self._local_log = ledger, store, log, local_log
 
@@ -114,6 +118,7 @@ class RoundSteps:
             own_reply=self._store.reply_digest(run.address(round_, "train")), coordinator=self._policy().coordinator,
             attempt=attempt,
         )  # fmt: skip
+        self._continuity.note(run.manifest, message.statements)
         if run.pending is None or run.pending[0] != round_ or self._store.unlocked_transcript(name, round_) is not None:
             raise SealingError(f"there is no update of round {round_} left to seal", where=f"run {name}")
         agreement = Agreement(message.cohort, agreed, self_masked=retries)
@@ -156,6 +161,7 @@ class RoundSteps:
         self._settle_unsent(run, header.round)
         policy = self._policy()
         agree_to_release(run, message, model=model, min_sites=policy.min_sites, coordinator=policy.coordinator)
+        self._continuity.note(run.manifest, message.statements)
         if not policy.release:
             self.end(run)  # its part is over all the same
             raise PolicyError("release is not allowed", where=f"policy of site {run.site}")
@@ -207,12 +213,15 @@ class RoundSteps:
         return model
 
     def _agreed_to(self, run: SiteRun, reference: m.SumReference) -> bool:
-        """Is a sum the one that this site took part in, where it took part?"""
+        """Is a sum the one that this site took part in, where it took part? One that counts this site though it has
+        sealed nothing for it is the sum of another day: this site's state was put back."""
         name, retries = run.manifest.run, run.manifest.sealing.retry
         sealed = self._store.sealed_transcript(name, reference.round, reference.attempt)
         if retries:
             sealed = self._store.unlocked_transcript(name, reference.round) or sealed
-        return (retries or not reference.attempt) and sealed in (None, reference.transcript)
+        if sealed is None:
+            return (retries or not reference.attempt) and run.site not in reference.cohort
+        return (retries or not reference.attempt) and sealed == reference.transcript
 
     def _settle_unsent(self, run: SiteRun, round_: int) -> None:
         """An update that was never sealed is destroyed; as nothing of it left, its charge shrinks to nothing.
@@ -226,8 +235,9 @@ class RoundSteps:
         if run.attempts:
             return
         for charge in self._ledger.open_charges(f"{name}/{unsent}/"):
-            self._ledger.settle(charge, 0)
+            # The log first: a ledger that gives back more than its log says was edited (`confide.clients.continuity`).
             self._log.append(audit.Settled(run=name, charge=charge, steps=0))
+            self._ledger.settle(charge, 0)
 
     def end(self, run: SiteRun) -> None:
         """The run is over here: every key of it goes, and with them whatever was recorded under them."""

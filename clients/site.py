@@ -9,6 +9,7 @@ Invariants (DESIGN's promises, as kept here):
 4. *Nothing unsaid leaves*: only the messages of `confide.protocol.messages`; a refusal whose reason is not public is
    the uniform `abstains`.
 5. The same request gets the stored answer; nothing is trained or charged twice.
+6. A site whose ledger or log was put back to an earlier day does not start, or stops for good (`continuity`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable
 import numpy as np
 from pydantic import ValidationError
 
+from confide.clients.continuity import Continuity, check_ledger
 from confide.clients.data.records import SiteRecords
 from confide.clients.keys import vault_entry
 from confide.clients.participants import Participants, ParticipantSource
@@ -27,7 +29,7 @@ from confide.clients.policy import SitePolicy
 from confide.clients.rounds import NOT_AUTHENTIC, Answer, RoundSteps
 from confide.clients.run import SiteRun, model_digest
 from confide.clients.store import ModelState, SiteStore
-from confide.errors import ConfideError, DataError, PolicyError, SealingError, StorageError
+from confide.errors import AuditError, ConfideError, DataError, PolicyError, SealingError, StorageError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.consent import Registry, SiteKey
@@ -63,6 +65,10 @@ class Site:
         local_log: Its local log: exact numbers and full reasons; never leaves.
         device: `auto`, `cpu`, `cuda:N`.
         vault: Where run keys are kept across restarts; None: in memory only.
+
+    Raises:
+        BudgetError: The ledger does not hold what this site's own log says was charged.
+        AuditError: The clock was set back.
     """
 
     def __init__(
@@ -87,9 +93,12 @@ class Site:
         self._rng, self._personal = SecureRandom(), personal
         self._runs: dict[str, SiteRun] = {}
         self._sources: dict[tuple[str, float], ParticipantSource] = {}
+        check_ledger(ledger, log, personal)
+        log.now()  # refuses a clock that was set back
+        self._continuity = Continuity(identity, log, store)
         self._rounds = RoundSteps(
             policy=lambda: self.policy, records=records, participants=self.source, ledger=ledger, store=store,
-            log=log, local_log=local_log,
+            log=log, local_log=local_log, continuity=self._continuity,
         )  # fmt: skip
         self._steps: dict[str, Callable[[SiteRun, Header, Envelope], Answer]] = {
             "join": self._join, "secret": self._secret, "keys": self._keys, "train": self._rounds.train,
@@ -136,7 +145,9 @@ class Site:
         """Where a run's snapshots come from."""
         place = (manifest.purpose, manifest.held_out)
         if place not in self._sources:
-            self._sources[place] = ParticipantSource(self._registry, self._key, self.records, self._personal, *place)
+            self._sources[place] = ParticipantSource(
+                self._registry, self._key, self.records, self._personal, *place, self.log.now
+            )
         return self._sources[place]
 
     def participants(self, manifest: Manifest, round_: int = 1) -> Participants:
@@ -175,6 +186,8 @@ class Site:
             stored = self._store.stored_reply(_place(header), request.digest)
             if stored is not None:
                 return stored
+            if (why := self._store.halted()) is not None:
+                raise AuditError(why, where=f"site {self.name}", hint="see this site's local log")
             if self._store.stopped(header.run) is not None:
                 raise SealingError(NOT_AUTHENTIC, where=f"run {header.run}")
             run = self._joining(header, request) if step == "join" else self._joined(header)
@@ -215,7 +228,7 @@ class Site:
         run.keys.save()
         self._store.add_run(run.manifest.run, run.manifest.to_bytes(), model, run.keys.storage)
         self.log.append(audit.Joined(run=run.manifest.run, manifest=run.manifest.digest, coordinator=header.checkpoint))
-        return Answer(m.JoinReply(ephemeral=run.keys.public.hex()))
+        return Answer(m.JoinReply(ephemeral=run.keys.public.hex()), (self._continuity.sightings(run.manifest),))
 
     def _secret(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
         message = m.decode(m.SecretRequest, header.type, request.body)
@@ -224,11 +237,13 @@ class Site:
 
     def _keys(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
         message = m.decode(m.KeysRequest, header.type, request.body)
-        if len(request.chunks) != 1:
-            raise SealingError("a keys request holds one wrapped secret", where=f"site {self.name}")
+        if not request.chunks:
+            raise SealingError("a keys request holds a wrapped secret", where=f"site {self.name}")
         made = message.made
         place = run.address(0, "keys", epoch=header.key_epoch)
         digest_ = run.keys.accept(place, message.statements, made, message.wraps, request.chunks[0])
+        self._continuity.check(run.manifest, message.statements, request.chunks[1:])
+        self._continuity.note(run.manifest, message.statements)
         self.log.append(audit.KeysAgreed(run=run.manifest.run, epoch=header.key_epoch, maker=made.site, secret=digest_))
         return Answer(m.KeysReply(secret=digest_))
 

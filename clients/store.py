@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from confide.errors import SealingError
 from confide.privacy.atrest import close_box, open_box
 from confide.protocol.envelope import Address, Envelope
+from confide.protocol.sightings import Sighting
 
 __all__ = ["ModelState", "SiteStore"]
 
@@ -40,6 +41,9 @@ CREATE TABLE IF NOT EXISTS sealed (
 CREATE TABLE IF NOT EXISTS unlocked (
   run TEXT, round INTEGER, transcript TEXT NOT NULL, PRIMARY KEY (run, round));
 CREATE TABLE IF NOT EXISTS stopped (run TEXT PRIMARY KEY, reason TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS halted (one INTEGER PRIMARY KEY CHECK (one = 1), reason TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS sighting (
+  federation TEXT, key TEXT, size INTEGER NOT NULL, sighting TEXT NOT NULL, PRIMARY KEY (federation, key));
 CREATE TABLE IF NOT EXISTS model (run TEXT PRIMARY KEY, round INTEGER NOT NULL, box BLOB NOT NULL);
 """
 _REPLY = (
@@ -209,6 +213,31 @@ class SiteStore:
         """Why a run was stopped, or None."""
         row = self._db.execute("SELECT reason FROM stopped WHERE run = ?", (run,)).fetchone()
         return row[0] if row else None
+
+    def halt(self, reason: str) -> None:
+        """Never answer anything again from this state."""
+        self._db.execute("INSERT OR IGNORE INTO halted VALUES (1, ?)", (reason,))
+
+    def halted(self) -> str | None:
+        """Why this site answers nothing any more, or None."""
+        row = self._db.execute("SELECT reason FROM halted").fetchone()
+        return row[0] if row else None
+
+    def note_sightings(self, federation: str, sightings: Sequence[tuple[str, int, Sighting]]) -> None:
+        """Keep, of each public key, the sighting of the longest log: (key, entries, sighting)."""
+        with self._transaction():
+            self._db.executemany(
+                "INSERT INTO sighting VALUES (?, ?, ?, ?) ON CONFLICT (federation, key) DO UPDATE "
+                "SET size = excluded.size, sighting = excluded.sighting WHERE excluded.size > size",
+                ((federation, key, size, sighting.model_dump_json()) for key, size, sighting in sightings),
+            )
+
+    def sighting(self, federation: str, key: str) -> Sighting | None:
+        """What is kept of a public key's log."""
+        row = self._db.execute(
+            "SELECT sighting FROM sighting WHERE federation = ? AND key = ?", (federation, key)
+        ).fetchone()
+        return Sighting.model_validate_json(row[0]) if row else None
 
     def ended_runs(self) -> list[bytes]:
         """Manifests of runs that this site stopped, or whose model it has released."""

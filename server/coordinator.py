@@ -24,17 +24,19 @@ from confide.privacy.sealing import Payload, make_profile
 from confide.privacy.sealing.transcript import transcript
 from confide.privacy.sealing.wrapping import usable
 from confide.protocol import messages as m
-from confide.protocol.envelope import EVERYBODY, MAX_REPLY_BODY, Envelope, Header, chunk_digests, verify
+from confide.protocol.envelope import EVERYBODY, MAX_REPLY_BODY, Envelope, Header, verify
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
+from confide.protocol.sightings import unpack_sightings
 from confide.server.exchange import Exchange
+from confide.server.keys import distribute_keys
 from confide.server.software import software_versions
 
 __all__ = ["Coordinator", "Released", "RoundOutcome"]
 
 Floats = NDArray[np.float64]
-#: How many sites are asked in turn to make the run secret, and how often a round is sealed where the run retries.
-_MAKERS, _ATTEMPTS = 3, 4
+#: How often a round is sealed where the run retries.
+_ATTEMPTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,52 +187,20 @@ class Coordinator:
         place = self._exchange.address("join")
         try:
             reply = self._exchange.accept(header, envelope, request, place, site, m.JoinReply)
-            if reply is not None and (envelope.chunks or not usable(bytes.fromhex(reply.ephemeral))):
+            if reply is not None and not (len(envelope.chunks) == 1 and usable(bytes.fromhex(reply.ephemeral))):
                 raise SealingError("a join reply that no site can use", where=f"site {site}")
+            if reply is not None:
+                unpack_sightings(envelope.chunks[0])
         except SealingError as error:
             self._exchange.reject(place, site, error)
             return False
         return reply is not None
 
     def _distribute_keys(self) -> None:
-        """One site makes the run secret; what passes through here is wrapped for its recipients and signed by it.
-
-        Each secret has its own key epoch. Where not everybody could take one, another maker is asked: one that dies, or
-        wraps nonsense for some, must not decide who takes part. As sites never return to an earlier secret, the best
-        maker makes a new one where the last one did worse.
-        """
-        names = sorted(self._progress.joined)
-        statements = tuple(m.Statement.of(s, self._progress.joined[s]) for s in names)
-        agreed, best = dict[str, tuple[Envelope, m.KeysReply]](), (0, "")
-        for epoch, maker in enumerate(names[:_MAKERS]):
-            self._exchange.key_epoch = epoch
-            agreed = self._agree_on_keys(names, statements, maker)
-            best = max(best, (len(agreed), maker))
-            if len(agreed) == len(names):
-                break
-        if len(agreed) < best[0]:
-            self._exchange.key_epoch += 1
-            agreed = self._agree_on_keys(names, statements, best[1])
-        if len({reply.secret for _, reply in agreed.values()}) > 1:
-            raise SealingError("the sites hold different run secrets", where="key agreement")
+        agreed = distribute_keys(self._exchange, self.manifest, self._progress.joined)
         self._exchange.nodes = {s: n for s, n in self._exchange.nodes.items() if s in agreed}
         if len(self._exchange.nodes) < self.manifest.min_sites:
             raise self._too_few("agreed on keys")
-
-    def _agree_on_keys(
-        self, names: list[str], statements: tuple[m.Statement, ...], maker: str
-    ) -> dict[str, tuple[Envelope, m.KeysReply]]:
-        """Who holds the secret that `maker` makes in this epoch."""
-        place = self._exchange.address("secret")
-        request = self._exchange.sign(place, maker, m.SecretRequest(statements=statements))
-        made = self._exchange.ask(place, {maker: request}, m.SecretReply)
-        if maker not in made or len(made[maker][0].chunks) != len(names):
-            return {}
-        envelope, place = made[maker][0], self._exchange.address("keys")
-        wraps = chunk_digests(envelope.chunks)
-        body = m.KeysRequest(statements=statements, made=m.Statement.of(maker, envelope), wraps=wraps)
-        requests = {s: self._exchange.sign(place, s, body, (envelope.chunks[i],)) for i, s in enumerate(names)}
-        return self._exchange.ask(place, requests, m.KeysReply)
 
     def _round(self, round_: int) -> RoundOutcome:
         committed = self._train(round_)

@@ -5,6 +5,7 @@ Invariants:
 2. Every byte of the file is covered: leaf = H(0x00 ‖ salt ‖ JSON), and lines have one canonical form.
 3. On opening, an unfinished last line (a crash in the middle of a write) is dropped: nobody was told of it. A log
    shorter than its checkpoint, or with another root, is refused.
+4. Times never go backwards: a clock that is behind the log's last entry by more than a correction is refused.
 
 The random salt keeps a leaf hash from telling what an entry says. Why a file and not a database: docs/adr/0003.
 """
@@ -19,13 +20,15 @@ from pathlib import Path
 
 from confide.errors import AuditError, StorageError
 from confide.privacy.audit.checkpoint import Checkpoint, parse_note, sign_note
-from confide.privacy.audit.merkle import Frontier, leaf_hash
+from confide.privacy.audit.merkle import Frontier, leaf_hash, tree_root
 from confide.privacy.audit.records import Record, decode, encode
 
 __all__ = ["CHECKPOINT_SUFFIX", "LOG_SUFFIX", "Log", "parse_line", "read_lines"]
 
 LOG_SUFFIX, CHECKPOINT_SUFFIX = ".log", ".checkpoint"
 _SALT_BYTES = 16
+#: Microseconds that a clock may be set back by (time services step by less); until it catches up, time stands still.
+_CLOCK_STEP = 5_000_000
 
 
 class Log:
@@ -47,7 +50,7 @@ class Log:
     ) -> None:
         self.path, self.origin = path, origin
         self._name, self._public_key, self._sign = name, public_key, sign
-        self._frontier = Frontier()
+        self._frontier, self._leaves, self._latest = Frontier(), list[bytes](), 0
         self._checkpoint_path = path.with_suffix(CHECKPOINT_SUFFIX)
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -67,8 +70,9 @@ class Log:
 
         Raises:
             StorageError: They could not be written; the log is as before, and the effect must not happen.
+            AuditError: The clock was set back.
         """
-        at = time.time_ns() // 1000
+        at = self.now()
         lines, leaves = [], []
         for record in records:
             salt, data = secrets.token_bytes(_SALT_BYTES), encode(record, at)
@@ -85,11 +89,36 @@ class Log:
             os.ftruncate(self._descriptor, before)
             raise StorageError(f"cannot be written: {error.strerror}", where=str(self.path),
                                hint="free space, then start again: what was durable is kept") from None  # fmt: skip
-        self._frontier = frontier
+        self._frontier, self._latest = frontier, at
+        self._leaves += leaves
 
     def checkpoint(self) -> Checkpoint:
         """The log's state now."""
         return Checkpoint(self.origin, self._frontier.size, self._frontier.root())
+
+    def now(self) -> int:
+        """Microseconds since 1970, never before the log's last entry.
+
+        Raises:
+            AuditError: The clock is behind that entry by more than a correction: consent that was withdrawn would stand
+                again.
+        """
+        now = time.time_ns() // 1000
+        if now < self._latest - _CLOCK_STEP:
+            raise AuditError(
+                f"the clock is {(self._latest - now) / 1e6:,.0f} s behind this log's last entry", where=str(self.path),
+                hint="set the clock right (NTP) and start again; if it was ahead when that entry was written, wait "
+                "until it has caught up: entries are never re-dated",
+            )  # fmt: skip
+        return max(now, self._latest)
+
+    def entries(self) -> Iterator[Record]:
+        """Every entry, oldest first, read from the file."""
+        return (record for record, _, _ in read_lines(self.path.read_bytes(), str(self.path)))
+
+    def held(self, size: int, root: bytes) -> bool:
+        """Did the log have this root when it had `size` entries?"""
+        return 0 <= size <= len(self._leaves) and tree_root(self._leaves[:size]) == root
 
     def close(self) -> None:
         """Release the file."""
@@ -114,8 +143,10 @@ class Log:
             note = self._checkpoint_path.read_bytes().decode("utf-8", errors="replace")
             noted = parse_note(note, self.origin, self._name, self._public_key)
         root_then = self._frontier.root() if noted and noted.size == 0 else None
-        for _, leaf, _ in read_lines(data[:whole], str(self.path)):
+        for _, leaf, at in read_lines(data[:whole], str(self.path)):
             self._frontier.append(leaf)
+            self._leaves.append(leaf)
+            self._latest = max(self._latest, at)
             if noted and self._frontier.size == noted.size:
                 root_then = self._frontier.root()
         if noted and root_then != noted.root:

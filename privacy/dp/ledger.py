@@ -54,7 +54,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path, budget: RenyiBudget, unit: str = "subject", held_out: float = 0.2) -> None:
-        self._path = path
+        self.path = path
         try:
             self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
             self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _SCHEMA)
@@ -85,6 +85,10 @@ class Ledger:
         """Every charge as it stands: settled ones at what is left of them."""
         return {**self._reserved, **self._settled}
 
+    def reservations(self) -> dict[str, PrivacyEvent]:
+        """Every charge as it was reserved."""
+        return dict(self._reserved)
+
     def epsilon(self, role: Role, more: Sequence[PrivacyEvent] = ()) -> float:
         """RDP ε of the charges of a role, with `more` on top; at the ledger's δ."""
         return rdp_epsilon([*self.events(role), *(e for e in more if e.role is role)], self.budget.delta)
@@ -109,7 +113,7 @@ class Ledger:
                     f"{after - before:.1%} was asked (limit ε = {self.budget.epsilon_limit:g} at "
                     f"δ = {self.budget.delta:g}; charged so far ε = {self.epsilon(role):.2f}, "
                     f"with this run {self.epsilon(role, asked):.2f})",
-                    where=f"ledger {self._path}",
+                    where=f"ledger {self.path}",
                     hint="lower privacy.epsilon or run.rounds; a site's budget is never refilled",
                 )
 
@@ -125,9 +129,9 @@ class Ledger:
             known = self._reserved.get(charge)
             if known is not None:
                 if known != event:
-                    raise BudgetError(f"charge {charge} exists with other parameters", where=str(self._path))
+                    raise BudgetError(f"charge {charge} exists with other parameters", where=str(self.path))
                 if self._settled.get(charge, event) != event:
-                    raise BudgetError(f"charge {charge} was given back already", where=str(self._path))
+                    raise BudgetError(f"charge {charge} was given back already", where=str(self.path))
                 return
             self.check([event])
             self._append(charge, "reserve", event)
@@ -137,10 +141,10 @@ class Ledger:
         with self._exclusive():
             reserved = self._reserved.get(charge)
             if reserved is None or not 0 <= steps <= reserved.steps:
-                raise BudgetError(f"charge {charge} cannot be settled to {steps} steps", where=str(self._path))
+                raise BudgetError(f"charge {charge} cannot be settled to {steps} steps", where=str(self.path))
             if charge in self._settled:
                 if self._settled[charge].steps != steps:
-                    raise BudgetError(f"charge {charge} is settled already", where=str(self._path))
+                    raise BudgetError(f"charge {charge} is settled already", where=str(self.path))
                 return
             self._append(charge, "settle", replace(reserved, steps=steps))
 
@@ -191,7 +195,7 @@ class Ledger:
         if seq != self._seq + 1 or chain != expected or not follows:
             raise BudgetError(
                 f"entry {seq} does not follow from the one before: the ledger was edited",
-                where=str(self._path),
+                where=str(self.path),
                 hint="restore the file from the site's backup; the site charges nothing until then",
             )
         (self._reserved if kind == "reserve" else self._settled)[charge] = event
@@ -205,7 +209,7 @@ class Ledger:
     def _unwritable(self, error: sqlite3.Error) -> BudgetError:
         return BudgetError(
             f"cannot be written ({type(error).__name__}), so nothing may leave",
-            where=str(self._path),
+            where=str(self.path),
             hint="check the disk and the file's permissions",
         )
 
@@ -215,7 +219,7 @@ class Ledger:
         )
         return BudgetError(
             f"was made with {changed}; these are fixed for the ledger's lifetime",
-            where=str(self._path),
+            where=str(self.path),
             hint="keep the ledger's values in [privacy], or name another --ledger folder for unrelated data",
         )
 

@@ -150,6 +150,10 @@ class PersonalLosses:
             allowed[here] = self.divergence(charges, order)[places[here]] + more <= most
         return allowed
 
+    def charges_held(self) -> frozenset[str]:
+        """Names of the charges that somebody was noted for."""
+        return frozenset(self._held)
+
     def close(self) -> None:
         """Release the file."""
         self._db.close()

@@ -28,6 +28,7 @@ from confide.protocol import messages as m
 from confide.protocol.envelope import EVERYBODY, Address, Envelope, Header, chunk_digests, seal_envelope
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
+from confide.protocol.sightings import watchers_of
 from confide.server.coordinator import Coordinator
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
 from confide.simulations.world import World, load_sources
@@ -186,8 +187,11 @@ class Federation:
             "wrapped": self.made.chunks[self.participants.index(site)],
             "round": 0,
         } | changes
+        seen = tuple(
+            c for w in watchers_of(self.manifest, site) if w in self.participants for c in self.joined[w].chunks
+        )
         body = m.KeysRequest(statements=fields["statements"], made=fields["made"], wraps=fields["wraps"])
-        return self.ask(site, "keys", fields["round"], body, (fields["wrapped"],))
+        return self.ask(site, "keys", fields["round"], body, (fields["wrapped"], *fields.get("seen", seen)))
 
     def train(self, round_: int, *sums: Sum, sites: Sequence[str] | None = None) -> dict[str, Envelope]:
         """Every site's commitment for a round, or its refusal."""

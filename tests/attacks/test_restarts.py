@@ -6,9 +6,7 @@ a round, but not open one: there is nothing left that could be sealed for a seco
 
 from __future__ import annotations
 
-import inspect
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,113 +15,15 @@ import pytest
 
 from confide.clients.rounds import RoundSteps
 from confide.clients.run import SiteRun
-from confide.clients.site import Site
-from confide.clients.store import SiteStore
 from confide.errors import SealingError
-from confide.privacy.consent import Registry
-from confide.privacy.dp import Ledger
-from confide.privacy.dp.personal import PersonalLosses
-from confide.privacy.sealing import Agreement, Payload, vault
-from confide.privacy.sealing.vault import Vault
+from confide.privacy.sealing import vault
 from confide.protocol import messages as m
 from confide.protocol.envelope import Envelope
-from tests.attacks.federation import Federation, Sum, header_of, is_refusal, refusal_of
+from tests.attacks.federation import Sum, header_of, is_refusal, refusal_of
+from tests.attacks.machines import PASSPHRASE, Machines
 
-PASSPHRASE = "four small honest words"
 VICTIM, SITE = "ash", "birch"
-Make = Callable[..., "Machines"]
-
-
-class Machines(Federation):
-    """A federation whose sites' processes and disks are in the attacker's hands.
-
-    Args:
-        vaults: Is every site given a passphrase?
-    """
-
-    def __init__(self, folder: Path, *, vaults: bool = False, **options: Any) -> None:
-        super().__init__(folder, people={"people": 12}, **options)
-        self._copies = 0
-        for name in self.names if vaults else ():
-            self.sites[name]._vault = Vault(folder / "vaults" / name, PASSPHRASE)
-
-    @property
-    def run(self) -> str:
-        """Its name."""
-        return self.manifest.run
-
-    def place(self, what: str, site: str) -> Path:
-        """Where a site's `sites` (state, registry, local log), `vaults` or `ledgers` lie."""
-        return self.folder / what / site
-
-    def entry(self, site: str) -> Path | None:
-        """A site's vault entry for the run, if there is one."""
-        return next(iter(self.place("vaults", site).glob("run-*.vault")), None)
-
-    def copy(self, *parts: str, sites: Sequence[str] | None = None) -> Callable[[], None]:
-        """Copy those folders of each site as they are now; what is returned puts them back, and restarts the sites."""
-        self._copies += 1
-        kept, names = self.folder.with_name(f"{self.folder.name}-copy-{self._copies}"), sites or self.names
-        for name in names:
-            for part in parts:
-                shutil.copytree(self.place(part, name), kept / part / name)
-
-        def put_back() -> None:
-            for name in names:
-                self.stop(name)
-                for part in parts:
-                    shutil.rmtree(self.place(part, name))
-                    shutil.copytree(kept / part / name, self.place(part, name))
-                self.start(name)
-
-        return put_back
-
-    def stop(self, site: str) -> None:
-        """End a site's process; nothing of its memory is left."""
-        self.sites[site].close()
-
-    def start(self, site: str, passphrase: str = PASSPHRASE) -> Site:
-        """Start another process on the files that lie there now."""
-        old, folder = self.sites[site], self.place("sites", site)
-        reopened: dict[str, Any] = {
-            "registry": Registry(folder / "consent.db", old._key),
-            "personal": PersonalLosses(self.place("ledgers", site) / "personal.db"),
-            "ledger": Ledger(self.place("ledgers", site) / "ledger.db", old.ledger.budget,
-                             held_out=self.manifest.held_out),
-            "store": SiteStore(folder / "state.db"),
-            "log": old.identity.open_log(old.log.path, "federated", self.manifest.federation),
-            "local_log": old.identity.open_log(old._local_log.path, "local", self.manifest.federation),
-            "vault": Vault(self.place("vaults", site), passphrase) if old._vault else None,
-        }  # fmt: skip
-        kept = {
-            name: getattr(old, name) if hasattr(old, name) else getattr(old, f"_{name}")
-            for name in inspect.signature(Site.__init__).parameters
-            if name not in ("self", *reopened)
-        }
-        self.world.sites[site] = Site(**kept, **reopened)
-        return self.world.sites[site]
-
-    def restart(self, site: str, passphrase: str = PASSPHRASE) -> Site:
-        """One after the other."""
-        self.stop(site)
-        return self.start(site, passphrase)
-
-    def vector(self, site: str) -> tuple[int, np.ndarray[Any, np.dtype[np.float64]]]:
-        """The update that waits in a site's memory."""
-        pending = self.sites[site]._runs[self.run].pending
-        assert pending is not None
-        return pending[0], pending[1].copy()
-
-    def paid(self) -> dict[str, tuple[float, dict[str, int]]]:
-        """Every site's used budget, and what the first round still costs there."""
-        return {s: (self.sites[s].ledger.used(), self.charges(s, 1)) for s in self.names}
-
-    def opened(self, total: Sum, site: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """What a site that works with the attacker reads in a sum."""
-        run = self.sites[site]._runs[self.run]
-        payload = Payload(total.chunks, tuple(int(t, 16) for t in total.reference.tags))
-        agreement = Agreement(total.reference.cohort, total.reference.transcript)
-        return run.keys.session.open(payload, run.segments(total.reference.round), agreement).values
+Make = Callable[..., Machines]
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ __all__ = [
     "expect",
     "seal_envelope",
     "verify",
+    "verify_header",
 ]
 
 _DOMAIN = b"confide/envelope/1"
@@ -159,19 +160,31 @@ def verify(
         SealingError: Anything at all is not as it must be.
     """
     where = f"message from {sender}"
-    if len(envelope.header) > _MAX_HEADER or len(envelope.body) > max_body or len(envelope.chunks) > MAX_CHUNKS:
+    if len(envelope.body) > max_body or len(envelope.chunks) > MAX_CHUNKS:
         raise SealingError("is larger than any honest message", where=where)
-    if not verify_signature(public_key, envelope.signature, framed((_DOMAIN, envelope.header))):
-        raise SealingError("the signature is not the sender's", where=where)
-    try:
-        header = Header.model_validate_json(envelope.header)
-    except ValidationError:
-        raise SealingError("the signed header cannot be read", where=where) from None
+    header = verify_header(envelope.header, envelope.signature, public_key, sender=sender)
     if hashlib.sha256(envelope.body).hexdigest() != header.body:
         raise SealingError("the body is not the signed one", where=where)
     if with_chunks and not carries(header, chunk_digests(envelope.chunks)):
         raise SealingError("a chunk is not the signed one", where=where)
     return header
+
+
+def verify_header(header: bytes, signature: bytes, public_key: bytes, *, sender: str) -> Header:
+    """A header that its sender signed; what it commits to is not looked at.
+
+    Raises:
+        SealingError: It is too large, not signed by this key, or cannot be read.
+    """
+    where = f"message from {sender}"
+    if len(header) > _MAX_HEADER:
+        raise SealingError("is larger than any honest message", where=where)
+    if not verify_signature(public_key, signature, framed((_DOMAIN, header))):
+        raise SealingError("the signature is not the sender's", where=where)
+    try:
+        return Header.model_validate_json(header)
+    except ValidationError:
+        raise SealingError("the signed header cannot be read", where=where) from None
 
 
 def expect(header: Header, address: Address, *, sender: str, recipient: str, request: str | None = None) -> None:

@@ -68,7 +68,8 @@ class JoinRequest(Message):
 
 
 class JoinReply(Message):
-    """Site → coordinator: it takes part, with this ephemeral X25519 key for the run."""
+    """Site → coordinator: it takes part, with this ephemeral X25519 key for the run. Chunk: the latest states of its
+    neighbours' logs that it has seen signed (`confide.protocol.sightings`)."""
 
     TYPE: ClassVar[str] = "join.reply"
     ephemeral: Hex32
@@ -119,8 +120,8 @@ class SecretReply(Message):
 
 
 class KeysRequest(Message):
-    """Coordinator → site: the participants' keys, the maker's signed reply with the digests of its chunks. Chunk: the
-    wrap for this site."""
+    """Coordinator → site: the participants' keys, the maker's signed reply with the digests of its chunks. Chunks: the
+    wrap for this site, then the sightings of those participants that watch it, in the order of names."""
 
     TYPE: ClassVar[str] = "keys.request"
     statements: Many[Statement]
