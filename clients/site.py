@@ -93,6 +93,7 @@ class Site:
         self._rng, self._personal = SecureRandom(), personal
         self._runs: dict[str, SiteRun] = {}
         self._sources: dict[tuple[str, float], ParticipantSource] = {}
+        ledger.bind(key.fingerprint)
         check_ledger(ledger, log, personal)
         log.now()  # refuses a clock that was set back
         self._continuity = Continuity(identity, log, store)

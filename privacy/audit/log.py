@@ -121,8 +121,10 @@ class Log:
         return 0 <= size <= len(self._leaves) and tree_root(self._leaves[:size]) == root
 
     def close(self) -> None:
-        """Release the file."""
-        os.close(self._descriptor)
+        """Release the file. Closing twice is harmless: the number may be another file's by then."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replaced atomically, without fsync: after a crash an older checkpoint is a true statement too."""

@@ -51,6 +51,11 @@ class SiteKey:
             raise ConsentError("is not a site key", where=str(path), hint="restore it from the site's backup")
         return cls(data)
 
+    @property
+    def fingerprint(self) -> str:
+        """Names the key, and tells nothing of it."""
+        return self._mac(b"fingerprint", b"").hex()
+
     def locator(self, subject: str) -> bytes:
         """32 bytes that find a person again, for the site's lifetime."""
         return self._mac(b"locator", subject.encode())

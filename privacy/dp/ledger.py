@@ -31,6 +31,9 @@ CREATE TABLE IF NOT EXISTS genesis (one INTEGER PRIMARY KEY CHECK (one = 1), con
 CREATE TABLE IF NOT EXISTS entry (
   seq INTEGER PRIMARY KEY, charge TEXT NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('reserve', 'settle')),
   event TEXT NOT NULL, chain BLOB NOT NULL, UNIQUE (charge, kind));
+CREATE TABLE IF NOT EXISTS roles (one INTEGER PRIMARY KEY CHECK (one = 1), key TEXT NOT NULL);
+CREATE TRIGGER IF NOT EXISTS roles_no_update BEFORE UPDATE ON roles BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER IF NOT EXISTS roles_no_delete BEFORE DELETE ON roles BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER IF NOT EXISTS entry_no_update BEFORE UPDATE ON entry BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER IF NOT EXISTS entry_no_delete BEFORE DELETE ON entry BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER IF NOT EXISTS entry_no_replace BEFORE INSERT ON entry
@@ -75,6 +78,24 @@ class Ledger:
                 where=str(path),
                 hint="do not start a fresh one: restore this file, or account for what it held by hand",
             ) from None
+
+    def bind(self, key: str) -> None:
+        """Fix the key that gives persons their roles: with another one, roles would no longer be for ever.
+
+        Args:
+            key: The site key's fingerprint.
+
+        Raises:
+            BudgetError: The ledger was made under another key.
+        """
+        with self._exclusive():
+            self._db.execute("INSERT OR IGNORE INTO roles VALUES (1, ?)", (key,))
+            (found,) = self._db.execute("SELECT key FROM roles").fetchone()
+        if found != key:
+            raise BudgetError(
+                "belongs to another site key: persons would change their roles, and what they were charged in one "
+                "would be forgotten in the other", where=str(self.path), hint="restore site.key from the site's backup",
+            )  # fmt: skip
 
     def events(self, role: Role) -> list[PrivacyEvent]:
         """What a person holding this role has been exposed to; equal releases are merged."""

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from confide.clients.rounds import RoundSteps
 from confide.errors import AuditError, BudgetError
+from confide.privacy.consent import SiteKey
 from confide.privacy.dp.events import event_to_json
 from confide.privacy.dp.ledger import _link
 from confide.privacy.sealing import vault
@@ -146,6 +147,20 @@ def test_a_ledger_with_another_event_than_the_logs_is_refused(federation: Machin
     with pytest.raises(BudgetError, match="does not hold charge"):
         federation.start(SITE)
     assert event_to_json(event)
+
+
+def test_a_ledger_does_not_go_on_under_another_site_key(federation: Machines) -> None:
+    """Roles come from the key: with another one the held-out of yesterday would be trained on today, as if unspent."""
+    federation.round(1)
+    site, path = federation.sites[SITE], federation.place("ledgers", SITE) / "ledger.db"
+    budget, key = site.ledger.budget, site._key
+    federation.stop(SITE)
+    ledger = type(site.ledger)(path, budget, held_out=federation.manifest.held_out)
+    with pytest.raises(BudgetError, match="another site key"):
+        ledger.bind(SiteKey(bytes(32)).fingerprint)
+    ledger.bind(key.fingerprint)
+    ledger.close()
+    federation.start(SITE)
 
 
 # --- the clock --------------------------------------------------------------------------------------------------------
