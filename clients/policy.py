@@ -31,6 +31,7 @@ class SitePolicy:
         epsilon_limit: The most ε that a single run may ask for.
         delta: The ledger's δ.
         release: May this site hand out the trained model?
+        statistics: May bounds of columns be learned from noised histograms?
     """
 
     coordinator: str
@@ -47,6 +48,7 @@ class SitePolicy:
     epsilon_limit: float = 0.0
     delta: float = 0.0
     release: bool = False
+    statistics: bool = False
 
     def check(self, manifest: Manifest, site: str) -> None:
         """Compare a run with the policy.
@@ -70,6 +72,9 @@ class SitePolicy:
             ("min_subjects", manifest.min_subjects <= self.min_subjects, f"<= {self.min_subjects}",
              manifest.min_subjects),
             ("delta", asked.delta == self.delta, self.delta, asked.delta),
+            ("statistics", self.statistics or not manifest.statistics, "none", "the bounds of columns"),
+            ("data_are_public", asked.unsafe_noise_seed is None or self.data_are_public, "noise that nobody knows",
+             "unsafe_noise_seed"),
             ("unit", asked.unit == "subject" or self.data_are_public, "subject", asked.unit),
         ]  # fmt: skip
         if asked.is_private:

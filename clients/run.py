@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from confide.clients.data.preprocess import encoded_width
+from confide.clients.data.preprocess import encoded_width, unscaled_columns
 from confide.clients.data.records import SiteRecords
 from confide.clients.keys import RunKeys
 from confide.clients.ranges import segments
@@ -19,9 +19,11 @@ from confide.errors import PolicyError, SealingError
 from confide.privacy.digest import digest, keyed_digest
 from confide.privacy.dp import SecureRandom
 from confide.privacy.dp.metrics import SENSITIVITY
+from confide.privacy.dp.statistics import contributions
 from confide.privacy.sealing import Agreement, Payload, Segment, make_profile
 from confide.privacy.sealing.transcript import transcript
 from confide.privacy.sealing.vault import Vault
+from confide.protocol.bounds import coarse_ranges
 from confide.protocol.envelope import Address
 from confide.protocol.manifest import Manifest
 from confide.protocol.messages import SumReference, UnlockReply
@@ -46,7 +48,10 @@ class SiteRun:
         coordinator: str,
         vault: Vault | None = None,
     ) -> None:
+        if (seed := manifest.privacy.unsafe_noise_seed) is not None:  # admitted by the policy on public data only
+            rng = SecureRandom(unsafe_key=digest("unsafe noise", str(seed).encode(), site.encode()))
         self.manifest, self.site, self._rng, self._coordinator = manifest, site, rng, coordinator
+        self._records = records
         self.profile = make_profile(manifest.sealing, len(manifest.members))
         self.strategy = make_strategy(manifest.strategy)
         self.keys = RunKeys(manifest, site, self.profile, coordinator, vault)
@@ -102,10 +107,26 @@ class SiteRun:
         if self.manifest.trains_in(round_):
             parts.append(self.trainer.train(model.weights, train) * self.manifest.weight(self.site))
         if size := self.manifest.metric_width(round_):
-            exact = self.trainer.metric_sum(model.weights, held_out)
+            exact = (
+                self._histograms(round_, model, held_out)
+                if self.manifest.statistics
+                else self.trainer.metric_sum(model.weights, held_out)
+            )
             noise = self._rng.normal(size) * (SENSITIVITY * self.manifest.metrics_noise_multiplier)
             parts.append(exact + noise)
         return np.concatenate(parts)
+
+    def _histograms(self, round_: int, model: ModelState, held_out: NDArray[np.int64]) -> Floats:
+        """The exact statistics of these units, before noise; they must not leave as they are."""
+        batch = self._records.gather(held_out)
+        weight = (1.0 / batch.records_of[batch.owner]).double().numpy()
+        values = batch.x[:, unscaled_columns(self.manifest.schema_)].double().numpy()
+        ranges = None
+        if round_ > 1:
+            if model.metrics is None:
+                raise SealingError("the first release of the statistics was not opened", where=f"round {round_}")
+            ranges = coarse_ranges(self.manifest, model.metrics)
+        return contributions(values, weight, ranges)
 
     def segments(self, round_: int) -> list[Segment]:
         """Public ranges of a round's vector."""

@@ -13,6 +13,7 @@ from confide.errors import ConfigError
 from confide.privacy.digest import digest
 from confide.privacy.dp import PrivacyEvent, RenyiBudget, Role, calibrate
 from confide.privacy.dp.metrics import SENSITIVITY
+from confide.privacy.dp.statistics import RELEASES
 from confide.privacy.sealing import make_profile
 from confide.protocol.manifest import Layout, Manifest, Member
 
@@ -28,6 +29,7 @@ def make_manifest(
     schema: SchemaConfig,
     initial_model: NDArray[np.float32],
     layout: Layout,
+    statistics: bool = False,
 ) -> Manifest:
     """Fix a run.
 
@@ -39,6 +41,7 @@ def make_manifest(
         schema: The experiment's schema with its patterns expanded.
         initial_model: The first weights.
         layout: How they lie in the vector.
+        statistics: Fix the run that learns the schema's unknown bounds, not the training.
 
     Raises:
         ConfigError: Too few sites.
@@ -54,7 +57,7 @@ def make_manifest(
     privacy = experiment.privacy
     sigma, metrics_sigma = _noise(experiment)
     return Manifest(
-        run=f"{experiment.run.name}-{secrets.token_hex(4)}",
+        run=f"{experiment.run.name}{'-statistics' if statistics else ''}-{secrets.token_hex(4)}",
         federation=federation,
         roster_version=1,
         purpose=experiment.run.purpose,
@@ -62,8 +65,8 @@ def make_manifest(
         members=tuple(sorted(members, key=lambda m: m.site)),
         min_sites=experiment.sites.min_sites,
         min_subjects=experiment.sites.min_subjects,
-        rounds=experiment.run.rounds,
-        metric_rounds=experiment.metric_rounds,
+        rounds=1 if statistics else experiment.run.rounds,
+        metric_rounds=(1, RELEASES) if statistics else experiment.metric_rounds,
         held_out=experiment.data.held_out,
         label=experiment.data.label,
         schema_=schema,
@@ -76,11 +79,13 @@ def make_manifest(
         noise_multiplier=sigma,
         metrics_noise_multiplier=metrics_sigma,
         sealing=experiment.sealing,
+        statistics=statistics,
     )
 
 
 def _noise(experiment: Experiment) -> tuple[float, float]:
-    """σ of training and of metrics: each role pays the run's whole ε, because a person holds one role only."""
+    """σ of training and of metrics: each role pays the run's whole ε, because a person holds one role only. Learned
+    bounds are paid for like metrics, by the held-out persons at the same σ: they and the metrics together cost ε."""
     privacy = experiment.privacy
     if not privacy.is_private:
         return 0.0, 0.0
@@ -91,6 +96,7 @@ def _noise(experiment: Experiment) -> tuple[float, float]:
     )  # fmt: skip
     metrics = PrivacyEvent(
         role=Role.HELD_OUT, unit=privacy.unit, noise_multiplier=1.0, sample_rate=1.0,
-        steps=len(experiment.metric_rounds), max_grad_norm=SENSITIVITY,
+        steps=len(experiment.metric_rounds) + (RELEASES if experiment.schema_.unknown_bounds else 0),
+        max_grad_norm=SENSITIVITY,
     )  # fmt: skip
     return calibrate(train, privacy.epsilon, budget), calibrate(metrics, privacy.epsilon, budget)

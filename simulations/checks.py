@@ -49,8 +49,11 @@ def check_experiment(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any
         column = table[name]
         if isinstance(feature, NumberFeature):
             values = pd.to_numeric(column, errors="coerce")
-            low, high = feature.bounds
-            outside, text = int(((values < low) | (values > high)).sum()), f"[{low:g}, {high:g}]"
+            if feature.bounds is None:
+                outside, text = 0, "to be learned"
+            else:
+                low, high = feature.bounds
+                outside, text = int(((values < low) | (values > high)).sum()), f"[{low:g}, {high:g}]"
         else:
             known = {canonical_value(v) for v in feature.values}
             outside = int((~column.dropna().map(canonical_value).isin(known)).sum())

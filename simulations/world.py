@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,8 +34,10 @@ from confide.privacy.consent import (
     now_micros,
     read_csv,
 )
-from confide.privacy.dp import Ledger, RenyiBudget
+from confide.privacy.dp import Ledger, PrivacyEvent, RenyiBudget, Role
+from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.dp.personal import PersonalLosses
+from confide.privacy.dp.statistics import RELEASES
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest, Member
 from confide.server.plan import make_manifest
@@ -61,14 +63,19 @@ class Sources:
     records: Mapping[str, SiteRecords]
     population: Mapping[str, int]
     consent: list[ImportedEvent] | None
+    #: Numbers whose bounds are learned, whether or not they are known by now.
+    learned: tuple[str, ...] = ()
 
 
-def load_sources(experiment: Experiment, base: Path) -> Sources:
+def load_sources(
+    experiment: Experiment, base: Path, bounds: Callable[[str], tuple[float, float]] | None = None
+) -> Sources:
     """Read the table and the consent file, encode, split by site.
 
     Args:
         experiment: What is asked.
         base: Folder that relative paths start from.
+        bounds: The bounds of a number that the experiment wants learned; None where they are still to be.
 
     Raises:
         DataError: The table, a column or a value is not what the schema declares.
@@ -80,6 +87,9 @@ def load_sources(experiment: Experiment, base: Path) -> Sources:
     table, where = read_table(path, text=(data.subject, data.site)), path.name
     require_columns(table, [data.subject, data.site, data.label.column], where)
     schema = expand(experiment.schema_, list(table.columns), [data.subject, data.site, data.label.column])
+    learned = schema.unknown_bounds
+    if bounds is not None:
+        schema = schema.with_bounds({name: bounds(name) for name in learned})
     if data.label.column in schema.features:
         raise ConfigError("is a feature and the label", where=f"schema.features.{data.label.column}",
                           hint="leave it out of the features: a model would only copy it")  # fmt: skip
@@ -98,11 +108,12 @@ def load_sources(experiment: Experiment, base: Path) -> Sources:
         for site, part in parts.items()
     }
     consent = read_csv(base / experiment.consent.file) if experiment.consent.file is not None else None
-    return Sources(experiment, schema, records, _populations(experiment, parts), consent)
+    return Sources(experiment, schema, records, _populations(experiment, parts), consent, learned)
 
 
 class World:
-    """The sites of one simulated run, with their files.
+    """The sites of one simulated run, with their files. Where the schema's bounds are still to be learned, it is the
+    statistics run.
 
     Args:
         sources: From `load_sources`.
@@ -140,7 +151,20 @@ class World:
             schema=sources.schema,
             initial_model=self.initial,
             layout=layout,
+            statistics=bool(sources.schema.unknown_bounds),
         )
+
+    @property
+    def statistics_charges(self) -> list[PrivacyEvent]:
+        """What learning bounds costs, in the run of its own that comes before the training."""
+        if not self.sources.learned or not self.manifest.privacy.is_private:
+            return []
+        return [
+            PrivacyEvent(
+                role=Role.HELD_OUT, unit=self.manifest.privacy.unit, sample_rate=1.0, steps=RELEASES,
+                noise_multiplier=self.manifest.metrics_noise_multiplier, max_grad_norm=SENSITIVITY,
+            )
+        ]  # fmt: skip
 
     def check(self) -> None:
         """Ask every site, before anything starts, whether it would take part.
@@ -190,6 +214,7 @@ class World:
             epsilon_limit=privacy.site_epsilon_limit,
             delta=privacy.delta,
             release=True,
+            statistics=True,
         )
         return Site(
             identity=identity,

@@ -1,4 +1,5 @@
-"""From raw columns to numbers, using declared public bounds and vocabularies only: never a statistic of the data.
+"""From raw columns to numbers, using public bounds and vocabularies only: declared, or bought from the ledger as noised
+statistics (`confide.privacy.dp.statistics`); never a statistic of the data as they are.
 
 Values outside the bounds are clipped and categories outside the vocabulary get no hot column, so that no single
 value can stop a run. What cannot be *read* as its declared kind is refused, once, before joining.
@@ -21,7 +22,7 @@ from confide.config import CategoryFeature, LabelConfig, NumberFeature, SchemaCo
 from confide.config.experiment import canonical_value as _canonical
 from confide.errors import DataError
 
-__all__ = ["canonical_value", "encoded_width", "expand", "features", "labels", "require_columns"]
+__all__ = ["canonical_value", "encoded_width", "expand", "features", "labels", "require_columns", "unscaled_columns"]
 
 Floats = NDArray[np.float32]
 
@@ -63,11 +64,23 @@ def encoded_width(schema: SchemaConfig) -> int:
     return sum(1 if isinstance(f, NumberFeature) else len(f.values) for f in schema.features.values())
 
 
+def unscaled_columns(schema: SchemaConfig) -> list[int]:
+    """Which encoded columns hold numbers whose bounds are still to be learned, in the schema's order."""
+    found, at = [], 0
+    for feature in schema.features.values():
+        if isinstance(feature, NumberFeature):
+            found += [at] if feature.bounds is None else []
+        at += 1 if isinstance(feature, NumberFeature) else len(feature.values)
+    return found
+
+
 def features(table: pd.DataFrame, schema: SchemaConfig, where: str) -> Floats:
     """Encoded features, float32 [rows, encoded_width].
 
     Raises:
         DataError: A column is missing, or a value is missing or unreadable (row and column named).
+
+    A number whose bounds are still to be learned stays as it is, NaN where it is missing.
     """
     require_columns(table, list(schema.features), where)
     blocks: list[NDArray[np.float64]] = []
@@ -104,9 +117,13 @@ def labels(table: pd.DataFrame, label: LabelConfig, where: str) -> Floats:
 
 
 def _number(column: pd.Series[Any], feature: NumberFeature, missing: str, where: str) -> NDArray[np.float64]:
-    low, high = feature.bounds
     values = _numeric(column, where)
     empty = np.isnan(values)
+    if feature.bounds is None:  # for the statistics run only: nothing is trained on what is not scaled
+        if empty.any() and feature.missing is None and missing == "refuse":
+            _refuse_missing(column, where)
+        return values
+    low, high = feature.bounds
     if empty.any():
         if feature.missing is not None:
             values = np.where(empty, feature.missing, values)

@@ -7,6 +7,7 @@ the same objects in the run's manifest, so a simulated and a deployed run are de
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -95,16 +96,27 @@ class DataConfig(_Section):
 
 
 class NumberFeature(_Section):
-    """A number, clipped to public bounds and scaled to [-1, 1]."""
+    """A number, clipped to public bounds and scaled to [-1, 1]. Bounds may be left out where they are learned."""
 
     kind: Literal["number"]
-    bounds: tuple[float, float]
+    bounds: tuple[float, float] | None = None
     missing: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
     @field_validator("bounds")
     @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        return _check_bounds(value)
+    def _ordered(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        return None if value is None else _check_bounds(value)
+
+    @property
+    def known_bounds(self) -> tuple[float, float]:
+        """The bounds, declared or learned by now.
+
+        Raises:
+            ValueError: They are still to be learned.
+        """
+        if self.bounds is None:
+            raise ValueError("the bounds of a number are not known yet")
+        return self.bounds
 
 
 class CategoryFeature(_Section):
@@ -131,10 +143,31 @@ class SchemaConfig(_Section):
 
     `missing = "midpoint"` fills a missing number with the middle of its bounds and gives a missing category no
     hot column; `"refuse"` (the default) makes a missing value an error.
+
+    `bounds = "learn"` lets numbers leave out their bounds: they are then learned by a statistics run before the
+    training, from noised, sealed histograms that are charged to the held-out persons.
     """
 
     missing: Literal["midpoint", "refuse"] = "refuse"
+    bounds: Literal["declared", "learn"] = "declared"
     features: Annotated[dict[str, Feature], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _known_or_learned(self) -> SchemaConfig:
+        for name in self.unknown_bounds:
+            if self.bounds != "learn":
+                raise ValueError(f'feature {name} has no bounds: declare them, or set schema.bounds = "learn"')
+        return self
+
+    @property
+    def unknown_bounds(self) -> tuple[str, ...]:
+        """Numbers whose bounds are still to be learned, in the schema's order."""
+        return tuple(n for n, f in self.features.items() if isinstance(f, NumberFeature) and f.bounds is None)
+
+    def with_bounds(self, bounds: Mapping[str, tuple[float, float]]) -> SchemaConfig:
+        """The schema with these bounds where they were unknown."""
+        known = {n: f.model_copy(update={"bounds": bounds[n]}) if n in bounds else f for n, f in self.features.items()}
+        return self.model_copy(update={"features": known})
 
 
 class SitesConfig(_Section):
@@ -226,7 +259,11 @@ class StrategyConfig(_Section):
 
 
 class PrivacyConfig(_Section):
-    """`[privacy]`: the loss (ε, δ) this run may cost a person, and the mechanism that keeps to it."""
+    """`[privacy]`: the loss (ε, δ) this run may cost a person, and the mechanism that keeps to it.
+
+    `unsafe_noise_seed` draws the noise from a number that stands in the manifest, to look for faults on public data:
+    whoever knows it takes the noise off again, so such a run protects nobody, whatever its ε.
+    """
 
     unit: Literal["subject", "record"] = "subject"
     epsilon: Annotated[float, Field(gt=0)]
@@ -235,6 +272,7 @@ class PrivacyConfig(_Section):
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     placement: Literal["site"] = "site"
     site_epsilon_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
+    unsafe_noise_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     @model_validator(mode="after")
     def _numbers(self) -> PrivacyConfig:
@@ -244,8 +282,13 @@ class PrivacyConfig(_Section):
 
     @property
     def is_private(self) -> bool:
-        """False for the ε = ∞ baseline on public data."""
+        """Is noise added and charged? False for the ε = ∞ baseline on public data."""
         return math.isfinite(self.epsilon)
+
+    @property
+    def protects(self) -> bool:
+        """Does the noise protect anybody? Not where everybody knows it."""
+        return self.is_private and self.unsafe_noise_seed is None
 
 
 class SealingConfig(_Section):
@@ -290,6 +333,10 @@ class Experiment(_Section):
         if not self.privacy.is_private and not self.data.public:
             raise ValueError(
                 "privacy.epsilon = inf needs data.public = true: without noise, what a site sends reveals its people"
+            )
+        if self.privacy.unsafe_noise_seed is not None and not self.data.public:
+            raise ValueError(
+                "privacy.unsafe_noise_seed needs data.public = true: noise that everybody knows protects nobody"
             )
         if self.sealing.rotation and self.training.optimizer != "sgd":
             raise ValueError(

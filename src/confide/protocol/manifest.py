@@ -20,7 +20,7 @@ from confide.config import (
     TrainingConfig,
 )
 from confide.privacy.digest import digest
-from confide.privacy.dp import PrivacyEvent, Role, metrics
+from confide.privacy.dp import PrivacyEvent, Role, metrics, statistics
 from confide.privacy.dp.events import merge_events
 
 __all__ = ["Hex32", "Layout", "Manifest", "Member"]
@@ -79,6 +79,16 @@ class Manifest(_Part):
     noise_multiplier: Annotated[float, Field(ge=0)]
     metrics_noise_multiplier: Annotated[float, Field(ge=0)]
     sealing: SealingConfig
+    #: A statistics run: its two rounds learn the bounds that the schema leaves out, and nothing is trained.
+    statistics: bool = False
+
+    @model_validator(mode="after")
+    def _bounds_known(self) -> Manifest:
+        if self.statistics != bool(self.schema_.unknown_bounds):
+            raise ValueError("bounds are learned in a run of its own, and before anything is trained")
+        if self.statistics and (self.rounds, self.metric_rounds) != (1, (1, 2)):
+            raise ValueError("a statistics run has two releases")
+        return self
 
     @model_validator(mode="after")
     def _roster(self) -> Manifest:
@@ -112,12 +122,16 @@ class Manifest(_Part):
         return member.population / mean if member is not None else 0.0
 
     def trains_in(self, round_: int) -> bool:
-        """The round after the last only evaluates."""
-        return round_ <= self.rounds
+        """The round after the last only evaluates; a statistics run trains in none."""
+        return round_ <= self.rounds and not self.statistics
 
     def metric_width(self, round_: int) -> int:
-        """Metric coordinates that ride at the end of a round's vector."""
-        return metrics.width(self.label.task) if round_ in self.metric_rounds else 0
+        """Coordinates of metrics, or of statistics, that ride at the end of a round's vector."""
+        if round_ not in self.metric_rounds:
+            return 0
+        if self.statistics:
+            return statistics.width(len(self.schema_.unknown_bounds), round_)
+        return metrics.width(self.label.task)
 
     def vector_size(self, round_: int) -> int:
         """Coordinates of a round's vector: the update's, then the metrics'."""
