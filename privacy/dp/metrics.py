@@ -274,8 +274,9 @@ def _ece(positive: Floats, negative: Floats, noise: float, other_noise: float) -
 
     1. A bin whose noised count is within 2 standard deviations of nobody is left out: it could say little that is true.
        What its few persons would add is lost.
-    2. In the others |gap| gives way to 2·|gap| − E|gap + fresh noise| (one step of the parametric bootstrap). That
-       leaves 0.47 of a standard deviation where a bin's true gap is 0, and less than 0.08 from one deviation on.
+    2. In the others |gap| gives way to 2·|gap| − E|gap + fresh noise| (one step of the parametric bootstrap). Of a
+       standard deviation, that leaves 0.47 where a bin's true gap is 0 (0.80 before), takes up to 0.09 too much where
+       the gap is between 1 and 2, and is right where it is large.
 
     Sampling has the same effect on any sample's ECE, also on one computed without noise; it stays in the value, so that
     this is the sample's ECE, and is taken out of the interval, which is about the population.
