@@ -34,7 +34,11 @@ def site(task: Task, seed: int, scale: float = 3.0) -> tuple[torch.nn.Module, Si
         for p in model.parameters():
             p *= scale  # the default spreads probabilities
     x = rng.uniform(-2, 2, (PEOPLE, INPUTS)).astype(np.float32)
-    y = rng.random(PEOPLE) if task == "regression" else rng.integers(0, outputs + (task == "binary"), PEOPLE)
+    y = (
+        rng.uniform(0.25, 0.75, PEOPLE)
+        if task == "regression"
+        else rng.integers(0, outputs + (task == "binary"), PEOPLE)
+    )
     everybody = np.arange(PEOPLE)
     return model, SiteRecords(x, y.astype(np.float32), everybody, everybody, [f"p{i}" for i in everybody])
 
