@@ -8,7 +8,7 @@ share of that. What still lies outside is clipped after the noise: it costs accu
 
 from __future__ import annotations
 
-from confide.privacy.dp.metrics import SENSITIVITY
+from confide.privacy.dp.metrics import value_range
 from confide.privacy.sealing import Segment
 from confide.protocol.manifest import Manifest
 
@@ -25,9 +25,8 @@ def segments(manifest: Manifest, round_: int) -> list[Segment]:
     if manifest.trains_in(round_):
         found.append(_update(manifest))
     if size := manifest.metric_width(round_):
-        spread = _DEVIATIONS * SENSITIVITY * manifest.metrics_noise_multiplier
         largest = max(m.population for m in manifest.members)
-        found.append(Segment(size, -spread - 1, largest + spread + 1))
+        found.append(Segment(size, *value_range(manifest.metrics_noise_multiplier, largest)))
     return found
 
 

@@ -13,10 +13,11 @@ from torch import nn
 from confide.clients.data.records import SiteRecords
 from confide.clients.training.models import load_flat
 from confide.clients.training.trainer import predict
-from confide.privacy.dp.metrics import Task
+from confide.privacy.dp.metrics import BINS, PROBABILITY_LIMITS, Task
 
 __all__ = ["ExactEvaluator"]
 
+Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 
@@ -33,7 +34,9 @@ class ExactEvaluator:
         self._model, self._task, self._records = model.eval(), task, records
 
     def evaluate(self, weights: NDArray[np.float32], held_out: Mapping[str, Mask]) -> dict[str, float]:
-        """binary: auc, accuracy; multiclass: accuracy; regression: mean absolute error on the scaled label, r2."""
+        """What `metrics.read` gives from sums, from records: with the probabilities themselves and not their bins'
+        midpoints, and errors of regression not clipped but in the clipped loss. Regression: also r2.
+        """
         load_flat(self._model, weights)
         batches = [self._records[s].gather(self._records[s].units_of(mask)) for s, mask in held_out.items()]
         y = torch.cat([b.y for b in batches]).double().numpy()
@@ -41,14 +44,30 @@ class ExactEvaluator:
         if len(y) == 0:
             return {}
         if self._task == "regression":
-            spread = float(np.sum((y - y.mean()) ** 2))
-            r2 = 1 - float(np.sum((y - prediction) ** 2)) / spread if spread > 0 else 0.0
-            return {"mean_absolute_error_scaled": float(np.abs(y - prediction).mean()), "r2": r2}
+            return _regression(prediction, y)
         if self._task == "multiclass":
-            return {"accuracy": float((prediction.argmax(axis=1) == y).mean())}
-        accuracy = float(((prediction >= 0.5) == (y > 0.5)).mean())
-        return (
-            {"auc": float(roc_auc_score(y, prediction)), "accuracy": accuracy}
-            if 0 < y.mean() < 1
-            else {"accuracy": accuracy}
-        )
+            right, of_truth = prediction.argmax(axis=1) == y, prediction[np.arange(len(y)), y.astype(np.int64)]
+            return {"accuracy": float(right.mean()), **_calibration(prediction.max(axis=1), right, of_truth)}
+        positive = y > 0.5
+        found = {"auc": float(roc_auc_score(y, prediction))} if 0 < y.mean() < 1 else {}
+        found["accuracy"] = float(((prediction >= 0.5) == positive).mean())
+        return found | _calibration(prediction, positive, np.where(positive, prediction, 1 - prediction))
+
+
+def _calibration(confidence: Floats, came_true: Mask, of_truth: Floats) -> dict[str, float]:
+    """ECE over `BINS` equal bins (Guo et al. 2017) and clipped log loss; each array has shape [records]."""
+    bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    gaps = np.bincount(bins, weights=came_true - confidence, minlength=BINS)
+    return {
+        "ece": float(np.abs(gaps).sum()) / len(bins),
+        "clipped_loss": float(-np.log(np.clip(of_truth, *PROBABILITY_LIMITS)).mean()),
+    }
+
+
+def _regression(prediction: Floats, y: Floats) -> dict[str, float]:
+    error, spread = np.abs(y - prediction), float(np.sum((y - y.mean()) ** 2))
+    return {
+        "mean_absolute_error_scaled": float(error.mean()),
+        "r2": 1 - float(np.sum(error**2)) / spread if spread > 0 else 0.0,
+        "clipped_loss": float((np.minimum(error, 1) ** 2).mean()),
+    }

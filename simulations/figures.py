@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from confide.privacy.dp.metrics import NAMES
 from confide.privacy.files import write_atomically
 from confide.simulations.result import Result
 
@@ -38,14 +39,10 @@ def write_figures(result: Result, folder: Path) -> list[Path]:
 
 def _quality(result: Result, path: Path) -> Path:
     figure, axes = _axes()
-    names = {
-        "auc": "AUC",
-        "accuracy": "accuracy",
-        "mean_absolute_error_scaled": "mean absolute error (label scaled to 0–1)",
-    }
-    for name, colour in zip((n for n in names if n in result.curve[0]), (_ACCENT, _SECOND), strict=False):
+    shown = [name for name in ("auc", "accuracy", "mean_absolute_error_scaled") if name in result.curve[0]]
+    for name, colour in zip(shown, (_ACCENT, _SECOND), strict=False):
         values = [point[name] for point in result.curve]
-        axes.plot(range(len(values)), values, color=colour, marker="o", markersize=3.5, label=names[name])
+        axes.plot(range(len(values)), values, color=colour, marker="o", markersize=3.5, label=NAMES[name])
         axes.annotate(
             f"{values[-1]:.3f}",
             (len(values) - 1, values[-1]),
@@ -68,7 +65,7 @@ def _quality(result: Result, path: Path) -> Path:
         path,
         title,
         f"After {result.rounds} rounds: "
-        + ", ".join(f"{names.get(k, k)} {v:.3f}" for k, v in result.curve[-1].items())
+        + ", ".join(f"{NAMES.get(k, k)} {v:.3f}" for k, v in result.curve[-1].items())
         + ". Simulator only: the data are public.",
     )
 

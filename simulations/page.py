@@ -8,11 +8,10 @@ from markupsafe import Markup
 
 from confide.privacy.audit.chart import Series, line_chart
 from confide.privacy.audit.page import write_page
+from confide.privacy.dp.metrics import NAMES
 from confide.simulations.result import Result
 
 __all__ = ["write_index"]
-
-_NAMES = {"auc": "AUC", "mean_absolute_error_scaled": "mean absolute error (label scaled to 0–1)", "r2": "R²"}
 
 
 def write_index(result: Result, path: Path) -> None:
@@ -21,7 +20,7 @@ def write_index(result: Result, path: Path) -> None:
     quality = loss = ""
     if result.curve:
         series = [
-            Series(_NAMES.get(name, name), [(float(i), point[name]) for i, point in enumerate(result.curve)])
+            Series(NAMES.get(name, name), [(float(i), point[name]) for i, point in enumerate(result.curve)])
             for name in list(result.curve[0])[:2]
         ]
         quality = line_chart("quality", "Quality by round", "rounds trained", "exact, on held-out persons", series)
@@ -55,15 +54,12 @@ def _facts(result: Result, private: bool) -> list[tuple[str, str]]:
         ),
     ]
     if result.metrics:
-        facts.append(("exact, simulator only", _metrics(result.metrics)))
+        exact = ", ".join(f"{NAMES.get(k, k)} {v:.3f}" for k, v in result.metrics.items())
+        facts.append(("exact, simulator only", exact))
     if result.released_metrics:
-        facts.append(("released, noised" if private else "released", _metrics(result.released_metrics)))
+        facts.append(("released, noised" if private else "released", result.describe_released(NAMES)))
     facts += [
         ("uplink", f"{result.bytes_per_parameter:,.2f} bytes a parameter"),
         ("time", f"{result.seconds:.1f} s"),
     ]
     return facts
-
-
-def _metrics(metrics: dict[str, float] | dict[str, float | None]) -> str:
-    return ", ".join(f"{_NAMES.get(k, k)} {'—' if v is None else f'{v:.3f}'}" for k, v in metrics.items())

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from confide.privacy.sealing import Exposure
 
-__all__ = ["Epsilon", "Plan", "Progress", "Result", "SitePlan", "json_number"]
+__all__ = ["Epsilon", "Intervals", "Plan", "Progress", "Result", "SitePlan", "json_intervals", "json_number"]
 
 NEIGHBOURS = "add or remove one"
+#: 95 % intervals by metric, over noise and sampling error; None where the noise is too large to give one.
+Intervals = dict[str, tuple[float, float] | None]
 
 
 def json_number(value: Any) -> Any:
     """JSON has no infinity: ε = ∞ is the text "inf"."""
     return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+def json_intervals(intervals: Intervals | None) -> dict[str, list[float] | None] | None:
+    """JSON has no tuples."""
+    return None if intervals is None else {k: None if v is None else list(v) for k, v in intervals.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,7 @@ class Progress:
     epsilon: float
     metrics: dict[str, float] | None
     released: dict[str, float | None] | None
+    released_intervals: Intervals | None
     released_round: int | None
     abandoned: bool
     #: Share of the latest sum's coordinates that were clipped to the quantiser's range.
@@ -50,6 +59,7 @@ class Result:
     Attributes:
         metrics: Exact, simulator-only; None unless the data are declared public.
         released_metrics: What a deployment would see: noised and charged.
+        released_intervals: 95 % intervals of the released metrics, over noise and sampling error.
         curve: Exact metrics of the model after 0, 1, … rounds; empty unless the data are public.
         epsilon_curve: ε of this run after each round.
         ledger: Per site, the RDP ε of everything its ledger holds now, and its limit.
@@ -64,6 +74,7 @@ class Result:
     profile: str
     metrics: dict[str, float] | None
     released_metrics: dict[str, float | None] | None
+    released_intervals: Intervals | None
     epsilon: Epsilon
     delta: float
     unit: str
@@ -80,6 +91,15 @@ class Result:
     saturated: float
     exposure: tuple[Exposure, ...]
 
+    def describe_released(self, names: Mapping[str, str]) -> str:
+        """Released metrics with their intervals, for people; `names` says what a metric is called."""
+        intervals, found = self.released_intervals or {}, []
+        for key, value in (self.released_metrics or {}).items():
+            bounds = intervals.get(key)
+            shown = "too noisy to say" if bounds is None else f"{bounds[0]:.3f}, {bounds[1]:.3f}"
+            found.append(f"{names.get(key, key)} " + ("—" if value is None else f"{value:.3f} [{shown}]"))
+        return ", ".join(found) + " (95 % intervals: noise and sampling of persons)"
+
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints: exactly these keys."""
         return {
@@ -89,6 +109,7 @@ class Result:
             "profile": self.profile,
             "metrics": self.metrics,
             "released_metrics": self.released_metrics,
+            "released_intervals": json_intervals(self.released_intervals),
             "epsilon": {
                 "max": json_number(self.epsilon.max),
                 "per_site": {k: json_number(v) for k, v in self.epsilon.per_site.items()},

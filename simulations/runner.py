@@ -36,7 +36,17 @@ from confide.simulations.evaluation import ExactEvaluator
 from confide.simulations.figures import write_figures
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
 from confide.simulations.page import write_index
-from confide.simulations.result import NEIGHBOURS, Epsilon, Plan, Progress, Result, SitePlan, json_number
+from confide.simulations.result import (
+    NEIGHBOURS,
+    Epsilon,
+    Intervals,
+    Plan,
+    Progress,
+    Result,
+    SitePlan,
+    json_intervals,
+    json_number,
+)
 from confide.simulations.world import World, builtin_example, load_sources
 
 __all__ = ["plan", "simulate"]
@@ -171,6 +181,8 @@ class _Run:
             self._evaluator = ExactEvaluator(model, self._task, world.sources.records)
         self._curve: list[dict[str, float]] = []
         self._released_metrics: dict[str, float | None] | None = None
+        self._released_intervals: Intervals | None = None
+        self._cohort_sizes: dict[int, int] = {}
         self._lines: list[dict[str, Any]] = []
         self._saturated = 0.0
 
@@ -204,14 +216,15 @@ class _Run:
         exact = self._exact(model.weights)
         if exact is not None:
             self._curve.append(exact)
-        released = dp_metrics.read(self._task, outcome.metrics) if outcome.metrics is not None else None
-        self._released_metrics = released or self._released_metrics
+        self._cohort_sizes[outcome.round] = len(outcome.cohort)
+        released, intervals = self._read(outcome.metrics_round, outcome.metrics)
         progress = Progress(
             round=trained,
             rounds=manifest.rounds,
             epsilon=self._epsilon_after(trained),
             metrics=exact,
             released=released,
+            released_intervals=intervals,
             released_round=None if outcome.metrics_round is None else outcome.metrics_round - 1,
             abandoned=outcome.abandoned,
             saturated=model.saturated,
@@ -225,17 +238,36 @@ class _Run:
             "epsilon": json_number(progress.epsilon),
             "metrics": progress.metrics,
             "released_metrics": None,
+            "released_intervals": None,
             "abandoned": progress.abandoned,
             "saturated": round(progress.saturated, 6),
         })  # fmt: skip
-        self._write_lines(progress.released, progress.released_round)
+        self._write_lines(progress.released_round, progress.released, progress.released_intervals)
 
-    def _write_lines(self, released: dict[str, float | None] | None, round_: int | None) -> None:
+    def _write_lines(
+        self, round_: int | None, released: dict[str, float | None] | None, intervals: Intervals | None
+    ) -> None:
         """Released metrics stand beside the round whose model they are about, though they arrive later."""
         if round_ is not None:
             self._lines[round_]["released_metrics"] = released
+            self._lines[round_]["released_intervals"] = json_intervals(intervals)
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self._lines)
         write_atomically(self._folder / "rounds.jsonl", text.encode())
+
+    def _read(self, round_: int | None, total: Any) -> tuple[dict[str, float | None] | None, Intervals | None]:
+        """Metrics and their intervals from the sum that was opened for `round_`; kept as the latest."""
+        if round_ is None or total is None:
+            return None, None
+        manifest = self._world.manifest
+        noise = dp_metrics.noise_deviation(
+            manifest.metrics_noise_multiplier,
+            sites=self._cohort_sizes[round_],
+            population=max(m.population for m in manifest.members),
+            bits=manifest.sealing.bits,
+        )
+        self._released_metrics = dp_metrics.read(self._task, total, noise)
+        self._released_intervals = dp_metrics.interval(self._task, total, noise)
+        return self._released_metrics, self._released_intervals
 
     def _exact(self, weights: Any) -> dict[str, float] | None:
         if self._evaluator is None:
@@ -256,9 +288,9 @@ class _Run:
 
     def _finish(self, released: Released) -> Result:
         world, manifest = self._world, self._world.manifest
-        if released.metrics is not None:
-            self._released_metrics = dp_metrics.read(self._task, released.metrics)
-            self._write_lines(self._released_metrics, (released.metrics_round or 1) - 1)
+        metrics, intervals = self._read(released.metrics_round, released.metrics)
+        if released.metrics_round is not None:
+            self._write_lines(released.metrics_round - 1, metrics, intervals)
         epsilon = self._epsilon_after(manifest.rounds)
         result = Result(
             run_id=manifest.run,
@@ -267,6 +299,7 @@ class _Run:
             profile=manifest.sealing.profile,
             metrics=self._exact(released.weights),
             released_metrics=self._released_metrics,
+            released_intervals=self._released_intervals,
             epsilon=Epsilon(epsilon, dict.fromkeys(world.sites, epsilon)),
             delta=manifest.privacy.delta,
             unit=manifest.privacy.unit,

@@ -10,8 +10,8 @@ from typing import Any
 import confide
 
 RESULT_KEYS = [
-    "run_id", "rounds", "sites", "profile", "metrics", "released_metrics", "epsilon", "delta", "unit", "neighbours",
-    "placement", "bytes_per_parameter", "rounds_abandoned", "seconds", "out",
+    "run_id", "rounds", "sites", "profile", "metrics", "released_metrics", "released_intervals", "epsilon", "delta",
+    "unit", "neighbours", "placement", "bytes_per_parameter", "rounds_abandoned", "seconds", "out",
 ]  # fmt: skip
 
 

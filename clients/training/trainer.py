@@ -135,8 +135,6 @@ class LocalTrainer:
             batch = self._records.gather(eligible[start : start + _EVALUATION_UNITS])
             weight = (1.0 / batch.records_of[batch.owner]).double().numpy()
             prediction = predict(self._model, batch.x, self._plan.task, self._device)
-            if prediction.ndim == 2:
-                prediction = prediction.argmax(axis=1).astype(np.float64)
             part = contributions(self._plan.task, prediction, batch.y.double().numpy(), weight)
             total = part if total is None else total + part
         if total is None:  # pragma: no cover - the loop runs at least once

@@ -29,12 +29,6 @@ from confide.privacy.dp.events import Role, merge_events
 
 __all__ = ["write_report"]
 
-_METRIC_NAMES = {
-    "auc": "AUC",
-    "accuracy": "accuracy",
-    "mean_absolute_error_scaled": "mean absolute error, label scaled to 0–1",
-    "r2": "R²",
-}
 _LAW = (
     ("GDPR Art. 5(1)(b), (c), (f): purpose, minimisation, integrity", "What was trained; Who could learn what"),
     ("GDPR Art. 7: demonstrable consent", "Consent; the snapshot commitments in each site’s log"),
@@ -245,15 +239,19 @@ def _task(manifest: Mapping[str, Any]) -> metrics.Task:
 
 def _releases(evidence: Evidence) -> list[dict[str, Any]]:
     found = []
-    sigma = evidence.manifest["metrics_noise_multiplier"]
+    manifest = evidence.manifest
+    task, population = _task(manifest), max(m["population"] for m in manifest["members"])
     for number, entry in evidence.coordinator.of(r.MetricsReleased):
-        task, total = _task(evidence.manifest), np.array([float(v) for v in entry.values])
-        noise = sigma * metrics.SENSITIVITY * entry.cohort_size**0.5
+        total = np.array([float(v) for v in entry.values])
+        noise = metrics.noise_deviation(
+            manifest["metrics_noise_multiplier"], sites=entry.cohort_size, population=population,
+            bits=manifest["sealing"]["bits"],
+        )  # fmt: skip
         bounds = metrics.interval(task, total, noise)
-        for name, value in metrics.read(task, total).items():
+        for name, value in metrics.read(task, total, noise).items():
             bound = bounds[name]
             found.append({
-                "after": entry.round - 1, "name": _METRIC_NAMES.get(name, name), "key": name, "number": value,
+                "after": entry.round - 1, "name": metrics.NAMES.get(name, name), "key": name, "number": value,
                 "bounds": bound, "value": "—" if value is None else f"{value:.3f}", "entry": number,
                 "interval": "too noisy to say" if bound is None else f"{bound[0]:.3f} to {bound[1]:.3f}",
             })  # fmt: skip
@@ -272,7 +270,7 @@ def _quality_chart(releases: list[dict[str, Any]], exact: list[dict[str, Any]]) 
     if shown:
         points = [(float(x["after"]), x["number"]) for x in shown]
         series.append(Series("released", points, [x["bounds"] for x in shown], line=False))
-    name = _METRIC_NAMES.get(key, key)
+    name = metrics.NAMES.get(key, key)
     return line_chart("quality", f"{name} by round", "rounds trained", name, series) if series else ""
 
 
@@ -280,7 +278,7 @@ def _exact_note(exact: list[dict[str, Any]]) -> str:
     last = next((line["metrics"] for line in reversed(exact) if line.get("metrics")), None)
     if last is None:
         return ""
-    shown = ", ".join(f"{_METRIC_NAMES.get(k, k)} {v:.3f}" for k, v in last.items())
+    shown = ", ".join(f"{metrics.NAMES.get(k, k)} {v:.3f}" for k, v in last.items())
     return f"Exact, on public data in the simulator only, and not part of the logs: {shown} after the last round shown."
 
 

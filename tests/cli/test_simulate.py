@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import pty
@@ -18,11 +19,12 @@ import pytest
 import confide as package
 from confide.clients.training.artifact import load_model
 from confide.privacy.dp import Ledger, RenyiBudget, Role
+from confide.privacy.dp.metrics import NAMES
 from tests.cli.command import SCRIPT, confide, files_under, spawn, to_toml
 
 RESULT_KEYS = [
-    "run_id", "rounds", "sites", "profile", "metrics", "released_metrics", "epsilon", "delta", "unit", "neighbours",
-    "placement", "bytes_per_parameter", "rounds_abandoned", "seconds", "out",
+    "run_id", "rounds", "sites", "profile", "metrics", "released_metrics", "released_intervals", "epsilon", "delta",
+    "unit", "neighbours", "placement", "bytes_per_parameter", "rounds_abandoned", "seconds", "out",
 ]  # fmt: skip
 SITES = ["ash", "birch", "cedar", "doum"]
 
@@ -188,7 +190,8 @@ def test_a_run_tells_each_round_on_stderr_and_the_outcome_on_stdout(folder: Path
         "consent simulated consent",
         f"ε of this run {result['epsilon']['max']:.2f} per subject (δ = 1e-05; neighbours: add or remove one subject)",
         "of 8 charged so far",
-        f"auc {result['metrics']['auc']:.3f}, accuracy {result['metrics']['accuracy']:.3f} on held-out persons",
+        f"auc {result['metrics']['auc']:.3f}, accuracy {result['metrics']['accuracy']:.3f}, "
+        f"ece {result['metrics']['ece']:.3f}, clipped_loss {result['metrics']['clipped_loss']:.3f} on held-out persons",
         f"uplink {result['bytes_per_parameter']:.2f} bytes a parameter",
         "Who learns what under profile open",
         "coordinator every site's update, every round",
@@ -198,6 +201,28 @@ def test_a_run_tells_each_round_on_stderr_and_the_outcome_on_stdout(folder: Path
     ):
         assert line in answer.words
     assert "\x1b" not in answer.out + answer.err
+
+
+def test_released_metrics_are_shown_with_their_intervals(folder: Path) -> None:
+    arguments = ("--set", "privacy.epsilon=inf")  # on so few people, noise would leave none to show
+    answer = confide("simulate", "experiment.toml", "--out", "out", *arguments)
+    result = json.loads((folder / "out" / "result.json").read_text())
+    assert list(result["released_intervals"]) == list(result["released_metrics"])
+    page = " ".join(html.unescape((folder / "out" / "index.html").read_text()).split())
+    for name, value in result["released_metrics"].items():
+        low, high = result["released_intervals"][name]
+        assert low <= value <= high
+        shown = f"{value:.3f} [{low:.3f}, {high:.3f}]"
+        assert f"{name} {shown}" in answer.words
+        assert f"{NAMES[name]} {shown}" in page
+    assert "(95 % intervals: noise and sampling of persons)" in answer.words
+
+
+def test_where_noise_drowns_a_metric_no_interval_is_made_up(folder: Path) -> None:
+    answer = confide("simulate", "experiment.toml", "--out", "out", "--set", "privacy.epsilon=0.05")
+    result = json.loads((folder / "out" / "result.json").read_text())
+    assert set(result["released_intervals"].values()) == {None}
+    assert re.search(r"released, noised auc (—|\d\.\d{3} \[too noisy to say\])", answer.words)
 
 
 def test_a_sealed_run_tells_who_learns_what_and_how_much_was_clipped(folder: Path) -> None:

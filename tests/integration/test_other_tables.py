@@ -86,7 +86,11 @@ def test_digits_are_learnt_under_privacy_and_seal(digits: Path, tmp_path: Path) 
     assert result.metrics is not None
     assert result.released_metrics is not None
     assert result.metrics["accuracy"] > 0.4
+    assert list(result.released_metrics) == ["accuracy", "ece", "clipped_loss"]
     assert result.released_metrics["accuracy"] == pytest.approx(result.metrics["accuracy"], abs=0.1)
+    assert result.released_intervals is not None
+    low, high = result.released_intervals["clipped_loss"] or (0, 0)
+    assert low - 0.1 < result.metrics["clipped_loss"] < high + 0.1  # binning may be off by as much
     assert 0 < result.epsilon.max <= 8.0
     assert result.profile == "sealed"
     assert 2 < result.bytes_per_parameter < 10  # a float32 takes 4; only rounds that carry an update count
@@ -138,4 +142,6 @@ def test_the_progress_of_diabetes_is_learnt_under_privacy_and_seal(diabetes: Pat
     assert 0 < result.epsilon.max <= 8.0
     assert result.metrics["r2"] > 0.2
     assert result.released_metrics is not None
-    assert list(result.released_metrics) == ["mean_absolute_error_scaled"]
+    assert list(result.released_metrics) == ["mean_absolute_error_scaled", "clipped_loss"]
+    for name, value in result.released_metrics.items():
+        assert value == pytest.approx(result.metrics[name], abs=0.1)

@@ -36,3 +36,8 @@ def test_released_metrics_stand_beside_the_exact_ones_of_the_same_model(rounds: 
     assert told
     for line in told:
         assert line["released_metrics"]["accuracy"] == pytest.approx(line["metrics"]["accuracy"], abs=1e-6)
+        assert line["released_metrics"]["ece"] == pytest.approx(line["metrics"]["ece"], abs=0.05)  # half a bin
+        assert list(line["released_metrics"]) == list(line["metrics"]) == list(line["released_intervals"])
+        for name, (low, high) in line["released_intervals"].items():
+            assert low <= line["released_metrics"][name] <= high, name
+    assert all(line["released_intervals"] is None for line in rounds if line not in told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["simulate"]
 
 _INTERRUPTED = 130
+#: Metrics in a round's line; the rest, and the intervals, stand in the summary.
+_SHOWN = 2
 _ADAPTIVE = "sound although later runs are chosen after seeing earlier ones"
 
 
@@ -115,9 +118,9 @@ class _RoundDisplay:
     def update(self, progress: RoundProgress) -> None:
         note = f"ε {number(progress.epsilon, 2)}"
         if progress.metrics:
-            note += "".join(f"  {k} {v:.3f}" for k, v in progress.metrics.items())
+            note += "".join(f"  {k} {v:.3f}" for k, v in islice(progress.metrics.items(), _SHOWN))
         if progress.released:
-            shown = ", ".join(f"{k} {number(v)}" for k, v in progress.released.items())
+            shown = ", ".join(f"{k} {number(v)}" for k, v in islice(progress.released.items(), _SHOWN))
             note += f"  (released of round {progress.released_round}: {shown})"
         if progress.abandoned:
             note += "  (round abandoned)"
@@ -198,9 +201,10 @@ def _show_result(result: Result) -> None:
         used = max(result.ledger.values())
         rows.append(("ledger", f"ε {number(used[0], 2)} of {used[1]:g} charged so far (RDP, all runs; {_ADAPTIVE})"))
     if result.metrics:
-        rows.append(("exact, simulator only", _metrics(result.metrics) + " on held-out persons (public data)"))
+        exact = ", ".join(f"{k} {v:.3f}" for k, v in result.metrics.items())
+        rows.append(("exact, simulator only", exact + " on held-out persons (public data)"))
     if result.released_metrics:
-        rows.append(("released, noised" if private else "released", _metrics(result.released_metrics)))
+        rows.append(("released, noised" if private else "released", result.describe_released({})))
     rows += [
         ("uplink", f"{result.bytes_per_parameter:,.2f} bytes a parameter (float32: 4)" + _small(result)),
         ("time", f"{result.seconds:.1f} s"),
@@ -217,10 +221,6 @@ def _small(result: Result) -> str:
     if result.profile not in ("sealed", "ckks") or result.bytes_per_parameter < 16:
         return ""
     return ": a small model pays for one whole ciphertext, 31 kB"
-
-
-def _metrics(metrics: dict[str, float] | dict[str, float | None]) -> str:
-    return ", ".join(f"{k} {number(v)}" for k, v in metrics.items())
 
 
 def _show_exposure(result: Result) -> None:

@@ -21,6 +21,7 @@ from playwright.sync_api import sync_playwright
 
 from confide.privacy.audit import records as r
 from confide.privacy.audit.report import write_report
+from confide.privacy.dp import metrics
 from tests.privacy.audit.command import confide
 from tests.privacy.audit.conftest import PEOPLE
 from tests.privacy.audit.logbook import COORDINATOR, Logbook, Run
@@ -190,16 +191,18 @@ def test_its_numbers_are_those_of_the_result(page: Page, finished: Run) -> None:
     assert f"at most ε = {result['epsilon']['max']:.2f} at δ = {result['delta']:g}" in page.text
     assert "per subject" in page.text
     for name, value in result["released_metrics"].items():
-        shown = {"auc": "AUC"}.get(name, name)
+        shown = metrics.NAMES[name]
         row = [f for f in _rows(page) if f[:2] == [str(result["rounds"]), shown]]
         assert row, name
         assert row[0][2] == ("—" if value is None else f"{value:.3f}")
+        bounds = result["released_intervals"][name]
+        assert row[0][3] == ("too noisy to say" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}")
     for site in result["sites"]:
         cells = next(f for f in _rows(page) if f[0] == site)
         assert max(float(cells[1]), float(cells[2])) == float(f"{result['epsilon']['per_site'][site]:.2f}")
     assert f"{result['rounds']} × 4" in page.text
     for name, value in result["metrics"].items():
-        assert f"{ {'auc': 'AUC'}.get(name, name) } " in page.text
+        assert f"{metrics.NAMES[name]} " in page.text
         assert value is not None
 
 
