@@ -48,8 +48,9 @@ class PrivacyEvent:
     def __post_init__(self) -> None:
         if self.mechanism != "poisson_gaussian" or self.unit not in ("subject", "record"):
             raise BudgetError(f"unknown privacy event {self.mechanism!r} per {self.unit!r}", hint="update confide")
-        if not (self.noise_multiplier > 0 and 0 < self.sample_rate <= 1 and self.steps >= 0 and self.max_grad_norm > 0):
-            raise BudgetError("a privacy event needs σ > 0, 0 < q ≤ 1, steps ≥ 0, clip > 0")
+        positive = self.noise_multiplier > 0 and 0 < self.sample_rate <= 1 and self.max_grad_norm > 0
+        if not (positive and type(self.steps) is int and self.steps >= 0):
+            raise BudgetError("a privacy event needs σ > 0, 0 < q ≤ 1, a whole number of steps ≥ 0, clip > 0")
 
 
 def merge_events(events: Iterable[PrivacyEvent]) -> list[PrivacyEvent]:

@@ -23,6 +23,8 @@ from confide.errors import BudgetError
 from confide.privacy.dp.accounting import rdp_epsilon
 from confide.privacy.dp.budget import RenyiBudget
 from confide.privacy.dp.events import PrivacyEvent, Role, event_from_json, event_to_json, merge_events
+from confide.privacy.dp.genesis import genesis_text, read_genesis
+from confide.privacy.dp.reading import open_read_only
 
 __all__ = ["Ledger"]
 
@@ -58,26 +60,57 @@ class Ledger:
 
     def __init__(self, path: Path, budget: RenyiBudget, unit: str = "subject", held_out: float = 0.2) -> None:
         self.path = path
-        try:
+        with self._readable():
             self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
             self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _SCHEMA)
-            wanted = _genesis(budget, unit, held_out)
+            wanted = genesis_text(budget, unit, held_out)
             self._db.execute("INSERT OR IGNORE INTO genesis VALUES (1, ?)", (wanted,))
             (found,) = self._db.execute("SELECT content FROM genesis").fetchone()
             if found != wanted:
                 raise self._other_genesis(json.loads(found), json.loads(wanted))
-            self.budget = budget
-            self._tip = _link(b"", found)
-            self._reserved: dict[str, PrivacyEvent] = {}
-            self._settled: dict[str, PrivacyEvent] = {}
-            self._seq = 0
-            self._load_new()
+            self._start(budget, unit, held_out, found)
+
+    @classmethod
+    def open(cls, path: Path) -> Ledger:
+        """An existing ledger, to be read: budget, unit and share held out are what its own genesis says.
+
+        Nothing is made and nothing is changed; a charge to what was opened so is refused.
+
+        Raises:
+            BudgetError: There is no such file, it is damaged, or its genesis is none that this version would have made.
+        """
+        ledger = cls.__new__(cls)
+        ledger.path = path
+        with ledger._readable():
+            ledger._db = open_read_only(path)
+            row = ledger._db.execute("SELECT content FROM genesis").fetchone()
+            if row is None:
+                raise ValueError("there is no genesis")
+            ledger._start(*read_genesis(row[0]), row[0])
+        return ledger
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise BudgetError(
+                "there is no such privacy ledger", where=str(self.path), hint="name a site's ledger folder"
+            ) from None
         except (sqlite3.Error, ValueError) as error:
             raise BudgetError(
                 f"is not a readable privacy ledger ({type(error).__name__})",
-                where=str(path),
+                where=str(self.path),
                 hint="do not start a fresh one: restore this file, or account for what it held by hand",
             ) from None
+
+    def _start(self, budget: RenyiBudget, unit: str, held_out: float, genesis: str) -> None:
+        self.budget, self.unit, self.held_out = budget, unit, held_out
+        self._tip = _link(b"", genesis)
+        self._reserved: dict[str, PrivacyEvent] = {}
+        self._settled: dict[str, PrivacyEvent] = {}
+        self._seq = 0
+        self._load_new()
 
     def bind(self, key: str) -> None:
         """Fix the key that gives persons their roles: with another one, roles would no longer be for ever.
@@ -122,8 +155,10 @@ class Ledger:
         """Would these charges be admitted?
 
         Raises:
-            BudgetError: They would not; says what is left and what was asked.
+            BudgetError: They would not; says what is left and what was asked. Or a unit is not the ledger's.
         """
+        for event in events:
+            self._require_unit(event)
         for role in Role:
             asked = [e for e in events if e.role is role]
             history = self.events(role)
@@ -142,8 +177,10 @@ class Ledger:
         """Charge, durably. Repeating a charge with the same event changes nothing.
 
         Raises:
-            BudgetError: The budget does not admit it, or the charge exists with another event.
+            BudgetError: The budget does not admit it, the charge exists with another event, or the event's unit is not
+                the ledger's: the losses of records do not add up to a person's.
         """
+        self._require_unit(event)
         if event.steps < 1:
             raise BudgetError("a charge needs at least one step")
         with self._exclusive():
@@ -168,6 +205,14 @@ class Ledger:
                     raise BudgetError(f"charge {charge} is settled already", where=str(self.path))
                 return
             self._append(charge, "settle", replace(reserved, steps=steps))
+
+    def _require_unit(self, event: PrivacyEvent) -> None:
+        if event.unit != self.unit:
+            raise BudgetError(
+                f"a charge per {event.unit} does not fit a ledger per {self.unit}",
+                where=str(self.path),
+                hint="the unit is fixed with the ledger: keep it in [privacy], or name another --ledger folder",
+            )
 
     def open_charges(self, prefix: str) -> Iterable[str]:
         """Charges whose name starts so and that are not settled yet."""
@@ -211,8 +256,16 @@ class Ledger:
 
     def _take(self, seq: int, charge: str, kind: str, text: str, chain: bytes) -> None:
         expected = _link(self._tip, f"{seq}\n{charge}\n{kind}\n{text}")
-        event = event_from_json(text)
-        follows = kind == "reserve" or (charge in self._reserved and event.steps <= self._reserved[charge].steps)
+        try:
+            event = event_from_json(text)
+        except BudgetError as error:
+            raise BudgetError(error.what, where=f"{self.path}, entry {seq}", hint=error.hint) from None
+        self._require_unit(event)
+        reserved = self._reserved.get(charge)
+        if kind == "reserve":
+            follows = reserved is None
+        else:
+            follows = reserved is not None and event == replace(reserved, steps=min(event.steps, reserved.steps))
         if seq != self._seq + 1 or chain != expected or not follows:
             raise BudgetError(
                 f"entry {seq} does not follow from the one before: the ledger was edited",
@@ -243,21 +296,6 @@ class Ledger:
             where=str(self.path),
             hint="keep the ledger's values in [privacy], or name another --ledger folder for unrelated data",
         )
-
-
-def _genesis(budget: RenyiBudget, unit: str, held_out: float) -> str:
-    return json.dumps(
-        {
-            "version": 1,
-            "unit": unit,
-            "held_out": repr(held_out),
-            "epsilon_limit": repr(budget.epsilon_limit),
-            "delta": repr(budget.delta),
-            "orders": [repr(a) for a in budget.orders],
-            "limits": [repr(b) for b in budget.limits],
-        },
-        sort_keys=True,
-    )
 
 
 def _link(tip: bytes, content: str) -> bytes:

@@ -7,7 +7,8 @@ Invariants:
    limit changes σ, q or the number of steps.
 3. Who was held by a charge is durable before anything computed under that charge leaves. It stays at the site.
 4. A charge that nobody was noted for (this file is newer than the ledger, or was lost) counts for everybody of its
-   role.
+   role. Where the role matters and is not given, it is the one of the charges that held the person, which she holds
+   for ever; for a person whom no charge held, or charges of both roles, it is whichever costs more.
 
 Persons are known by a keyed digest; equal releases are counted together, so the work of a round is one pass over the
 persons for each kind of release, not for each charge.
@@ -16,16 +17,17 @@ persons for each kind of release, not for each charge.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from confide.errors import BudgetError
-from confide.privacy.dp.accounting import ORDERS, conversion, sampled_gaussian_rdp
+from confide.privacy.dp.accounting import ORDERS, conversion, rdp, sampled_gaussian_rdp
 from confide.privacy.dp.budget import RenyiBudget
 from confide.privacy.dp.events import PrivacyEvent, Role, merge_events
+from confide.privacy.dp.reading import open_read_only
 
 __all__ = ["PersonalLosses"]
 
@@ -53,17 +55,31 @@ class PersonalLosses:
     """
 
     def __init__(self, path: Path) -> None:
+        self._load(path, lambda: sqlite3.connect(path, isolation_level=None, timeout=30), _SCHEMA)
+
+    @classmethod
+    def open(cls, path: Path) -> PersonalLosses:
+        """An existing file, to be read: nothing is made, nothing is changed, and what was opened so takes no note.
+
+        Raises:
+            BudgetError: There is no such file, or it cannot be read.
+        """
+        losses = cls.__new__(cls)
+        losses._load(path, lambda: open_read_only(path), "")
+        return losses
+
+    def _load(self, path: Path, connect: Callable[[], sqlite3.Connection], schema: str) -> None:
         self._path = path
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
-            self._db.executescript(_SCHEMA)
+            self._db = connect()
+            self._db.executescript(schema)
             self._counts: dict[_Kind, NDArray[np.int64]] = {}
             self._counted: dict[str, PrivacyEvent] = {}
             self._places: dict[bytes, int] = {n: p for p, n in self._db.execute("SELECT place, name FROM person")}
             self._held: dict[str, Mask] = {}
             for charge, data in self._db.execute("SELECT charge, persons FROM held ORDER BY entry"):
                 self._add(charge, np.unpackbits(np.frombuffer(data, dtype=np.uint8)).astype(np.bool_))
-        except sqlite3.Error as error:
+        except (sqlite3.Error, FileNotFoundError) as error:
             raise BudgetError(
                 f"is not a readable record of personal losses ({type(error).__name__})", where=str(path),
                 hint="restore the file: without it nobody with a limit of her own may take part",
@@ -110,15 +126,35 @@ class PersonalLosses:
         return total
 
     def epsilons(self, charges: Mapping[str, PrivacyEvent], delta: float) -> Floats:
-        """Each enrolled person's own ε at δ: the best conversion over all orders. For reports, not for decisions."""
-        self._count(charges)
-        best = np.full(len(self._places), np.inf)
+        """Each enrolled person's own ε at δ: the best conversion over all orders; shape [persons]. For reports.
+
+        Charges that nobody was noted for count as `admits` counts them (invariant 4), so no person's ε is below what
+        the site decides by.
+        """
+        unnoted = self.unnoted(charges)
+        certain = {role: merge_events(e for e in unnoted.values() if e.role is role) for role in Role}
+        best = {role: np.full(len(self._places), np.inf) for role in Role}
         for order in ORDERS:
-            np.minimum(best, self.divergence(charges, order) + conversion(order, delta), out=best)
+            own = self.divergence(charges, order) + conversion(order, delta)
+            for role in Role:
+                np.minimum(best[role], own + rdp(certain[role], order), out=best[role])
         spent = np.zeros(len(self._places), dtype=np.bool_)
         for counts in self._counts.values():
             spent |= counts > 0
-        return np.where(spent, np.maximum(best, 0.0), 0.0)
+        held, found = self._held_as(charges), np.zeros(len(self._places), dtype=np.float64)
+        for role, other in ((Role.TRAIN, Role.HELD_OUT), (Role.HELD_OUT, Role.TRAIN)):
+            may = held[role] | ~held[other]
+            here = may & (spent | bool(certain[role]))
+            np.maximum(found, best[role], out=found, where=here)
+        return found
+
+    def unnoted(self, charges: Mapping[str, PrivacyEvent]) -> dict[str, PrivacyEvent]:
+        """Those charges that nobody was noted for."""
+        return {charge: event for charge, event in charges.items() if charge not in self._held}
+
+    def uncharged(self, charges: Mapping[str, PrivacyEvent]) -> int:
+        """How many charges are noted here and not in the ledger, as when an older copy of the ledger was restored."""
+        return sum(charge not in charges for charge in self._held)
 
     def admits(
         self,
@@ -140,8 +176,7 @@ class PersonalLosses:
             delta: The ledger's δ.
         """
         allowed = np.isinf(limits) & (limits > 0)
-        unnoted = [e for charge, e in charges.items() if charge not in self._held]
-        certain = merge_events(e for e in (*unnoted, *upcoming) if e.role is role)
+        certain = merge_events(e for e in (*self.unnoted(charges).values(), *upcoming) if e.role is role)
         for limit in np.unique(limits[np.isfinite(limits) & (limits > 0)]):
             budget = RenyiBudget.for_limit(float(limit), delta)
             (order,), (most,) = budget.orders, budget.limits
@@ -157,6 +192,14 @@ class PersonalLosses:
     def close(self) -> None:
         """Release the file."""
         self._db.close()
+
+    def _held_as(self, charges: Mapping[str, PrivacyEvent]) -> dict[Role, Mask]:
+        """By role: whom a charge of it held; shape [persons]."""
+        found = {role: np.zeros(len(self._places), dtype=np.bool_) for role in Role}
+        for charge, event in charges.items():
+            mask = self._held.get(charge, np.zeros(0, dtype=np.bool_))[: len(self._places)]
+            found[event.role][: len(mask)] |= mask
+        return found
 
     def _count(self, charges: Mapping[str, PrivacyEvent]) -> None:
         """Bring the counts up to what the ledger holds now; only what changed is looked at."""

@@ -9,7 +9,7 @@ import click
 import typer
 
 from confide import __version__
-from confide.cli import audit, data, model, render, simulate
+from confide.cli import audit, data, model, render, simulate, site
 from confide.errors import ConfideError, ConfigError
 
 __all__ = ["app", "main"]
@@ -25,6 +25,7 @@ app.command("simulate")(simulate.simulate)
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(audit.app, name="audit")
+app.add_typer(site.app, name="site")
 
 
 def _version(value: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -12,10 +13,21 @@ from rich.text import Text
 
 from confide.errors import ConfideError
 
-__all__ = ["err", "number", "out", "show_error", "show_json", "table"]
+__all__ = ["err", "number", "out", "plain", "show_error", "show_json", "table"]
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as objects, in depth; JSON has no infinity, so it is the text "inf"."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
 
 
 def show_json(tree: dict[str, Any]) -> None:

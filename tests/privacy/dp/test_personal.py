@@ -169,3 +169,87 @@ def test_a_charge_that_nobody_was_noted_for_counts_against_everybodys_limit_of_i
     losses.hold("before", places[:1])
     found = losses.admits(places, limits, Role.TRAIN, charges, [], DELTA)
     assert found.tolist() == [False, True, True, True, True], "the control: it is known whom it held"
+
+
+def held_out(steps: int, kind: int = 2) -> PrivacyEvent:
+    return replace(event(kind, steps), role=Role.HELD_OUT)
+
+
+def test_unnoted_charges_count_in_a_persons_own_epsilon_by_the_role_that_held_her(losses: PersonalLosses) -> None:
+    """A person's role is that of the charges that held her; where none did, the costlier one counts."""
+    places = losses.enrol(NAMES)
+    losses.hold("trained", places[[0, 1]])
+    losses.hold("measured", places[[2, 1]])
+    charges = {"trained": event(0, 5), "measured": held_out(1), "lost": event(1, 40), "lost too": held_out(3)}
+    found = losses.epsilons(charges, DELTA)
+    train, measure = [charges["lost"]], [charges["lost too"]]
+    assert rdp_epsilon(measure, DELTA) > rdp_epsilon(train, DELTA)  # else the last line would say nothing
+    assert found == pytest.approx([
+        rdp_epsilon([event(0, 5), *train], DELTA),
+        max(rdp_epsilon([event(0, 5), held_out(1), *more], DELTA) for more in (train, measure)),  # held as both
+        rdp_epsilon([held_out(1), *measure], DELTA),
+        *[rdp_epsilon(measure, DELTA)] * 2,
+    ])  # fmt: skip
+    assert losses.unnoted(charges) == {"lost": charges["lost"], "lost too": charges["lost too"]}
+
+
+def test_with_every_charge_noted_nothing_is_added(losses: PersonalLosses) -> None:
+    """The control."""
+    places = losses.enrol(NAMES[:2])
+    losses.hold("a", places[:1])
+    assert losses.epsilons({"a": event(0, 5)}, DELTA) == pytest.approx([rdp_epsilon([event(0, 5)], DELTA), 0.0])
+    assert losses.unnoted({"a": event(0, 5)}) == {}
+    assert (losses.uncharged({"a": event(0, 5)}), losses.uncharged({})) == (0, 1)
+
+
+@given(
+    made=st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 30), st.frozensets(st.integers(0, 4)), st.booleans()), max_size=10
+    ),
+    limit=st.sampled_from([0.3, 1.0, 2.5, 6.0]),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_nobodys_reported_epsilon_is_below_what_the_site_decides_by(
+    tmp_path_factory: pytest.TempPathFactory, made: list[tuple[int, int, frozenset[int], bool]], limit: float
+) -> None:
+    """Persons 0–2 hold one role, 3 and 4 the other; some charges were never noted. Whoever is reported to be within a
+    limit's budget is one whom the site would decide so about, at every order."""
+    losses = PersonalLosses(tmp_path_factory.mktemp("personal") / "personal.db")
+    places, of_role = losses.enrol(NAMES), {Role.TRAIN: [0, 1, 2], Role.HELD_OUT: [3, 4]}
+    charges = {}
+    for i, (kind, steps, persons, noted) in enumerate(made):
+        role = Role.TRAIN if kind < 2 else Role.HELD_OUT
+        charges[f"charge-{i}"] = replace(event(kind, steps), role=role)
+        if noted:
+            losses.hold(f"charge-{i}", places[[p for p in of_role[role] if p in persons]])
+    found = losses.epsilons(charges, DELTA)
+    for role, here in of_role.items():
+        decided = losses.admits(places[here], np.full(len(here), limit), role, charges, [], DELTA)
+        for person, allowed in zip(here, decided, strict=True):
+            own = [
+                e
+                for (_, _, persons, noted), e in zip(made, charges.values(), strict=True)
+                if e.role is role and (person in persons or not noted)
+            ]
+            assert found[person] >= rdp_epsilon(own, DELTA) * (1 - 1e-9), "the composition that `admits` reasons with"
+            if not allowed and RenyiBudget.for_limit(limit, DELTA).used(own) > 1:
+                assert found[person] > 0
+    losses.close()
+
+
+def test_a_file_is_read_without_being_made_or_changed(tmp_path: Path) -> None:
+    path = tmp_path / "personal.db"
+    with pytest.raises(BudgetError, match="not a readable record"):
+        PersonalLosses.open(path)
+    assert not path.exists()
+    made = PersonalLosses(path)
+    made.hold("a", made.enrol(NAMES)[:2])
+    made.close()
+    before = path.read_bytes()
+    found = PersonalLosses.open(path)
+    assert np.count_nonzero(found.epsilons({"a": event()}, DELTA)) == 2
+    with pytest.raises(BudgetError, match="nothing may leave"):
+        found.hold("b", np.array([0]))
+    found.close()
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
