@@ -28,6 +28,7 @@ from confide.config import Experiment, load_experiment
 from confide.errors import ConfigError, PeerError, StorageError
 from confide.privacy.dp import PrivacyEvent, Role, run_epsilon
 from confide.privacy.dp import metrics as dp_metrics
+from confide.privacy.dp.events import merge_events
 from confide.privacy.files import write_atomically
 from confide.privacy.sealing import make_profile
 from confide.server.app import make_server_app
@@ -47,6 +48,7 @@ from confide.simulations.result import (
     json_intervals,
     json_number,
 )
+from confide.simulations.statistics import learn_bounds
 from confide.simulations.world import World, builtin_example, load_sources
 
 __all__ = ["plan", "simulate"]
@@ -76,13 +78,15 @@ def simulate(
     """
     started = time.perf_counter()
     loaded, base = _load(experiment, overrides)
-    sources = load_sources(loaded, base)
+    sources = load_sources(loaded, base, bounds=_any_bounds)
     with _folders(loaded, out, ledger) as (folder, ledgers), _one_thread():
         world = World(sources, folder / "sites", ledgers, folder / "logs")
         try:
             world.check()
             write_atomically(folder / "experiment.json", loaded.model_dump_json(by_alias=True, indent=2).encode())
             _write_json(folder / "status.json", {"status": "running", "run_id": world.manifest.run})
+            if sources.learned:
+                world = _with_learned_bounds(world, loaded, base, folder, ledgers)
             result = _Run(world, folder, progress, started).execute()
         except BaseException as error:
             if (folder / "status.json").exists():
@@ -103,6 +107,25 @@ def simulate(
     return result
 
 
+def _any_bounds(_: str) -> tuple[float, float]:
+    """Stand in for bounds that are not learned yet: what a run costs does not depend on them."""
+    return -1.0, 1.0
+
+
+def _with_learned_bounds(world: World, loaded: Experiment, base: Path, folder: Path, ledgers: Path) -> World:
+    """The same sites with the bounds that a statistics run learns, in a folder of its own."""
+    world.close()
+    part = folder / "statistics"
+    statistics = World(load_sources(loaded, base), part / "sites", ledgers, part / "logs")
+    try:
+        bounds = learn_bounds(statistics, part)
+    finally:
+        statistics.close()
+    for name in ("sites", "logs"):  # nothing has happened there yet
+        shutil.rmtree(folder / name)
+    return World(load_sources(loaded, base, bounds=bounds.__getitem__), folder / "sites", ledgers, folder / "logs")
+
+
 def plan(experiment: Source = None, *, overrides: Iterable[str] = (), ledger: str | Path | None = None) -> Plan:
     """What a run would do and cost; writes nothing.
 
@@ -110,7 +133,7 @@ def plan(experiment: Source = None, *, overrides: Iterable[str] = (), ledger: st
         ConfideError: Wrong input.
     """
     loaded, base = _load(experiment, overrides)
-    sources = load_sources(loaded, base)
+    sources = load_sources(loaded, base, bounds=_any_bounds)
     with tempfile.TemporaryDirectory() as scratch:
         ledgers = Path(scratch) / "ledgers"
         if ledger is not None and Path(ledger).is_dir():
@@ -126,7 +149,7 @@ def plan(experiment: Source = None, *, overrides: Iterable[str] = (), ledger: st
 
 def _plan(world: World) -> Plan:
     experiment, manifest = world.experiment, world.manifest
-    charges = manifest.all_charges()
+    charges = merge_events([*world.statistics_charges, *manifest.all_charges()])
     profile = make_profile(manifest.sealing, len(manifest.members))
     size = profile.size(manifest.vector_size(1))
     sites = [
@@ -156,7 +179,7 @@ def _plan(world: World) -> Plan:
         unit=manifest.privacy.unit,
         neighbours=NEIGHBOURS,
         placement=manifest.privacy.placement,
-        epsilon=_epsilon(charges, manifest.privacy.delta) if charges else float("inf"),
+        epsilon=_epsilon(charges, manifest.privacy.delta) if manifest.privacy.protects else float("inf"),
         delta=manifest.privacy.delta,
         sample_rate=manifest.privacy.sample_rate,
         noise_multiplier=manifest.noise_multiplier,
@@ -278,13 +301,13 @@ class _Run:
         return self._evaluator.evaluate(weights, held_out)
 
     def _epsilon_after(self, rounds: int) -> float:
-        if not self._world.manifest.privacy.is_private:
+        if not self._world.manifest.privacy.protects:
             return float("inf")
         # Metrics of the model after `rounds` rounds ride with the next one.
         manifest = self._world.manifest
         trained = [e for e in manifest.all_charges(rounds) if e.role is Role.TRAIN]
         evaluated = [e for e in manifest.all_charges(rounds + 1) if e.role is Role.HELD_OUT]
-        return _epsilon([*trained, *evaluated], manifest.privacy.delta)
+        return _epsilon([*self._world.statistics_charges, *trained, *evaluated], manifest.privacy.delta)
 
     def _finish(self, released: Released) -> Result:
         world, manifest = self._world, self._world.manifest
@@ -311,7 +334,7 @@ class _Run:
             out=self._folder,
             curve=self._curve,
             epsilon_curve=[self._epsilon_after(r) for r in range(manifest.rounds + 1)]
-            if manifest.privacy.is_private
+            if manifest.privacy.protects
             else [],
             ledger={
                 n: (max(s.ledger.epsilon(r) for r in Role), s.ledger.budget.epsilon_limit)
@@ -347,7 +370,7 @@ def _privacy_line(result: Result) -> str:
 
 def _epsilon(charges: list[PrivacyEvent], delta: float) -> float:
     """ε of this run for the more exposed role: parameters were fixed beforehand, roles compose in parallel."""
-    return max((run_epsilon(e, delta) for e in charges), default=0.0)
+    return max((run_epsilon(e, delta) for e in merge_events(charges)), default=0.0)
 
 
 def _load(source: Source, overrides: Iterable[str]) -> tuple[Experiment, Path]:
