@@ -66,6 +66,8 @@ class Result:
         consent_is_simulated: True unless a file said who consents.
         saturated: Largest share of a sum's coordinates that were clipped to the quantiser's range.
         exposure: What each coalition learns under the run's profile.
+        learned: Bounds by column, where they were learned by a statistics run before the training.
+        warnings: What nobody may overlook, e.g. that the noise came from a seed.
     """
 
     run_id: str
@@ -90,6 +92,8 @@ class Result:
     consent_is_simulated: bool
     saturated: float
     exposure: tuple[Exposure, ...]
+    learned: dict[str, tuple[float, float]]
+    warnings: tuple[str, ...]
 
     def describe_released(self, names: Mapping[str, str]) -> str:
         """Released metrics with their intervals, for people; `names` says what a metric is called."""
@@ -122,6 +126,7 @@ class Result:
             "rounds_abandoned": self.rounds_abandoned,
             "seconds": self.seconds,
             "out": str(self.out),
+            "warnings": list(self.warnings),
         }
 
 
@@ -150,6 +155,8 @@ class Plan:
     rounds: int
     local_steps: int
     metric_rounds: list[int]
+    #: Columns whose bounds a statistics run learns before the training.
+    learned: list[str]
     parameters: int
     profile: str
     sealing: str

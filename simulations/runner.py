@@ -170,6 +170,7 @@ def _plan(world: World) -> Plan:
         rounds=manifest.rounds,
         local_steps=manifest.training.local_steps,
         metric_rounds=[r - 1 for r in manifest.metric_rounds],
+        learned=list(world.sources.learned),
         parameters=manifest.layout.size,
         profile=profile.name,
         sealing=profile.summary,
@@ -343,6 +344,8 @@ class _Run:
             consent_is_simulated=world.sources.consent is None,
             saturated=self._saturated,
             exposure=make_profile(manifest.sealing, len(manifest.members)).describe_exposure(),
+            learned={n: b for n in world.sources.learned if (b := manifest.bounds_of(n)) is not None},
+            warnings=manifest.warnings,
         )
         save_model(
             self._folder / "model.safetensors",

@@ -166,7 +166,7 @@ class Ledger:
                 before, after = self.budget.used(history), self.budget.used([*history, *asked])
                 raise BudgetError(
                     f"the privacy budget does not suffice: {max(0.0, 1 - before):.1%} of it is left, "
-                    f"{after - before:.1%} was asked (limit ε = {self.budget.epsilon_limit:g} at "
+                    f"{after - before:.1%} was asked (RDP filter: limit ε = {self.budget.epsilon_limit:g} at "
                     f"δ = {self.budget.delta:g}; charged so far ε = {self.epsilon(role):.2f}, "
                     f"with this run {self.epsilon(role, asked):.2f})",
                     where=f"ledger {self.path}",

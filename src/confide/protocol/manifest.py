@@ -23,9 +23,15 @@ from confide.privacy.digest import digest
 from confide.privacy.dp import PrivacyEvent, Role, metrics, statistics
 from confide.privacy.dp.events import merge_events
 
-__all__ = ["Hex32", "Layout", "Manifest", "Member"]
+__all__ = ["UNSAFE_NOISE", "Hex32", "Layout", "Manifest", "Member"]
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+UNSAFE_NOISE = (
+    "UNSAFE: the noise was drawn from privacy.unsafe_noise_seed, which everybody knows: this run protects nobody, "
+    "whatever its noise multiplier"
+)
 
 
 class _Part(BaseModel):
@@ -110,6 +116,15 @@ class Manifest(_Part):
     def digest(self) -> str:
         """Hex digest of `to_bytes`."""
         return digest("manifest", self.to_bytes()).hex()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What nobody who reads of this run may overlook."""
+        return (UNSAFE_NOISE,) if self.privacy.unsafe_noise_seed is not None else ()
+
+    def bounds_of(self, column: str) -> tuple[float, float] | None:
+        """The bounds of a number column, declared or learned; None where they are not known yet, or it is none."""
+        return getattr(self.schema_.features.get(column), "bounds", None)
 
     def member(self, site: str) -> Member | None:
         """The roster's entry of a site."""
