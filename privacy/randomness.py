@@ -16,7 +16,13 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-__all__ = ["SecureRandom"]
+__all__ = ["UNSAFE_NOISE", "SecureRandom"]
+
+#: What must stand wherever a run is shown whose noise came from a seed.
+UNSAFE_NOISE = (
+    "UNSAFE: the noise was drawn from privacy.unsafe_noise_seed, which everybody knows: this run protects nobody, "
+    "whatever its noise multiplier"
+)
 
 
 class SecureRandom:

@@ -32,6 +32,7 @@ def write_index(result: Result, path: Path) -> None:
         "run": result.run_id,
         "folder": str(result.out),
         "facts": _facts(result, private),
+        "warnings": result.warnings,
         # Markup: charts are built from numbers and escaped text only.
         "quality": Markup(quality),  # noqa: S704
         "loss": Markup(loss),  # noqa: S704
@@ -50,9 +51,11 @@ def _facts(result: Result, private: bool) -> list[tuple[str, str]]:
             f"ε = {result.epsilon.max:.2f} per {result.unit} at δ = {result.delta:g} "
             f"(neighbours: {result.neighbours} {result.unit})"
             if private
-            else "∞: a baseline on public data, nobody is protected",
+            else "∞: nobody is protected (public data)",
         ),
     ]
+    if result.learned:
+        facts.append(("bounds, learned and charged", result.describe_learned()))
     if result.metrics:
         exact = ", ".join(f"{NAMES.get(k, k)} {v:.3f}" for k, v in result.metrics.items())
         facts.append(("exact, simulator only", exact))

@@ -95,6 +95,10 @@ class Result:
     learned: dict[str, tuple[float, float]]
     warnings: tuple[str, ...]
 
+    def describe_learned(self) -> str:
+        """Learned bounds, for people."""
+        return ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in self.learned.items())
+
     def describe_released(self, names: Mapping[str, str]) -> str:
         """Released metrics with their intervals, for people; `names` says what a metric is called."""
         intervals, found = self.released_intervals or {}, []
@@ -176,6 +180,7 @@ class Plan:
     site_epsilon_limit: float
     admitted: bool
     sites: list[SitePlan]
+    warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -189,6 +189,7 @@ def _plan(world: World) -> Plan:
         site_epsilon_limit=manifest.privacy.site_epsilon_limit,
         admitted=all(s.used_after <= 1.0 for s in sites),
         sites=sites,
+        warnings=manifest.warnings,
     )
 
 
@@ -363,6 +364,8 @@ class _Run:
 
 
 def _privacy_line(result: Result) -> str:
+    if result.warnings:
+        return ". ".join(result.warnings) + "."
     if result.epsilon.max == float("inf"):
         return "No differential privacy (epsilon = infinity): baseline on public data."
     return (

@@ -167,13 +167,15 @@ class World:
         ]  # fmt: skip
 
     def check(self) -> None:
-        """Ask every site, before anything starts, whether it would take part.
+        """Ask every site, before anything starts, whether it would take part, and pay for the statistics too.
 
         Raises:
             ConfideError: The first site's own reason not to.
         """
         for site in self.sites.values():
             site.check(self.manifest)
+            if self.statistics_charges:
+                site.ledger.check([*self.statistics_charges, *self.manifest.all_charges()])
 
     def before_round(self, round_: int) -> None:
         """The simulated officers record this round's withdrawals."""

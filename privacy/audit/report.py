@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,12 @@ from confide.privacy.audit.chart import Series, line_chart
 from confide.privacy.audit.evidence import COORDINATOR, Evidence, PartyLog
 from confide.privacy.audit.page import write_page
 from confide.privacy.audit.protection import describe_protection
+from confide.privacy.audit.story import facts, story, unknown_bounds
 from confide.privacy.audit.verify import standing_charges, verify
 from confide.privacy.dp import metrics
 from confide.privacy.dp.accounting import rdp_epsilon, run_epsilon
 from confide.privacy.dp.events import Role, merge_events
+from confide.privacy.randomness import UNSAFE_NOISE
 
 __all__ = ["write_report"]
 
@@ -65,7 +66,8 @@ def write_report(folder: Path, path: Path) -> dict[str, Any]:
 
 def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
     manifest, privacy = evidence.manifest, evidence.manifest["privacy"]
-    private = privacy["epsilon"] not in ("Infinity", None)
+    unsafe = privacy.get("unsafe_noise_seed") is not None
+    private = privacy["epsilon"] not in ("Infinity", None) and not unsafe
     site_epsilon = [_site_epsilon(log, privacy["delta"]) for log in evidence.sites.values()] if private else []
     epsilon = max((s["worst"] for s in site_epsilon), default=0.0)
     ended = next((e for _, e in evidence.coordinator.of(r.RunEnded)), None)
@@ -79,10 +81,11 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
         "entries": len(evidence.coordinator.entries) + sum(len(s.entries) for s in evidence.sites.values()),
         "verified": not evidence.findings,
         "findings": [str(f) for f in evidence.findings],
-        "story": _story(evidence, rounds, epsilon if private else None, ended is not None),
+        "warnings": [UNSAFE_NOISE] if unsafe else [],
+        "story": story(evidence, rounds, epsilon if private else None, ended is not None),
         "interruption_head": head,
         "interruption": interruption,
-        "facts": _facts(evidence),
+        "facts": facts(evidence),
         "private": private,
         "epsilon": f"{epsilon:.2f}",
         "delta": f"{privacy['delta']:g}",
@@ -109,70 +112,12 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
     }
 
 
-def _story(evidence: Evidence, rounds: list[dict[str, Any]], epsilon: float | None, ended: bool) -> str:
-    manifest = evidence.manifest
-    times = [t for log in (evidence.coordinator, *evidence.sites.values()) for t in log.times]
-    start, end = _when(min(times)), _when(max(times))
-    opened = sum(1 for x in rounds if x["outcome"] == "sum opened")
-    abandoned = sum(1 for x in rounds if x["outcome"].startswith("abandoned"))
-    sealed = "summed in the open" if manifest["sealing"]["profile"] == "open" else "sealed, and opened only as sums"
-    cost = (
-        f"For each {manifest['privacy']['unit']} the run costs at most ε = {epsilon:.2f} at "
-        f"δ = {manifest['privacy']['delta']:g}."
-        if epsilon is not None
-        else "It gives no differential privacy: it is a baseline on public data."
-    )
-    released = "The model was released." if ended else "No model was released."
-    return (
-        f"From {start} to {end}, {len(evidence.sites)} sites trained a {_model(manifest)} to predict "
-        f"{_label(manifest['label'])}, for the purpose {manifest['purpose']}. The records never left their sites: "
-        f"what was sent was {sealed}. {opened} of {manifest['rounds'] + 1} sums were opened (one a round, and a last "
-        f"one for evaluation), {abandoned} abandoned. {cost} {released}"
-    )
-
-
 def _interruption(ended: r.Record | None, folder: Path) -> tuple[str, str]:
     if ended is not None:
         return "", ""
     status = _json(folder / "status.json").get("status", "unknown")
     head = "This run was interrupted." if status != "failed" else "This run failed."
     return head, "The log has no end: figures cover what happened until then. What was charged stays charged."
-
-
-def _facts(evidence: Evidence) -> list[tuple[str, str]]:
-    manifest = evidence.manifest
-    training, privacy = manifest["training"], manifest["privacy"]
-    private = manifest["noise_multiplier"] > 0
-    facts = [
-        ("model", _model(manifest)),
-        ("predicts", _label(manifest["label"])),
-        ("features", ", ".join(list(manifest["schema_"]["features"])[:40])),
-        ("sites, declared population", ", ".join(f"{m['site']} ({m['population']:,})" for m in manifest["members"])),
-        ("rounds × local steps", f"{manifest['rounds']} × {training['local_steps']}"),
-        ("smallest sum", f"{manifest['min_sites']} sites"),
-        ("held out for evaluation", f"{manifest['held_out']:.0%} of persons, fixed for ever by each site’s key"),
-    ]
-    if private:
-        facts.append((
-            "mechanism",
-            f"Poisson-sampled {privacy['unit']}s at rate q = {privacy['sample_rate']:g}, gradients clipped to "
-            f"{privacy['max_grad_norm']:g}, Gaussian noise σ = {manifest['noise_multiplier']:g} "
-            f"(metrics: σ = {manifest['metrics_noise_multiplier']:g})",
-        ))  # fmt: skip
-    return facts
-
-
-def _model(manifest: Mapping[str, Any]) -> str:
-    size = sum(int(np.prod(shape)) for shape in manifest["layout"]["shapes"])
-    return f"{manifest['model']['kind']} model with {size:,} parameters"
-
-
-def _label(label: Mapping[str, Any]) -> str:
-    if label["at_least"] is not None:
-        return f"whether {label['column']} is at least {label['at_least']:g}"
-    if label["classes"] is not None:
-        return f"{label['column']} (one of {', '.join(map(str, label['classes'][:12]))})"
-    return f"{label['column']} (a number between {label['bounds'][0]:g} and {label['bounds'][1]:g})"
 
 
 def _site_epsilon(log: PartyLog, delta: float) -> dict[str, Any]:
@@ -240,6 +185,8 @@ def _task(manifest: Mapping[str, Any]) -> metrics.Task:
 def _releases(evidence: Evidence) -> list[dict[str, Any]]:
     found = []
     manifest = evidence.manifest
+    if unknown_bounds(manifest):
+        return []  # what it released is bounds, not metrics: they stand in the manifest of the run that uses them
     task, population = _task(manifest), max(m["population"] for m in manifest["members"])
     for number, entry in evidence.coordinator.of(r.MetricsReleased):
         total = np.array([float(v) for v in entry.values])
@@ -332,6 +279,11 @@ def _assumptions(manifest: Mapping[str, Any]) -> list[str]:
         f"together at ε = {manifest['privacy']['site_epsilon_limit']:g} as a Rényi filter.",
         "Differential privacy bounds a person’s influence; it does not erase it.",
     ]
+    if manifest["schema_"].get("bounds") == "learn" and not unknown_bounds(manifest):
+        found.append(
+            "Bounds of columns were learned from noised histograms in a statistics run of its own, charged to the "
+            "held-out persons at the same σ as the metrics; its logs are kept beside this run’s."
+        )
     if manifest["privacy"]["unit"] == "record":
         found.insert(0, "The unit is a record: a person with several records is protected less than this ε says.")
     return found
@@ -371,7 +323,3 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 def _is_metrics(found: object) -> bool:
     return isinstance(found, dict) and all(isinstance(v, float) and math.isfinite(v) for v in found.values())
-
-
-def _when(micros: int) -> str:
-    return datetime.fromtimestamp(micros / 1e6, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

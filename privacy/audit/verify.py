@@ -221,7 +221,7 @@ def _charges(evidence: Evidence, site: str, log: PartyLog) -> Iterator[Finding]:
         if snapshots.get(entry.round, number) >= number:
             yield Finding(site, number, f"an update of round {entry.round} without a snapshot of who consents")
         before = {e.role.value for n, e in charged.get(entry.round, []) if n < number}
-        trains = entry.round <= evidence.manifest["rounds"] and not evidence.manifest["statistics"]
+        trains = entry.round <= evidence.manifest["rounds"] and not evidence.manifest.get("statistics")
         needed = {"train"} if trains else set()
         needed |= {"held_out"} if entry.round in evidence.manifest["metric_rounds"] else set()
         if not needed <= before:

@@ -157,6 +157,9 @@ def _show_plan(plan: Plan) -> None:
         ("sample rate q, clip C", f"{plan.sample_rate:g}, {plan.max_grad_norm:g}"),
         ("ledger limit", f"ε = {plan.site_epsilon_limit:g} ({_ADAPTIVE})"),
     ]
+    if plan.learned:
+        rows.insert(1, ("bounds", f"of {_list(plan.learned)}: learned first, in a statistics run of its own, charged"))
+    _show_warnings(plan.warnings)
     out.print(table(f"Plan of {plan.name}: nothing has run", rows))
     sites = Table(
         box=None,
@@ -178,6 +181,11 @@ def _show_plan(plan: Plan) -> None:
         out.print("[bold red]This run would be refused[/]: the budget of a site does not suffice.")
 
 
+def _show_warnings(warnings: tuple[str, ...]) -> None:
+    for warning in warnings:
+        out.print(f"[bold white on red] {warning} [/]")
+
+
 def _padding(plan: Plan) -> str:
     if plan.padding <= 0.1:
         return ""
@@ -195,11 +203,13 @@ def _show_result(result: Result) -> None:
         ("rounds", f"{result.rounds}" + (f", {result.rounds_abandoned} abandoned" if result.rounds_abandoned else "")),
         ("consent", "simulated consent" if result.consent_is_simulated else "from the imported file"),
         ("ε of this run", f"{cost} (δ = {result.delta:g}; neighbours: {result.neighbours} {result.unit})"
-         if private else "∞: a baseline on public data, nobody is protected"),
+         if private else "∞: nobody is protected (public data)"),
     ]  # fmt: skip
     if private:
         used = max(result.ledger.values())
         rows.append(("ledger", f"ε {number(used[0], 2)} of {used[1]:g} charged so far (RDP, all runs; {_ADAPTIVE})"))
+    if result.learned:
+        rows.append(("bounds", "learned in a statistics run of its own, charged: " + result.describe_learned()))
     if result.metrics:
         exact = ", ".join(f"{k} {v:.3f}" for k, v in result.metrics.items())
         rows.append(("exact, simulator only", exact + " on held-out persons (public data)"))
@@ -211,6 +221,7 @@ def _show_result(result: Result) -> None:
     ]
     if result.saturated:
         rows.append(("clipped to the range", f"at most {result.saturated:.2%} of a round's coordinates"))
+    _show_warnings(result.warnings)
     out.print(table("Done", rows))
     _show_exposure(result)
     # On a line of its own and never broken, so that it can be copied.

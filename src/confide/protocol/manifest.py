@@ -22,16 +22,11 @@ from confide.config import (
 from confide.privacy.digest import digest
 from confide.privacy.dp import PrivacyEvent, Role, metrics, statistics
 from confide.privacy.dp.events import merge_events
+from confide.privacy.randomness import UNSAFE_NOISE
 
-__all__ = ["UNSAFE_NOISE", "Hex32", "Layout", "Manifest", "Member"]
+__all__ = ["Hex32", "Layout", "Manifest", "Member"]
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-UNSAFE_NOISE = (
-    "UNSAFE: the noise was drawn from privacy.unsafe_noise_seed, which everybody knows: this run protects nobody, "
-    "whatever its noise multiplier"
-)
 
 
 class _Part(BaseModel):
