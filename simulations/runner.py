@@ -39,7 +39,7 @@ from confide.simulations.page import write_index
 from confide.simulations.result import NEIGHBOURS, Epsilon, Plan, Progress, Result, SitePlan, json_number
 from confide.simulations.world import World, builtin_example, load_sources
 
-__all__ = ["plan", "simulate"]
+__all__ = ["Source", "fresh_folder", "load_source", "plan", "simulate", "write_json"]
 
 Source = Experiment | Mapping[str, Any] | str | Path | None
 
@@ -65,20 +65,20 @@ def simulate(
         ConfideError: Wrong input (nothing was written), or the run could not go on.
     """
     started = time.perf_counter()
-    loaded, base = _load(experiment, overrides)
+    loaded, base = load_source(experiment, overrides)
     sources = load_sources(loaded, base)
     with _folders(loaded, out, ledger) as (folder, ledgers), _one_thread():
         world = World(sources, folder / "sites", ledgers, folder / "logs")
         try:
             world.check()
             write_atomically(folder / "experiment.json", loaded.model_dump_json(by_alias=True, indent=2).encode())
-            _write_json(folder / "status.json", {"status": "running", "run_id": world.manifest.run})
+            write_json(folder / "status.json", {"status": "running", "run_id": world.manifest.run})
             result = _Run(world, folder, progress, started).execute()
         except BaseException as error:
             if (folder / "status.json").exists():
                 status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 with suppress(OSError):  # the first error is the one to tell
-                    _write_json(folder / "status.json", {"status": status, "run_id": world.manifest.run})
+                    write_json(folder / "status.json", {"status": status, "run_id": world.manifest.run})
             if isinstance(error, OSError):
                 raise StorageError(f"cannot be written: {error.strerror}", where=str(error.filename or folder),
                                    hint="free space and start again: what was durable is kept") from error  # fmt: skip
@@ -99,7 +99,7 @@ def plan(experiment: Source = None, *, overrides: Iterable[str] = (), ledger: st
     Raises:
         ConfideError: Wrong input.
     """
-    loaded, base = _load(experiment, overrides)
+    loaded, base = load_source(experiment, overrides)
     sources = load_sources(loaded, base)
     with tempfile.TemporaryDirectory() as scratch:
         ledgers = Path(scratch) / "ledgers"
@@ -298,8 +298,8 @@ class _Run:
         write_figures(result, self._folder / "figures")
         result = replace(result, seconds=round(time.perf_counter() - self._started, 3))
         write_index(result, self._folder / "index.html")
-        _write_json(self._folder / "result.json", result.to_json())
-        _write_json(self._folder / "status.json", {"status": "finished", "run_id": manifest.run})
+        write_json(self._folder / "result.json", result.to_json())
+        write_json(self._folder / "status.json", {"status": "finished", "run_id": manifest.run})
         return result
 
 
@@ -317,7 +317,8 @@ def _epsilon(charges: list[PrivacyEvent], delta: float) -> float:
     return max((run_epsilon(e, delta) for e in charges), default=0.0)
 
 
-def _load(source: Source, overrides: Iterable[str]) -> tuple[Experiment, Path]:
+def load_source(source: Source, overrides: Iterable[str]) -> tuple[Experiment, Path]:
+    """The experiment, and the folder that its relative paths start from."""
     if isinstance(source, Experiment):
         tree = source.model_dump(mode="python", by_alias=True, exclude_none=True)
         return load_experiment(tree, overrides), Path.cwd()
@@ -330,7 +331,7 @@ def _load(source: Source, overrides: Iterable[str]) -> tuple[Experiment, Path]:
 @contextmanager
 def _folders(experiment: Experiment, out: str | Path | None, ledger: str | Path | None) -> Iterator[tuple[Path, Path]]:
     """The output and ledger folders; what was made for a run that never started is taken away again."""
-    folder = Path(out) if out is not None else _fresh(Path("runs"), experiment.run.name)
+    folder = Path(out) if out is not None else fresh_folder(Path("runs"), experiment.run.name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError("is there already and is not an empty folder", where=f"--out {folder}",
                           hint="name a new folder: runs are never overwritten")  # fmt: skip
@@ -368,7 +369,8 @@ def _remove_new(folder: Path, before: set[Path]) -> None:
         path.rmdir() if path.is_dir() else path.unlink()
 
 
-def _fresh(parent: Path, name: str) -> Path:
+def fresh_folder(parent: Path, name: str) -> Path:
+    """A path that does not exist, named after the moment."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{i}" for i in range(1, 1000))):
         path = parent / f"{name}-{stamp}{suffix}"
@@ -388,5 +390,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write_json(path: Path, tree: Any) -> None:
+def write_json(path: Path, tree: Any) -> None:
+    """Write atomically; infinities are an error, because JSON has none."""
     write_atomically(path, (json.dumps(tree, indent=2, allow_nan=False, default=str) + "\n").encode())
