@@ -143,7 +143,10 @@ def pool(records: Mapping[str, SiteRecords]) -> SiteRecords:
         person_of.append(site.person_of + len(persons))
         units += len(site.person_of)
         persons += site.persons
-    return SiteRecords(*map(np.concatenate, (x, y, unit_of, person_of)), persons)
+    return SiteRecords(
+        x=np.concatenate(x), y=np.concatenate(y), unit_of=np.concatenate(unit_of),
+        person_of=np.concatenate(person_of), persons=persons,
+    )  # fmt: skip
 
 
 def site_auc(overrides: Sequence[str]) -> float:
