@@ -1,6 +1,9 @@
-"""Simulated federations: in-process grid, experiment runner, figures. The sites and coordinator are the real ones."""
+"""Simulated federations: in-process grid, experiment runner, sweeps, figures. Sites and coordinator are real."""
 
+from confide.simulations.planning import plan
 from confide.simulations.result import Plan, Progress, Result
-from confide.simulations.runner import plan, simulate
+from confide.simulations.runner import simulate
+from confide.simulations.sweep import SweepProgress, sweep
+from confide.simulations.sweep_result import Sweep
 
-__all__ = ["Plan", "Progress", "Result", "plan", "simulate"]
+__all__ = ["Plan", "Progress", "Result", "Sweep", "SweepProgress", "plan", "simulate", "sweep"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from html import escape
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -15,13 +16,13 @@ from confide.privacy.dp.metrics import NAMES
 from confide.privacy.files import write_atomically
 from confide.simulations.result import Result
 
-__all__ = ["write_figures"]
+__all__ = ["STYLE", "save_figure", "write_figures"]
 
 _INK, _ACCENT, _SECOND = "#1f2937", "#1d4ed8", "#b45309"
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "confide", "font.size": 11, "axes.edgecolor": _INK, "text.color": _INK,
     "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e7eb",
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e7eb", "text.parse_math": False,
 }  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def write_figures(result: Result, folder: Path) -> list[Path]:
     """Write `quality.svg` (public data only) and `epsilon.svg`; returns their paths."""
     folder.mkdir(exist_ok=True)
     written = []
-    with rc_context(_STYLE):  # type: ignore[arg-type]  # the stub wants matplotlib's literal type for keys
+    with rc_context(STYLE):  # type: ignore[arg-type]  # the stub wants matplotlib's literal type for keys
         if result.curve:
             written.append(_quality(result, folder / "quality.svg"))
         if result.epsilon_curve and result.epsilon.max != float("inf"):
@@ -60,7 +61,7 @@ def _quality(result: Result, path: Path) -> Path:
     )
     title = f"Quality by round, {cost}"
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
-    return _save(
+    return save_figure(
         figure,
         path,
         title,
@@ -78,7 +79,7 @@ def _epsilon(result: Result, path: Path) -> Path:
     axes.set_ylim(bottom=0)
     title = f"Privacy loss by round: {result.epsilon.max:.2f} at the end"
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
-    return _save(
+    return save_figure(
         figure,
         path,
         title,
@@ -93,7 +94,8 @@ def _axes() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, path: Path, title: str, description: str) -> Path:
+def save_figure(figure: Figure, path: Path, title: str, description: str) -> Path:
+    """Write the figure as SVG with a title and a description; returns its path."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": title})
     text = re.sub(
@@ -104,7 +106,8 @@ def _save(figure: Figure, path: Path, title: str, description: str) -> Path:
     )
     head = re.search(r"<svg[^>]*>", text)
     if head is not None:
-        inner = f'<title id="figure-title">{title}</title><desc id="figure-desc">{description}</desc>'
+        inner = f'<title id="figure-title">{escape(title)}</title>'
+        inner += f'<desc id="figure-desc">{escape(description)}</desc>'
         text = text[: head.end()] + inner + text[head.end() :]
     write_atomically(path, text.encode())
     return path

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,36 +23,33 @@ from confide.clients.app import make_client_app
 from confide.clients.data.preprocess import encoded_width
 from confide.clients.training.artifact import save_model
 from confide.clients.training.models import build_model
-from confide.config import Experiment, load_experiment
-from confide.errors import ConfigError, PeerError, StorageError
-from confide.privacy.dp import PrivacyEvent, Role, run_epsilon
+from confide.config import Experiment
+from confide.errors import PeerError, StorageError
+from confide.privacy.dp import Role
 from confide.privacy.dp import metrics as dp_metrics
-from confide.privacy.dp.events import merge_events
 from confide.privacy.files import write_atomically
 from confide.privacy.sealing import make_profile
 from confide.server.app import make_server_app
 from confide.server.coordinator import Coordinator, Released, RoundOutcome
 from confide.simulations.evaluation import ExactEvaluator
 from confide.simulations.figures import write_figures
+from confide.simulations.folders import run_folders, write_json
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
 from confide.simulations.page import write_index
+from confide.simulations.planning import Source, any_bounds, load_source, schedule_epsilon
 from confide.simulations.result import (
     NEIGHBOURS,
     Epsilon,
     Intervals,
-    Plan,
     Progress,
     Result,
-    SitePlan,
     json_intervals,
     json_number,
 )
 from confide.simulations.statistics import learn_bounds
-from confide.simulations.world import World, builtin_example, load_sources
+from confide.simulations.world import World, load_sources
 
-__all__ = ["plan", "simulate"]
-
-Source = Experiment | Mapping[str, Any] | str | Path | None
+__all__ = ["simulate"]
 
 
 def simulate(
@@ -77,14 +73,14 @@ def simulate(
         ConfideError: Wrong input (nothing was written), or the run could not go on.
     """
     started = time.perf_counter()
-    loaded, base = _load(experiment, overrides)
-    sources = load_sources(loaded, base, bounds=_any_bounds)
-    with _folders(loaded, out, ledger) as (folder, ledgers), _one_thread():
+    loaded, base = load_source(experiment, overrides)
+    sources = load_sources(loaded, base, bounds=any_bounds)
+    with run_folders(loaded, out, ledger) as (folder, ledgers), _one_thread():
         world = World(sources, folder / "sites", ledgers, folder / "logs")
         try:
             world.check()
             write_atomically(folder / "experiment.json", loaded.model_dump_json(by_alias=True, indent=2).encode())
-            _write_json(folder / "status.json", {"status": "running", "run_id": world.manifest.run})
+            write_json(folder / "status.json", {"status": "running", "run_id": world.manifest.run})
             if sources.learned:
                 world = _with_learned_bounds(world, loaded, base, folder, ledgers)
             result = _Run(world, folder, progress, started).execute()
@@ -92,7 +88,7 @@ def simulate(
             if (folder / "status.json").exists():
                 status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 with suppress(OSError):  # the first error is the one to tell
-                    _write_json(folder / "status.json", {"status": status, "run_id": world.manifest.run})
+                    write_json(folder / "status.json", {"status": status, "run_id": world.manifest.run})
             if isinstance(error, OSError):
                 raise StorageError(f"cannot be written: {error.strerror}", where=str(error.filename or folder),
                                    hint="free space and start again: what was durable is kept") from error  # fmt: skip
@@ -107,11 +103,6 @@ def simulate(
     return result
 
 
-def _any_bounds(_: str) -> tuple[float, float]:
-    """Stand in for bounds that are not learned yet: what a run costs does not depend on them."""
-    return -1.0, 1.0
-
-
 def _with_learned_bounds(world: World, loaded: Experiment, base: Path, folder: Path, ledgers: Path) -> World:
     """The same sites with the bounds that a statistics run learns, in a folder of its own."""
     world.close()
@@ -124,73 +115,6 @@ def _with_learned_bounds(world: World, loaded: Experiment, base: Path, folder: P
     for name in ("sites", "logs"):  # nothing has happened there yet
         shutil.rmtree(folder / name)
     return World(load_sources(loaded, base, bounds=bounds.__getitem__), folder / "sites", ledgers, folder / "logs")
-
-
-def plan(experiment: Source = None, *, overrides: Iterable[str] = (), ledger: str | Path | None = None) -> Plan:
-    """What a run would do and cost; writes nothing.
-
-    Raises:
-        ConfideError: Wrong input.
-    """
-    loaded, base = _load(experiment, overrides)
-    sources = load_sources(loaded, base, bounds=_any_bounds)
-    with tempfile.TemporaryDirectory() as scratch:
-        ledgers = Path(scratch) / "ledgers"
-        if ledger is not None and Path(ledger).is_dir():
-            shutil.copytree(ledger, ledgers)
-        world = World(sources, Path(scratch) / "sites", ledgers, Path(scratch) / "logs")
-        try:
-            for site in world.sites.values():
-                site.policy.check(world.manifest, site.name)
-            return _plan(world)
-        finally:
-            world.close()
-
-
-def _plan(world: World) -> Plan:
-    experiment, manifest = world.experiment, world.manifest
-    charges = merge_events([*world.statistics_charges, *manifest.all_charges()])
-    profile = make_profile(manifest.sealing, len(manifest.members))
-    size = profile.size(manifest.vector_size(1))
-    sites = [
-        SitePlan(
-            site=name,
-            population=world.sources.population[name],
-            subjects=len(site.records.persons) if experiment.data.public else None,
-            epsilon_before=max(site.ledger.epsilon(r) for r in Role),
-            epsilon_after=max(site.ledger.epsilon(r, charges) for r in Role),
-            used_before=site.ledger.used(),
-            used_after=site.ledger.used(charges),
-        )
-        for name, site in world.sites.items()
-    ]
-    return Plan(
-        name=experiment.run.name,
-        purpose=manifest.purpose,
-        rounds=manifest.rounds,
-        local_steps=manifest.training.local_steps,
-        metric_rounds=[r - 1 for r in manifest.metric_rounds],
-        learned=list(world.sources.learned),
-        parameters=manifest.layout.size,
-        profile=profile.name,
-        sealing=profile.summary,
-        uplink_bytes=size.uplink,
-        downlink_bytes=size.downlink,
-        padding=round(size.padding, 3),
-        unit=manifest.privacy.unit,
-        neighbours=NEIGHBOURS,
-        placement=manifest.privacy.placement,
-        epsilon=_epsilon(charges, manifest.privacy.delta) if manifest.privacy.protects else float("inf"),
-        delta=manifest.privacy.delta,
-        sample_rate=manifest.privacy.sample_rate,
-        noise_multiplier=manifest.noise_multiplier,
-        metrics_noise_multiplier=manifest.metrics_noise_multiplier,
-        max_grad_norm=manifest.privacy.max_grad_norm,
-        site_epsilon_limit=manifest.privacy.site_epsilon_limit,
-        admitted=all(s.used_after <= 1.0 for s in sites),
-        sites=sites,
-        warnings=manifest.warnings,
-    )
 
 
 class _Run:
@@ -309,7 +233,7 @@ class _Run:
         manifest = self._world.manifest
         trained = [e for e in manifest.all_charges(rounds) if e.role is Role.TRAIN]
         evaluated = [e for e in manifest.all_charges(rounds + 1) if e.role is Role.HELD_OUT]
-        return _epsilon([*self._world.statistics_charges, *trained, *evaluated], manifest.privacy.delta)
+        return schedule_epsilon([*self._world.statistics_charges, *trained, *evaluated], manifest.privacy.delta)
 
     def _finish(self, released: Released) -> Result:
         world, manifest = self._world, self._world.manifest
@@ -358,8 +282,8 @@ class _Run:
         write_figures(result, self._folder / "figures")
         result = replace(result, seconds=round(time.perf_counter() - self._started, 3))
         write_index(result, self._folder / "index.html")
-        _write_json(self._folder / "result.json", result.to_json())
-        _write_json(self._folder / "status.json", {"status": "finished", "run_id": manifest.run})
+        write_json(self._folder / "result.json", result.to_json())
+        write_json(self._folder / "status.json", {"status": "finished", "run_id": manifest.run})
         return result
 
 
@@ -374,71 +298,6 @@ def _privacy_line(result: Result) -> str:
     )
 
 
-def _epsilon(charges: list[PrivacyEvent], delta: float) -> float:
-    """ε of this run for the more exposed role: parameters were fixed beforehand, roles compose in parallel."""
-    return max((run_epsilon(e, delta) for e in merge_events(charges)), default=0.0)
-
-
-def _load(source: Source, overrides: Iterable[str]) -> tuple[Experiment, Path]:
-    if isinstance(source, Experiment):
-        tree = source.model_dump(mode="python", by_alias=True, exclude_none=True)
-        return load_experiment(tree, overrides), Path.cwd()
-    if isinstance(source, Mapping):
-        return load_experiment(source, overrides), Path.cwd()
-    path = builtin_example() if source is None else Path(source)
-    return load_experiment(path, overrides), path.resolve().parent
-
-
-@contextmanager
-def _folders(experiment: Experiment, out: str | Path | None, ledger: str | Path | None) -> Iterator[tuple[Path, Path]]:
-    """The output and ledger folders; what was made for a run that never started is taken away again."""
-    folder = Path(out) if out is not None else _fresh(Path("runs"), experiment.run.name)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError("is there already and is not an empty folder", where=f"--out {folder}",
-                          hint="name a new folder: runs are never overwritten")  # fmt: skip
-    ledgers = Path(ledger) if ledger is not None else folder / "ledgers"
-    made = [_topmost_missing(path) for path in (folder, ledgers) if not path.exists()]
-    before = set(ledgers.rglob("*")) if ledgers.is_dir() else set()
-    try:
-        for option, path in (("--out", folder), ("--ledger", ledgers)):
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"cannot be made: {error.strerror}", where=f"{option} {path}",
-                                  hint="name a folder you may write to") from None  # fmt: skip
-        yield folder, ledgers
-    except BaseException:
-        if not (folder / "status.json").exists():
-            for part in ("sites", "logs"):
-                shutil.rmtree(folder / part, ignore_errors=True)
-            _remove_new(ledgers, before)
-            for path in made:
-                shutil.rmtree(path, ignore_errors=True)
-        raise
-
-
-def _topmost_missing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.parent.exists():
-        path = path.parent
-    return path
-
-
-def _remove_new(folder: Path, before: set[Path]) -> None:
-    """A ledger made for a run that was refused would fix its limits for ever."""
-    for path in sorted(set(folder.rglob("*")) - before, reverse=True) if folder.is_dir() else ():
-        path.rmdir() if path.is_dir() else path.unlink()
-
-
-def _fresh(parent: Path, name: str) -> Path:
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    for suffix in ("", *(f"-{i}" for i in range(1, 1000))):
-        path = parent / f"{name}-{stamp}{suffix}"
-        if not path.exists():
-            return path
-    raise ConfigError("holds too many runs of this second", where=str(parent), hint="name a folder with --out")
-
-
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Small steps are faster without torch's thread pool; the caller's setting comes back."""
@@ -448,7 +307,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _write_json(path: Path, tree: Any) -> None:
-    write_atomically(path, (json.dumps(tree, indent=2, allow_nan=False, default=str) + "\n").encode())

@@ -1,6 +1,7 @@
 """confide: federated learning that people can confide in.
 
-`confide.simulate(...)` runs an experiment, `confide.plan(...)` tells beforehand what it would cost.
+`confide.simulate(...)` runs an experiment, `confide.plan(...)` tells beforehand what it would cost,
+`confide.sweep(...)` runs it, on public data, at every point of a grid.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from confide.environment import silence_third_parties
 silence_third_parties()
 
 if TYPE_CHECKING:
-    from confide.simulations import Plan, Progress, Result, plan, simulate
+    from confide.simulations import Plan, Progress, Result, Sweep, SweepProgress, plan, simulate, sweep
 
-__all__ = ["Plan", "Progress", "Result", "plan", "simulate"]
+__all__ = ["Plan", "Progress", "Result", "Sweep", "SweepProgress", "plan", "simulate", "sweep"]
 __version__ = version("confide")
 
 

@@ -9,7 +9,7 @@ import click
 import typer
 
 from confide import __version__
-from confide.cli import audit, data, model, render, simulate, site
+from confide.cli import audit, data, model, render, simulate, site, sweep
 from confide.errors import ConfideError, ConfigError
 
 __all__ = ["app", "main"]
@@ -22,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("simulate")(simulate.simulate)
+app.command("sweep")(sweep.sweep)
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(audit.app, name="audit")

@@ -1,0 +1,75 @@
+"""The folders that a run writes to: new ones, and taken away again where nothing came of the run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from confide.config import Experiment
+from confide.errors import ConfigError
+from confide.privacy.files import write_atomically
+
+__all__ = ["fresh_folder", "run_folders", "write_json"]
+
+
+@contextmanager
+def run_folders(
+    experiment: Experiment, out: str | Path | None, ledger: str | Path | None
+) -> Iterator[tuple[Path, Path]]:
+    """The output and ledger folders; what was made for a run that never started is taken away again."""
+    folder = Path(out) if out is not None else fresh_folder(Path("runs"), experiment.run.name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError("is there already and is not an empty folder", where=f"--out {folder}",
+                          hint="name a new folder: runs are never overwritten")  # fmt: skip
+    ledgers = Path(ledger) if ledger is not None else folder / "ledgers"
+    made = [_topmost_missing(path) for path in (folder, ledgers) if not path.exists()]
+    before = set(ledgers.rglob("*")) if ledgers.is_dir() else set()
+    try:
+        for option, path in (("--out", folder), ("--ledger", ledgers)):
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"cannot be made: {error.strerror}", where=f"{option} {path}",
+                                  hint="name a folder you may write to") from None  # fmt: skip
+        yield folder, ledgers
+    except BaseException:
+        if not (folder / "status.json").exists():
+            for part in ("sites", "logs"):
+                shutil.rmtree(folder / part, ignore_errors=True)
+            _remove_new(ledgers, before)
+            for path in made:
+                shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _topmost_missing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.parent.exists():
+        path = path.parent
+    return path
+
+
+def _remove_new(folder: Path, before: set[Path]) -> None:
+    """A ledger made for a run that was refused would fix its limits for ever."""
+    for path in sorted(set(folder.rglob("*")) - before, reverse=True) if folder.is_dir() else ():
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def fresh_folder(parent: Path, name: str) -> Path:
+    """A path that does not exist, named after the moment."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{i}" for i in range(1, 1000))):
+        path = parent / f"{name}-{stamp}{suffix}"
+        if not path.exists():
+            return path
+    raise ConfigError("holds too many runs of this second", where=str(parent), hint="name a folder with --out")
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Write atomically; infinities are an error, because JSON has none."""
+    write_atomically(path, (json.dumps(tree, indent=2, allow_nan=False, default=str) + "\n").encode())

@@ -1,0 +1,162 @@
+"""What a sweep tells its caller: its cells, and the settings they are repetitions of."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from confide.simulations.frontier import WATERMARK
+from confide.simulations.result import Result, json_number
+
+__all__ = ["EPSILON", "SEED", "Cell", "Setting", "Sweep"]
+
+EPSILON, SEED = "privacy.epsilon", "run.seed"
+#: Metrics by which settings are compared, the first that all cells have; higher is better in each.
+_QUALITIES = ("auc", "r2", "accuracy")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One finished run. `values` are the axes' values, `label` the same as assignments."""
+
+    number: int
+    label: str
+    values: dict[str, Any]
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Cells that differ only in their seed.
+
+    Attributes:
+        values: The axes' values without the seed.
+        epsilon: What any one of its runs costs a person, by itself.
+        median, low, high: Quality over the cells, exact on held-out persons.
+        cells: Their numbers.
+    """
+
+    values: dict[str, Any]
+    epsilon: float
+    median: float
+    low: float
+    high: float
+    cells: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A sweep, finished or under way.
+
+    Attributes:
+        name: Of the experiment.
+        axes: Key → values, in the order given.
+        cells: What is finished, in the order of the grid.
+        seconds: So far.
+        out: The folder.
+    """
+
+    name: str
+    axes: dict[str, list[Any]]
+    cells: tuple[Cell, ...]
+    seconds: float
+    out: Path
+
+    @cached_property
+    def quality(self) -> str | None:
+        """The metric that settings are compared by; None where the cells have none in common."""
+        return next((q for q in _QUALITIES if self.cells and all(q in (c.result.metrics or {}) for c in self.cells)),
+                    None)  # fmt: skip
+
+    @property
+    def metric_names(self) -> list[str]:
+        """Of all cells, in order."""
+        return list(dict.fromkeys(name for cell in self.cells for name in cell.result.metrics or {}))
+
+    @cached_property
+    def settings(self) -> tuple[Setting, ...]:
+        """The points of the grid, repetitions taken together; empty where nothing can be compared."""
+        quality = self.quality
+        if quality is None:
+            return ()
+        groups: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            groups.setdefault(repr(_without_seed(cell.values)), []).append(cell)
+        found = []
+        for group in groups.values():
+            values = [(cell.result.metrics or {})[quality] for cell in group]
+            found.append(Setting(
+                values=_without_seed(group[0].values),
+                epsilon=max(cell.result.epsilon.max for cell in group),
+                median=statistics.median(values), low=min(values), high=max(values),
+                cells=tuple(cell.number for cell in group),
+            ))  # fmt: skip
+        return tuple(found)
+
+    @property
+    def best(self) -> Setting | None:
+        """The highest median; of equals the one with the lower ε. A baseline without privacy competes only with its
+        like. Whoever shows it shows the watermark beside it."""
+        private = [s for s in self.settings if math.isfinite(s.epsilon)]
+        return max(private or self.settings, key=lambda s: (s.median, -s.epsilon), default=None)
+
+    @property
+    def watermark(self) -> str:
+        """What must stand wherever `best` is shown."""
+        return WATERMARK
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `sweep.json` and `--json`."""
+        return {
+            "name": self.name,
+            "axes": {key: _plain(values) for key, values in self.axes.items()},
+            "quality": self.quality,
+            "best": None if self.best is None else self._setting(self.best),
+            "watermark": self.watermark,
+            "settings": [self._setting(s) for s in self.settings],
+            "cells": [self._cell(c) for c in self.cells],
+            "seconds": self.seconds,
+            "out": str(self.out),
+        }
+
+    def _setting(self, setting: Setting) -> dict[str, Any]:
+        spread = {"median": setting.median, "low": setting.low, "high": setting.high}
+        return {
+            "values": _plain(setting.values),
+            "epsilon": json_number(setting.epsilon),
+            str(self.quality): spread,
+            "cells": list(setting.cells),
+        }
+
+    def _cell(self, cell: Cell) -> dict[str, Any]:
+        result = cell.result
+        return {
+            "cell": cell.number,
+            "values": _plain(cell.values),
+            "run_id": result.run_id,
+            "metrics": result.metrics,
+            "released_metrics": result.released_metrics,
+            "epsilon": json_number(result.epsilon.max),
+            "delta": result.delta,
+            "unit": result.unit,
+            "neighbours": result.neighbours,
+            "seconds": result.seconds,
+            "out": str(result.out),
+        }
+
+
+def _without_seed(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != SEED}
+
+
+def _plain(value: Any) -> Any:
+    """Infinities as text, dates and the like as they would be written."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return json_number(value) if isinstance(value, str | int | float) else str(value)
