@@ -11,10 +11,11 @@ Three witnesses, from the nearest to the farthest:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from confide.clients.store import SiteStore
-from confide.errors import AuditError, BudgetError, SealingError
-from confide.privacy.audit.log import Log
+from confide.errors import AuditError, BudgetError, ConfigError, SealingError
+from confide.privacy.audit.log import Log, read_lines
 from confide.privacy.audit.records import Charged, Settled
 from confide.privacy.dp import Ledger
 from confide.privacy.dp.events import event_from_json
@@ -25,11 +26,11 @@ from confide.protocol.manifest import Manifest
 from confide.protocol.messages import Statement
 from confide.protocol.sightings import Sighting, pack_sightings, unpack_sightings, watched_by, watchers_of
 
-__all__ = ["Continuity", "check_ledger"]
+__all__ = ["Continuity", "check_ledger", "complete_ledger"]
 
 _COMPLETE = (
-    "restore the newest backup of the ledger, or add what is missing from the log, which only ever raises ε: "
-    "confide site ledger FOLDER --complete-from LOG"
+    "restore the newest backup of the ledger, or add what it lacks from the site's log, which only ever raises ε: "
+    "confide site recover LEDGER_FOLDER --log LOG"
 )
 
 
@@ -61,6 +62,32 @@ def check_ledger(ledger: Ledger, log: Log, personal: PersonalLosses) -> None:
             f"does not hold charge {unknown[0]}, under which persons took part: the ledger was deleted or put back to "
             "an earlier day", where=where, hint=_COMPLETE,
         )  # fmt: skip
+
+
+def complete_ledger(ledger: Ledger, log: Path) -> list[str]:
+    """Add to a ledger what a log says was charged and the ledger lacks. It only ever raises ε.
+
+    Args:
+        ledger: The site's ledger.
+        log: A site's federated log; anybody's copy of it will do, as nothing but charges is taken from it.
+
+    Returns:
+        The names of the charges that were added.
+
+    Raises:
+        AuditError: The file is no log.
+        BudgetError: A charge is in the ledger with other parameters: it was edited.
+    """
+    try:
+        data = log.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=str(log), hint="name the site's log") from None
+    added, known = [], ledger.reservations()
+    for record, _, _ in read_lines(data[: data.rfind(b"\n") + 1], str(log)):
+        if isinstance(record, Charged):
+            ledger.restore(record.charge, event_from_json(record.event))
+            added += [record.charge] if record.charge not in known else []
+    return added
 
 
 class Continuity:

@@ -194,6 +194,20 @@ class Ledger:
             self.check([event])
             self._append(charge, "reserve", event)
 
+    def restore(self, charge: str, event: PrivacyEvent) -> None:
+        """Append a charge that was made before and is missing here. It raises what was spent, whatever the budget says.
+
+        Raises:
+            BudgetError: The charge is here with another event, or the event's unit is not the ledger's.
+        """
+        self._require_unit(event)
+        with self._exclusive():
+            known = self._reserved.get(charge)
+            if known is not None and known != event:
+                raise BudgetError(f"charge {charge} exists with other parameters", where=str(self.path))
+            if known is None:
+                self._append(charge, "reserve", event)
+
     def settle(self, charge: str, steps: int) -> None:
         """Shrink a reservation to the steps whose result left the site. Once per charge."""
         with self._exclusive():

@@ -36,6 +36,7 @@ from confide.protocol.sightings import (
 )
 from tests.attacks.federation import header_of, is_refusal, refusal_of
 from tests.attacks.machines import Machines
+from tests.cli.command import confide
 
 SITE = "birch"
 EVERYTHING = ("sites", "ledgers", "logs")
@@ -64,6 +65,15 @@ def delete(federation: Machines, *files: str) -> None:
             path.unlink()
 
 
+def complete(federation: Machines) -> None:
+    """What the refusal advises."""
+    folder, log = federation.place("ledgers", SITE), federation.folder / "logs" / f"{SITE}.log"
+    done = confide("site", "recover", folder, "--log", log, "--json")
+    assert done.code == 0, done.err
+    assert done.last_line["added"], "something was missing"
+    assert confide("site", "recover", folder, "--log", log, "--json").last_line["added"] == [], "and now nothing is"
+
+
 # --- the ledger against the site's own log ----------------------------------------------------------------------------
 
 
@@ -74,7 +84,9 @@ def test_a_deleted_ledger_is_missed_by_the_sites_own_log(federation: Machines, f
     delete(federation, *files)
     with pytest.raises(BudgetError, match=r"does not hold charge tiny-.*/1/train.*deleted") as refused:
         federation.start(SITE)
-    assert "--complete-from" in refused.value.hint
+    assert "confide site recover" in refused.value.hint
+    complete(federation)
+    assert federation.start(SITE).ledger.charges().keys() == {f"{federation.run}/1/train"}, "and so it goes on"
 
 
 def test_a_ledger_put_back_to_an_earlier_day_is_missed_by_the_sites_own_log(federation: Machines) -> None:
@@ -82,6 +94,8 @@ def test_a_ledger_put_back_to_an_earlier_day_is_missed_by_the_sites_own_log(fede
     federation.round(1)
     with pytest.raises(BudgetError, match="put back to an earlier day"):
         put_back()
+    complete(federation)
+    assert federation.start(SITE).ledger.used() > 0, "and so it goes on"
 
 
 def test_a_site_that_is_restarted_on_what_it_left_goes_on(federation: Machines) -> None:

@@ -295,3 +295,20 @@ def test_what_is_opened_to_be_read_takes_no_charge(simulated: Path) -> None:
     ledger.close()
     losses.close()
     assert files_under(simulated) == before
+
+
+# --- confide site recover ---------------------------------------------------------------------------------------------
+
+
+def test_recover_refuses_what_is_no_ledger_and_what_is_no_log(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    log = tmp_path / "site.log"
+    log.write_text("not an entry\n")
+    assert confide("site", "recover", tmp_path / "empty", "--log", log).code == 2
+    assert not list((tmp_path / "empty").iterdir()), "nothing is made"
+    ledger = Ledger(tmp_path / "ledger.db", RenyiBudget.for_limit(8.0, 1e-5))
+    ledger.close()
+    refused = confide("site", "recover", tmp_path, "--log", log)
+    assert refused.code == 7
+    assert "entry 0" in refused.err
+    assert confide("site", "recover", tmp_path, "--log", tmp_path / "nowhere.log").code == 2

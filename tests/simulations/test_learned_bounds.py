@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from pydantic import ValidationError
 
 from confide.clients.site import Site
+from confide.clients.training.artifact import load_model
 from confide.config import SchemaConfig, load_experiment
-from confide.errors import BudgetError, ConfigError, DataError, PolicyError
+from confide.errors import BudgetError, ConfigError, DataError, PeerError, PolicyError
 from confide.privacy.audit.verify import verify
 from confide.privacy.dp import Ledger, RenyiBudget, Role, run_epsilon
 from confide.privacy.dp.metrics import Floats
@@ -67,8 +69,6 @@ def test_bounds_are_learned_and_the_whole_costs_what_was_asked(tmp_path: Path) -
 
 
 def test_the_released_model_says_with_which_bounds_its_inputs_are_scaled(tmp_path: Path) -> None:
-    from confide.clients.training.artifact import load_model
-
     simulate(tree(tmp_path), out=tmp_path / "out")
     bounds = json.loads((tmp_path / "out" / "statistics" / "learned.json").read_text())["bounds"]
     schema = load_model(tmp_path / "out" / "model.safetensors").card.schema_
@@ -145,8 +145,6 @@ def test_a_site_whose_policy_does_not_allow_statistics_gives_none(
     world = World(load_sources(loaded, tmp_path), tmp_path / "s", tmp_path / "ledgers", tmp_path / "l")
     site: Site = world.sites["ash"]
     site.check(world.manifest)
-    from dataclasses import replace
-
     site.policy = replace(site.policy, statistics=False)
     with pytest.raises(PolicyError, match="statistics allows none"):
         site.check(world.manifest)
@@ -202,13 +200,9 @@ def test_a_manifest_never_trains_on_unscaled_columns_nor_learns_in_passing(tmp_p
 
 
 def test_an_abandoned_release_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from confide.errors import PeerError
-
     run = Coordinator.run
 
     def without_the_first(self: Coordinator) -> Released:
-        from dataclasses import replace
-
         released = run(self)
         return replace(released, outcomes=tuple(replace(o, metrics=None) for o in released.outcomes))
 

@@ -61,6 +61,35 @@ def ledger(
         _show(statement)
 
 
+@app.command("recover")
+def recover(
+    folder: Annotated[Path, typer.Argument(help="The site's ledger folder.")],
+    log: Annotated[Path, typer.Option("--log", help="The site's federated log, or a copy that somebody kept.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: ledger, log, added.")] = False,
+) -> None:
+    """Add to a ledger that was put back what the site's log says was charged since. It only ever raises ε."""
+    from confide.clients.continuity import complete_ledger
+    from confide.privacy.dp import Ledger
+    from confide.privacy.dp.statement import LEDGER
+
+    if not (folder / LEDGER).is_file():
+        raise ConfigError(f"holds no privacy ledger ({LEDGER})", where=str(folder),
+                          hint="where it was deleted, start the site: it makes an empty one, and refuses")  # fmt: skip
+    read = Ledger.open(folder / LEDGER)
+    read.close()
+    ledger = Ledger(folder / LEDGER, read.budget, read.unit, read.held_out)
+    try:
+        added = complete_ledger(ledger, log)
+    finally:
+        ledger.close()
+    if as_json:
+        show_json({"ledger": str(folder / LEDGER), "log": str(log), "added": added})
+    elif added:
+        out.print(f"{len(added)} charges added, from {added[0]} to {added[-1]}", markup=False, soft_wrap=True)
+    else:
+        out.print("nothing was missing: the ledger holds every charge of the log", markup=False)
+
+
 def _ledger_folders(folder: Path) -> list[Path]:
     """The folder itself, or those in it that hold a ledger."""
     from confide.privacy.dp.statement import is_ledger_folder
