@@ -10,6 +10,7 @@ Jobs come as lines of JSON on stdin; what was found lies in each job's folder.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 import json
@@ -19,10 +20,11 @@ import shutil
 import signal
 import sqlite3
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,11 @@ from confide.clients.rounds import RoundSteps
 from confide.clients.run import SiteRun
 from confide.clients.site import Site
 from confide.clients.store import SiteStore
+from confide.errors import BudgetError, ConfideError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.consent import Registry
-from confide.privacy.dp import Ledger
+from confide.privacy.dp import Ledger, PrivacyEvent, RenyiBudget, Role
 from confide.privacy.dp.personal import PersonalLosses
 from confide.privacy.sealing import vault as vault_module
 from confide.privacy.sealing.slots import SlotSession
@@ -62,7 +65,7 @@ _PATIENCE = 60
 
 @dataclass(frozen=True)
 class Point:
-    """A moment: right before, in the middle of, or right after the n-th `action` while a request for `step` is answered.
+    """A moment: right before, in the middle of, or right after the n-th `action` of answering a request for `step`.
 
     `needs` names what a round must have for the moment to come at all.
     """
@@ -89,7 +92,9 @@ def _line(step: str, kind: str, what: str, nth: int = 1, needs: str = "") -> dic
     return {
         f"{step}: half of '{what}' is written": Point(step, "during", f"write {kind}", nth, needs),
         f"{step}: '{what}' is written": Point(step, "before", f"fsync {kind}", nth, needs),
-        f"{step}: '{what}' is synced, its checkpoint is not there": Point(step, "before", f"replace {kind}", nth, needs),
+        f"{step}: '{what}' is synced, its checkpoint is not there": Point(
+            step, "before", f"replace {kind}", nth, needs
+        ),
         f"{step}: '{what}' is in the log": Point(step, "after", f"append {kind}", nth, needs),
     }
 
@@ -205,27 +210,29 @@ class Scene:
 
 _UNSENT, _AGAIN, _METRICS = frozenset({"an unsent update"}), frozenset({"retries"}), frozenset({"metrics"})
 _LATER = frozenset({"a sum before it"})
-_SEALING, _PAID = ("seal", "unlock"), "train: about to take the snapshot"
+_SEALING, _SETTLED, _PAID = ("seal", "unlock"), "train: 'settled' is in the log", "train: about to take the snapshot"
 SCENES: dict[str, Scene] = {
     "a plain round": Scene(),
     "a metric round": Scene(round=2, has=_METRICS | _LATER, metrics_every=1, kills=_SEALING),
     "a plain round that may be retried": Scene(has=_AGAIN, kills=_SEALING),
-    "a metric round that may be retried": Scene(round=2, has=_METRICS | _LATER | _AGAIN, metrics_every=1),
+    "a metric round that may be retried": Scene(
+        round=2, has=_METRICS | _LATER | _AGAIN, metrics_every=1, kills=("train", "seal")
+    ),
     "a second attempt": Scene(has=_AGAIN, attempt=1, lost="doum", others=("birch", "cedar", "doum"), steps=_SEALING),
-    "a round after an unsent one": Scene(round=2, has=_UNSENT, lost=VICTIM, last=_PAID, kills=("train",)),
+    "a round after an unsent one": Scene(round=2, has=_UNSENT, lost=VICTIM, last=_SETTLED, kills=("train",)),
     "a round after an unsent one that could be retried": Scene(
-        round=2, has=_UNSENT | _AGAIN, lost=VICTIM, last=_PAID, kills=("train",)
+        round=2, has=_UNSENT | _AGAIN, lost=VICTIM, last=_SETTLED, kills=("train",)
     ),
-    "a round after one that was sealed in vain": Scene(
-        round=2, has=_AGAIN, lost="birch", last=_PAID, kills=("train",)
-    ),
+    "a round after one that was sealed in vain": Scene(round=2, has=_AGAIN, lost="birch", last=_PAID, kills=("train",)),
 }
 
 
 class Machines(Federation):
     """A federation whose sites have vaults, and end and start as processes do."""
 
-    def __init__(self, folder: Path, scene: Scene, *, rounds: int, ledgers: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, scene: Scene, *, rounds: int, ledgers: Path | None = None, limit: float = 12.0
+    ) -> None:
         names = (VICTIM, *scene.others)
         super().__init__(
             folder,
@@ -234,7 +241,7 @@ class Machines(Federation):
             run={"rounds": rounds, "report_metrics_every": scene.metrics_every},
             sites={"min_sites": 3, "min_subjects": 1, "population": {"default": PEOPLE}},
             training={"local_steps": 2},
-            privacy={"epsilon": 2.0, "site_epsilon_limit": 12.0},
+            privacy={"epsilon": 2.0, "site_epsilon_limit": limit},
             sealing={"retry": scene.retries},
         )
         self._ledgers = ledgers or folder / "ledgers"
@@ -366,7 +373,9 @@ class Harness:
     def install(self) -> None:
         """Wrap everything; for the rest of this process's life."""
         wrap(Site, "handle", self._handle)
-        wrap(Ledger, "reserve", lambda real, s, charge, event: self._in(f"reserve {event.role}", real, s, charge, event))
+        wrap(
+            Ledger, "reserve", lambda real, s, charge, event: self._in(f"reserve {event.role}", real, s, charge, event)
+        )
         wrap(Ledger, "settle", lambda real, *rest: self._in("settle", real, *rest))
         wrap(Log, "append", lambda real, log, *entries: self._in(f"append {entries[0].KIND}", real, log, *entries))
         wrap(ParticipantSource, "take", lambda real, *rest: self._in("take", real, *rest))
@@ -591,6 +600,122 @@ BROKEN: dict[str, Callable[[Harness], None]] = {
 }
 
 
+# --- processes that share a ledger ------------------------------------------------------------------------------------
+
+SHARED = RenyiBudget.for_limit(2.0, 1e-5)
+PIECE = PrivacyEvent(
+    role=Role.TRAIN, unit="subject", noise_multiplier=8.0, sample_rate=0.5, steps=1, max_grad_norm=1.0
+)  # fmt: skip
+
+
+def _reserve_until_refused(folder: Path, number: int, job: dict[str, Any]) -> None:
+    """Charge until the budget refuses; note each charge once it was admitted."""
+    ledger, admitted = Ledger(folder / "ledger.db", SHARED), 0
+    if job.get("one dies") and number == 0:
+
+        def die(real: Callable[..., None], ledger: Ledger, charge: str, *rest: Any) -> None:
+            real(ledger, charge, *rest)
+            if charge == "0/3":  # written, not committed, and everybody else waits
+                meet(folder, "waiting", job["processes"])
+                time.sleep(0.05)  # until they ask for the lock
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        wrap(Ledger, "_append", die)
+    elif job.get("one dies"):
+        while not list(folder.glob("waiting-*")):
+            time.sleep(0.001)
+        (folder / f"waiting-{os.getpid()}").touch()
+    else:
+        meet(folder, "opened", job["processes"])
+    with (folder / f"admitted-{number}").open("a") as stream:
+        while True:
+            try:
+                ledger.reserve(f"{number}/{admitted + 1}", PIECE)
+            except BudgetError as error:
+                stream.write(f"refused: {error.what}\n")
+                return
+            admitted += 1
+            stream.write(f"{number}/{admitted}\n")
+            stream.flush()
+            time.sleep(0.002)
+
+
+def _take_the_last(folder: Path, number: int, job: dict[str, Any]) -> None:
+    """Open, wait until everybody has, and charge once."""
+    if job.get("broken"):
+        exclusive = Ledger._exclusive
+
+        def reserve(ledger: Ledger, charge: str, event: PrivacyEvent) -> None:
+            ledger.check([event])
+            meet(folder, "checked", job["processes"])
+            with exclusive(ledger):
+                ledger._append(charge, "reserve", event)
+
+        Ledger.reserve = reserve  # type: ignore[method-assign]
+    ledger = Ledger(folder / "ledger.db", SHARED)
+    meet(folder, "opened", job["processes"])
+    try:
+        ledger.reserve(f"{number}/1", PIECE)
+    except BudgetError as error:
+        (folder / f"admitted-{number}").write_text(f"refused: {error.what}\n")
+    else:
+        (folder / f"admitted-{number}").write_text(f"{number}/1\n")
+
+
+def _run_a_federation(folder: Path, number: int, _: dict[str, Any]) -> None:
+    """A whole run, as `simulate` does it; its limit admits one of them."""
+    try:
+        machines = Machines(folder / f"run-{number}", Scene(), rounds=1, ledgers=folder / "ledgers", limit=3.0)
+        machines.world.check()
+        machines.coordinator().run()
+        said = "finished"
+    except ConfideError as error:
+        said = f"{type(error).__name__}: {error}"
+    (folder / f"said-{number}").write_text(said)
+
+
+def meet(folder: Path, where: str, processes: int) -> None:
+    """Wait until so many have come here."""
+    (folder / f"{where}-{os.getpid()}").touch()
+    while len(list(folder.glob(f"{where}-*"))) < processes:
+        time.sleep(0.001)
+
+
+_TOGETHER: dict[str, Callable[[Path, int, dict[str, Any]], None]] = {
+    "reserve until refused": _reserve_until_refused,
+    "take the last": _take_the_last,
+    "run a federation": _run_a_federation,
+}
+
+
+def play_together(job: dict[str, Any]) -> None:
+    """Do one thing in several processes that start at the same moment; how each ended."""
+    folder, ends = Path(job["folder"]), []
+    if job["together"] == "take the last":
+        ledger, spent = Ledger(folder / "ledger.db", SHARED), 0
+        while SHARED.admits([replace(PIECE, steps=PIECE.steps * (spent + 2))]):
+            spent += 1
+        ledger.reserve("before", replace(PIECE, steps=PIECE.steps * spent))
+        ledger.close()
+    if job["together"] == "run a federation":
+        first = Machines(folder / "first", Scene(), rounds=1, ledgers=folder / "ledgers", limit=3.0)
+        first.world.check()  # enrols everybody
+        first.world.close()
+    for number in range(job["processes"]):
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(_PATIENCE)
+            try:
+                meet(folder, "started", job["processes"])
+                _TOGETHER[job["together"]](folder, number, job)
+                os._exit(0)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                os._exit(1)
+        ends.append(pid)
+    (folder / "ends.json").write_text(json.dumps([os.waitpid(pid, 0)[1] for pid in ends]))
+
+
 # --- a job ------------------------------------------------------------------------------------------------------------
 
 
@@ -699,7 +824,7 @@ def _fork(job: dict[str, Any]) -> int:
         os.dup2(errors, 1)
         os.dup2(errors, 2)
         signal.alarm(2 * _PATIENCE)
-        _job(job)
+        (_job if "scene" in job else play_together)(job)
         os._exit(0)
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -716,6 +841,8 @@ def main(warm: Path, at_once: int) -> None:
         warmed = Machines(warm / "-".join(map(str, kind)), scene, rounds=scene.round)
         warmed.coordinator().run()
         warmed.world.close()
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at, and so not be copied, in every fork
     for line in sys.stdin:
         jobs, running, codes = json.loads(line), dict[int, int](), dict[int, int]()
         for number, job in enumerate(jobs):
