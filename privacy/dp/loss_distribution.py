@@ -55,7 +55,7 @@ def loss_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta:
     Raises:
         ValueError: The grid would be too large, or δ is too small for it.
     """
-    if delta < SMALLEST_DELTA or not 0 < about < math.inf:
+    if delta < SMALLEST_DELTA or not 0 < about <= _LARGEST_LOSS:
         raise ValueError("outside what the grid resolves")
     # With a near-Gaussian loss of variance s² = 2μ, ε = μ + z s; the grid then adds k h²/12 (1 + z/s) to it.
     z = float(norm.isf(delta))
@@ -149,7 +149,8 @@ def _window(first: int, mass: Floats, width: float, steps: int, cut: float) -> t
     spread = math.sqrt(steps * max(float(np.dot(mass[occupied], (loss - mean) ** 2)), width * width))
     need = math.log(1 / cut)
     top, bottom = float(steps * index[-1]), float(steps * index[0])
-    for t in math.sqrt(2 * need) / spread * np.geomspace(0.05, 5.0, 14):
+    # Around the best t of a Gaussian sum, and where a single rare release decides.
+    for t in (*(math.sqrt(2 * need) / spread * np.geomspace(0.1, 4.0, 10)), 0.5, 1.0, 2.0, 4.0, 8.0, 16.0):
         top = min(top, (steps * float(logsumexp(logs + t * loss)) + need) / t / width)
         bottom = max(bottom, -(steps * float(logsumexp(logs - t * loss)) + need) / t / width)
     return math.floor(bottom), math.ceil(top)

@@ -76,7 +76,7 @@ def test_however_wrong_the_guess_that_sets_the_grid_is_the_answer_stays_above(
 ) -> None:
     fine = run_epsilon(event(sigma, q, steps), delta)
     for factor in (0.2, 5.0, 100.0):
-        assert loss_epsilon(sigma, q, steps, delta, about=factor * fine) >= fine / (1 + TOLERANCE)
+        assert loss_epsilon(sigma, q, steps, delta, about=min(factor * fine, 600.0)) >= fine / (1 + TOLERANCE)
 
 
 def test_one_release_is_what_its_hockey_stick_integral_says() -> None:

@@ -1,0 +1,861 @@
+"""Kills a site at named points of a round, with SIGKILL, and has it go on. Run as a program by `test_killed`.
+
+A federation lives in a forked process of its own. Its victim is wrapped from outside: what it calls while it answers a
+request is known by name, and right before or right after one such call the process is killed. What left the victim is
+noted, durably, *before* it is handed to the grid, so no kill can hide it. Afterwards another process restarts the
+victim on what lies on the disk and repeats the request; then a fresh run uses the same ledgers to its end.
+
+Jobs come as lines of JSON on stdin; what was found lies in each job's folder.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Message as FlowerMessage
+
+from confide.clients.participants import ParticipantSource
+from confide.clients.rounds import RoundSteps
+from confide.clients.run import SiteRun
+from confide.clients.site import Site
+from confide.clients.store import SiteStore
+from confide.errors import BudgetError, ConfideError
+from confide.privacy.audit import records as audit
+from confide.privacy.audit.log import Log
+from confide.privacy.consent import Registry
+from confide.privacy.dp import Ledger, PrivacyEvent, RenyiBudget, Role
+from confide.privacy.dp.personal import PersonalLosses
+from confide.privacy.sealing import vault as vault_module
+from confide.privacy.sealing.slots import SlotSession
+from confide.privacy.sealing.vault import Vault
+from confide.protocol import messages as m
+from confide.protocol.envelope import Envelope
+from confide.protocol.flower import from_records
+from confide.simulations.grid import LocalGrid
+from tests.attacks.federation import Federation, header_of
+
+VICTIM = "ash"
+PASSPHRASE = "a few small words"
+PEOPLE = 10
+#: Seconds after which a process that hangs is ended.
+_PATIENCE = 60
+
+
+# --- the table of points ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """A moment: right before, in the middle of, or right after the n-th `action` of answering a request for `step`.
+
+    `needs` names what a round must have for the moment to come at all.
+    """
+
+    step: str
+    moment: str
+    action: str
+    nth: int = 1
+    needs: str = ""
+
+    @property
+    def after(self) -> list[str]:
+        """What has become durable since the point before it: one thing at most."""
+        if self.moment == "after" and self.action in ("put model", "hold: INSERT held"):
+            return ["commit"]
+        made = {("before", "fsync"): "write", ("before", "replace"): "fsync", ("after", "append"): "replace"}
+        made["after", "COMMIT"] = "commit"
+        words = self.action.split()
+        return [made[self.moment, word] for word in (words[0], words[-1]) if (self.moment, word) in made]
+
+
+def _line(step: str, kind: str, what: str, nth: int = 1, needs: str = "") -> dict[str, Point]:
+    """The moments of one entry in a log: it is written, synced, and then the checkpoint is replaced."""
+    return {
+        f"{step}: half of '{what}' is written": Point(step, "during", f"write {kind}", nth, needs),
+        f"{step}: '{what}' is written": Point(step, "before", f"fsync {kind}", nth, needs),
+        f"{step}: '{what}' is synced, its checkpoint is not there": Point(
+            step, "before", f"replace {kind}", nth, needs
+        ),
+        f"{step}: '{what}' is in the log": Point(step, "after", f"append {kind}", nth, needs),
+    }
+
+
+def _charge(role: str, nth: int, needs: str = "") -> dict[str, Point]:
+    """The moments of one charge."""
+    inside = f"reserve {role}"
+    return {
+        f"train: about to charge {role}": Point("train", "before", inside, 1, needs),
+        f"train: charging {role} has begun": Point("train", "after", f"{inside}: BEGIN", 1, needs),
+        f"train: the charge for {role} is written": Point("train", "after", f"{inside}: INSERT entry", 1, needs),
+        f"train: the charge for {role} is committed": Point("train", "after", f"{inside}: COMMIT", 1, needs),
+        **_line("train", "charged", f"charged {role}", nth, needs),
+    }
+
+
+def _reply(step: str, effect: str = "") -> dict[str, Point]:
+    """The moments of a reply: durable, then noted by the harness as having left, then with the coordinator."""
+    made = {f"{step}: the reply is being stored": Point(step, "after", "commit reply: BEGIN")}
+    if effect:
+        made[f"{step}: the row that says {effect} is written"] = Point(step, "after", f"commit reply: INSERT {effect}")
+    return made | {
+        f"{step}: the reply is written": Point(step, "before", "commit reply: COMMIT"),
+        f"{step}: the reply is committed": Point(step, "after", "commit reply: COMMIT"),
+        f"{step}: the reply is about to leave": Point(step, "before", "hand over"),
+        f"{step}: the reply has left": Point(step, "after", "hand over"),
+    }
+
+
+#: Every point, in the order in which a round comes by.
+POINTS: dict[str, Point] = {
+    "train: the request has arrived": Point("train", "before", "handle"),
+    **_line("train", "opened", "opened", needs="a sum before it"),
+    "train: the model is replaced": Point("train", "after", "put model", 1, "a sum before it"),
+    "train: about to give an unsent charge back": Point("train", "before", "settle", 1, "an unsent update"),
+    "train: giving back has begun": Point("train", "after", "settle: BEGIN", 1, "an unsent update"),
+    "train: what is given back is written": Point("train", "after", "settle: INSERT entry", 1, "an unsent update"),
+    "train: what is given back is committed": Point("train", "after", "settle: COMMIT", 1, "an unsent update"),
+    **_line("train", "settled", "settled", needs="an unsent update"),
+    **_charge("train", 1),
+    **_charge("held_out", 2, "metrics"),
+    "train: about to take the snapshot": Point("train", "before", "take"),
+    "train: the snapshot is taken": Point("train", "after", "take"),
+    "train: the update is computed": Point("train", "after", "compute"),
+    "train: consent was looked at again": Point("train", "after", "take", 2),
+    "train: about to note whom the charges hold": Point("train", "before", "hold"),
+    "train: whom the first charge holds is noted": Point("train", "after", "hold: INSERT held"),
+    "train: whom the second charge holds is noted": Point("train", "after", "hold: INSERT held", 2, "metrics"),
+    **_line("train", "local_snapshot", "local snapshot"),
+    **_line("train", "snapshot_taken", "snapshot taken"),
+    **_line("train", "update_committed", "update committed"),
+    **_reply("train"),
+    "seal: the request has arrived": Point("seal", "before", "handle"),
+    "seal: about to be sealed": Point("seal", "before", "session seal"),
+    "seal: sealed in memory": Point("seal", "after", "session seal"),
+    **_line("seal", "sealed", "sealed"),
+    **_reply("seal", "sealed"),
+    "unlock: the request has arrived": Point("unlock", "before", "handle", 1, "retries"),
+    "unlock: about to be unlocked": Point("unlock", "before", "session unlock", 1, "retries"),
+    "unlock: unlocked in memory": Point("unlock", "after", "session unlock", 1, "retries"),
+    **_line("unlock", "unlocked", "unlocked", needs="retries"),
+    **{name: Point(**{**asdict(p), "needs": "retries"}) for name, p in _reply("unlock", "unlocked").items()},
+}
+
+
+# --- rounds that somebody is killed in --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Which round, of what kind, and what went wrong before it.
+
+    Attributes:
+        round: The round of interest.
+        has: What of `Point.needs` it has.
+        metrics_every: Of the experiment.
+        attempt: Which attempt of sealing it is about.
+        lost: The first round's seal request to this site is lost (an attempt's, where another one follows).
+        others: Sites besides the victim.
+        steps: What of the round is watched.
+        kills: In which of these steps somebody is killed, up to `last`: code that other scenes go through as well is
+            watched, but not killed in again.
+    """
+
+    round: int = 1
+    has: frozenset[str] = frozenset()
+    metrics_every: int = 9
+    attempt: int = 0
+    lost: str = ""
+    others: tuple[str, ...] = ("birch", "cedar")
+    steps: tuple[str, ...] = ("train", "seal", "unlock")
+    kills: tuple[str, ...] = ("train", "seal", "unlock")
+    last: str = ""
+
+    @property
+    def retries(self) -> bool:
+        """May its rounds be sealed again?"""
+        return "retries" in self.has
+
+    def points(self, *steps: str) -> list[str]:
+        """Names of the points that it comes by, in order."""
+        return [
+            name
+            for name, point in POINTS.items()
+            if point.step in (steps or self.steps) and (not point.needs or point.needs in self.has)
+        ]
+
+    def deaths(self, step: str) -> list[str]:
+        """Names of the points of a step at which somebody is killed."""
+        names = self.points(step) if step in self.kills and step in self.steps else []
+        return names[: names.index(self.last) + 1] if self.last in names else names
+
+
+_UNSENT, _AGAIN, _METRICS = frozenset({"an unsent update"}), frozenset({"retries"}), frozenset({"metrics"})
+_LATER = frozenset({"a sum before it"})
+_SEALING, _SETTLED, _PAID = ("seal", "unlock"), "train: 'settled' is in the log", "train: about to take the snapshot"
+SCENES: dict[str, Scene] = {
+    "a plain round": Scene(),
+    "a metric round": Scene(round=2, has=_METRICS | _LATER, metrics_every=1, kills=_SEALING),
+    "a plain round that may be retried": Scene(has=_AGAIN, kills=_SEALING),
+    "a metric round that may be retried": Scene(
+        round=2, has=_METRICS | _LATER | _AGAIN, metrics_every=1, kills=("train", "seal")
+    ),
+    "a second attempt": Scene(has=_AGAIN, attempt=1, lost="doum", others=("birch", "cedar", "doum"), steps=_SEALING),
+    "a round after an unsent one": Scene(round=2, has=_UNSENT, lost=VICTIM, last=_SETTLED, kills=("train",)),
+    "a round after an unsent one that could be retried": Scene(
+        round=2, has=_UNSENT | _AGAIN, lost=VICTIM, last=_SETTLED, kills=("train",)
+    ),
+    "a round after one that was sealed in vain": Scene(round=2, has=_AGAIN, lost="birch", last=_PAID, kills=("train",)),
+}
+
+
+class Machines(Federation):
+    """A federation whose sites have vaults, and end and start as processes do."""
+
+    def __init__(
+        self, folder: Path, scene: Scene, *, rounds: int, ledgers: Path | None = None, limit: float = 12.0
+    ) -> None:
+        names = (VICTIM, *scene.others)
+        super().__init__(
+            folder,
+            people={"people": PEOPLE, "sites": names},
+            ledgers=ledgers,
+            run={"rounds": rounds, "report_metrics_every": scene.metrics_every},
+            sites={"min_sites": 3, "min_subjects": 1, "population": {"default": PEOPLE}},
+            training={"local_steps": 2},
+            privacy={"epsilon": 2.0, "site_epsilon_limit": limit},
+            sealing={"retry": scene.retries},
+        )
+        self._ledgers = ledgers or folder / "ledgers"
+        for name in self.names:
+            self.sites[name]._vault = Vault(folder / "vaults" / name, PASSPHRASE)
+
+    def stop(self, site: str) -> None:
+        """End a site's process; nothing of its memory is left."""
+        self.sites[site].close()
+
+    def start(self, site: str) -> Site:
+        """Start another one on the files that lie there now."""
+        old, folder, ledgers = self.sites[site], self.folder / "sites" / site, self._ledgers / site
+        reopened: dict[str, Any] = {
+            "registry": Registry(folder / "consent.db", old._key),
+            "personal": PersonalLosses(ledgers / "personal.db"),
+            "ledger": Ledger(ledgers / "ledger.db", old.ledger.budget, held_out=self.manifest.held_out),
+            "store": SiteStore(folder / "state.db"),
+            "log": old.identity.open_log(old.log.path, "federated", self.manifest.federation),
+            "local_log": old.identity.open_log(old._local_log.path, "local", self.manifest.federation),
+            "vault": Vault(self.folder / "vaults" / site, PASSPHRASE),
+        }
+        kept = {
+            name: getattr(old, name) if hasattr(old, name) else getattr(old, f"_{name}")
+            for name in inspect.signature(Site.__init__).parameters
+            if name not in ("self", *reopened)
+        }
+        self.world.sites[site] = Site(**kept, **reopened)
+        return self.world.sites[site]
+
+
+# --- what a victim is wrapped in --------------------------------------------------------------------------------------
+
+
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Have `around(the real one, *arguments)` stand in for a function, in this process."""
+    real = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: around(real, *args, **kwargs))
+
+
+@dataclass
+class Harness:
+    """Watches the victim of one run, and ends its process at a point.
+
+    Args:
+        folder: The job's.
+        scene: The round of interest.
+        victim: What the victim keeps on its disk.
+        point: Where to kill; empty: nowhere, but what is passed on the way is written down.
+    """
+
+    folder: Path
+    scene: Scene
+    victim: tuple[Path, ...]
+    point: str = ""
+    step: str = ""
+    inside: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    trace: list[list[Any]] = field(default_factory=list)
+    leaving: Envelope | None = None
+    on_delivered: Callable[[str], None] = lambda _step: None
+
+    def __post_init__(self) -> None:
+        self._wire = os.open(self.folder / "wire.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._fsync, self._write, self._names = os.fsync, os.write, {p: n for n, p in POINTS.items()}
+        self._files = self._look()
+
+    def note(self, **what: Any) -> None:
+        """Keep, durably and outside of the product, what happened."""
+        self._write(self._wire, json.dumps(what).encode() + b"\n")
+        self._fsync(self._wire)
+
+    def reach(self, moment: str, action: str) -> str:
+        """A moment has come: the name of the point that it is, if any. Does not return where the victim is killed."""
+        if not self.step:
+            return ""
+        key = f"{moment} {action}"
+        self.counts[key] += 1
+        name = self._names.get(Point(self.step, moment, action, self.counts[key])) or next(
+            (self._names[p] for p in self._needing(moment, action, self.counts[key]) if p in self._names), ""
+        )
+        if name and not self.point:
+            files = self._look()
+            changed = sorted(f for f in files.keys() | self._files.keys() if files.get(f) != self._files.get(f))
+            self.trace.append(["point", name, sorted({f.removesuffix("-wal") for f in changed})])
+            self._files = files
+        if name and name == self.point and moment != "during":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return name
+
+    def _needing(self, moment: str, action: str, nth: int) -> Iterator[Point]:
+        return (Point(self.step, moment, action, nth, needs) for needs in self.scene.has)
+
+    def durable(self, what: str, file: str) -> None:
+        """Something was made durable by the victim."""
+        if self.step and not self.point:
+            self.trace.append(["durable", what, file])
+
+    @contextmanager
+    def around(self, action: str) -> Iterator[None]:
+        """Right before and right after something; what is called meanwhile is inside of it."""
+        self.reach("before", action)
+        self.inside.append(action)
+        try:
+            yield
+        finally:
+            self.inside.pop()
+        self.reach("after", action)
+
+    def mine(self, path: Path | str) -> str:
+        """The name of a file among the victim's; empty for anybody else's."""
+        full = Path(path).absolute()
+        return next((str(full.relative_to(root.parent)) for root in self.victim if full.is_relative_to(root)), "") or (
+            full.name if full.parent == self.folder / "logs" and full.stem.lstrip(".") == VICTIM else ""
+        )
+
+    def _look(self) -> dict[str, str]:
+        """A digest of every file of the victim's."""
+        roots = [*self.victim, *(self.folder / "logs").glob(f"{VICTIM}.*")]
+        files = [f for root in roots for f in ([root] if root.is_file() else sorted(root.rglob("*"))) if f.is_file()]
+        return {
+            self.mine(f): hashlib.sha256(f.read_bytes()).hexdigest()
+            for f in files
+            if not f.name.endswith("-shm") and not re.fullmatch(r"\..+\.checkpoint", f.name)
+        }
+
+    # --- the wrapping ---------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Wrap everything; for the rest of this process's life."""
+        wrap(Site, "handle", self._handle)
+        wrap(
+            Ledger, "reserve", lambda real, s, charge, event: self._in(f"reserve {event.role}", real, s, charge, event)
+        )
+        wrap(Ledger, "settle", lambda real, *rest: self._in("settle", real, *rest))
+        wrap(Log, "append", lambda real, log, *entries: self._in(f"append {entries[0].KIND}", real, log, *entries))
+        wrap(ParticipantSource, "take", lambda real, *rest: self._in("take", real, *rest))
+        wrap(ParticipantSource, "hold", lambda real, *rest: self._in("hold", real, *rest))
+        wrap(SiteRun, "compute", self._compute)
+        wrap(SiteStore, "put_model", lambda real, *rest: self._in("put model", real, *rest))
+        wrap(SiteStore, "commit_reply", lambda real, *rest, **named: self._in("commit reply", real, *rest, **named))
+        wrap(SlotSession, "seal", lambda real, *rest: self._in("session seal", real, *rest))
+        wrap(SlotSession, "unlock", lambda real, *rest: self._in("session unlock", real, *rest))
+        wrap(LocalGrid, "_deliver", self._deliver)
+        wrap(os, "write", self._os_write)
+        wrap(os, "fsync", self._os_fsync)
+        wrap(os, "replace", self._os_replace)
+        connect, harness = sqlite3.connect, self
+
+        class Watched(sqlite3.Connection):
+            """Statements by name, and what they make durable."""
+
+            file = ""
+
+            def execute(self, sql: str, *rest: Any) -> sqlite3.Cursor:
+                return self._watched(super().execute, sql, *rest)
+
+            def executemany(self, sql: str, *rest: Any) -> sqlite3.Cursor:
+                return self._watched(super().executemany, sql, *rest)
+
+            def _watched(self, real: Callable[..., sqlite3.Cursor], sql: str, *rest: Any) -> sqlite3.Cursor:
+                verb = _verb(sql)
+                within = f"{harness.inside[-1]}: {verb}" if harness.inside else verb
+                before, open_before = self.total_changes, self.in_transaction
+                harness.reach("before", within)
+                done = real(sql, *rest)
+                alone = not open_before and self.total_changes > before
+                if not self.in_transaction and (alone or verb == "COMMIT") and self.file:
+                    harness.durable("commit", self.file)
+                harness.reach("after", within)
+                return done
+
+        def watched(path: Any, *args: Any, **kwargs: Any) -> sqlite3.Connection:
+            made = connect(path, *args, factory=Watched, **kwargs)
+            made.file = harness.mine(path)
+            return made
+
+        sqlite3.connect = watched  # type: ignore[assignment]
+
+    def _in(self, action: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.around(action):
+            return real(*args, **kwargs)
+
+    def _handle(self, real: Callable[..., Envelope], site: Site, step: str, request: Envelope) -> Envelope:
+        if site.name != VICTIM:
+            return real(site, step, request)
+        header = header_of(request)
+        attempt = self.scene.attempt if step in ("seal", "unlock") else 0
+        if (header.round, header.attempt) == (self.scene.round, attempt) and step in self.scene.steps:
+            self.step, self.inside = step, []
+            self.counts.clear()
+            _keep_request(self.folder, step, request)
+        self.reach("before", "handle")
+        reply = real(site, step, request)
+        answer = header_of(reply)
+        self.note(left=step, run=header.run, round=header.round, attempt=header.attempt, type=answer.type)
+        self.reach("before", "hand over")
+        return reply
+
+    def _deliver(self, real: Callable[..., FlowerMessage], grid: LocalGrid, message: FlowerMessage) -> FlowerMessage:
+        delivered = real(grid, message)
+        if grid._site_of[message.metadata.dst_node_id] == VICTIM:
+            self.reach("after", "hand over")
+            self.step = ""
+            self.on_delivered(message.metadata.group_id)
+        return delivered
+
+    def _compute(self, real: Callable[..., Any], run: SiteRun, round_: int, model: Any, *units: Any) -> Any:
+        if run.site == VICTIM:
+            persons = run.trainer._records.person_of
+            train, held_out = ([int(i) for i in np.unique(persons[u])] for u in units)
+            width = run.manifest.metric_width(round_)
+            used = {"train": train if run.manifest.trains_in(round_) else [], "held_out": held_out if width else []}
+            self.note(used=used, run=run.manifest.run, round=round_)
+        return self._in("compute", real, run, round_, model, *units)
+
+    def _os_write(self, real: Callable[..., int], descriptor: int, data: Any) -> int:
+        kind = self._kind("write")
+        file = self._file(descriptor)
+        if kind and file and self.reach("during", kind) == self.point and self.point:
+            real(descriptor, bytes(data)[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        done = real(descriptor, data)
+        if file:
+            self.durable("write", file)
+        return done
+
+    def _os_fsync(self, real: Callable[..., None], descriptor: int) -> None:
+        self.reach("before", self._kind("fsync"))
+        real(descriptor)
+        if file := self._file(descriptor):
+            self.durable("fsync", file)
+
+    def _os_replace(self, real: Callable[..., None], source: Any, target: Any) -> None:
+        self.reach("before", self._kind("replace"))
+        real(source, target)
+        if file := self.mine(target):
+            self.durable("replace", file)
+
+    def _kind(self, what: str) -> str:
+        """Names a file operation by the log entry that it is for."""
+        within = self.inside[-1] if self.inside else ""
+        return f"{what} {within.removeprefix('append ')}" if within.startswith("append ") else ""
+
+    def _file(self, descriptor: int) -> str:
+        return self.mine(os.readlink(f"/proc/self/fd/{descriptor}")) if self.step else ""
+
+
+def _verb(sql: str) -> str:
+    words = sql.split()
+    into = re.match(r"INSERT (?:OR \w+ )?INTO (\w+)", sql)
+    return f"INSERT {into.group(1)}" if into else words[0]
+
+
+def _keep_request(folder: Path, step: str, request: Envelope) -> None:
+    parts = {k: getattr(request, k).hex() for k in ("header", "signature", "body")}
+    whole = {"step": step, **parts, "chunks": [c.hex() for c in request.chunks]}
+    (folder / "request.json").write_text(json.dumps(whole))
+
+
+# --- products that are broken on purpose ------------------------------------------------------------------------------
+
+
+def _charge_late(harness: Harness) -> None:
+    """The charge is written once the sealed update is with the coordinator."""
+    late: list[tuple[Any, ...]] = []
+    reserve = Ledger.reserve
+    Ledger.reserve = lambda *args: late.append(args)  # type: ignore[method-assign]
+
+    def pay(step: str) -> None:
+        while step == "seal" and late:
+            reserve(*late.pop())
+
+    harness.on_delivered = pay
+
+
+def _hold_nobody(_: Harness) -> None:
+    """Whom a charge holds is not noted."""
+    ParticipantSource.hold = lambda *_args: None  # type: ignore[method-assign]
+
+
+def _log_first(_: Harness) -> None:
+    """A charge is logged before it is made."""
+    waiting: list[tuple[Any, ...]] = []
+    reserve = Ledger.reserve
+    Ledger.reserve = lambda *args: waiting.append(args)  # type: ignore[method-assign]
+
+    def append(real: Callable[..., None], log: Log, *entries: audit.Record) -> None:
+        real(log, *entries)
+        while isinstance(entries[0], audit.Charged) and waiting:
+            reserve(*waiting.pop())
+
+    wrap(Log, "append", append)
+
+
+def _log_nothing_sealed(_: Harness) -> None:
+    """What is sealed is not logged."""
+    wrap(Log, "append", lambda real, log, *e: None if isinstance(e[0], audit.Sealed) else real(log, *e))
+
+
+def _give_back_what_left(_: Harness) -> None:
+    """A site forgets that it has sealed, and takes the charge back in the next round."""
+
+    def seal(real: Callable[..., Any], steps: RoundSteps, run: SiteRun, *rest: Any) -> Any:
+        pending = run.pending
+        answer = real(steps, run, *rest)
+        run.pending, run.attempts = pending, {}
+        return answer
+
+    wrap(RoundSteps, "seal", seal)
+
+
+def _write_something_more(_: Harness) -> None:
+    """A new durable step, which no point knows."""
+
+    def hold(real: Callable[..., None], source: ParticipantSource, *rest: Any) -> None:
+        real(source, *rest)
+        with open(source._personal._path.with_name("more"), "a") as stream:
+            stream.write("more")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    wrap(ParticipantSource, "hold", hold)
+
+
+def _write_something_more_unsynced(_: Harness) -> None:
+    """The same, and nothing tells that it was written but the file."""
+    wrap(SlotSession, "seal", lambda real, session, *rest: [
+        Path(_HERE[0], "sites", VICTIM, "more").write_text("more"), real(session, *rest)][1])  # fmt: skip
+
+
+def _commit_twice(_: Harness) -> None:
+    """One more transaction in a database that is known."""
+
+    def reserve(real: Callable[..., None], ledger: Ledger, charge: str, event: Any) -> None:
+        real(ledger, charge, event)
+        real(ledger, f"{charge}/more", event)
+
+    wrap(Ledger, "reserve", reserve)
+
+
+#: The folder of the job in this process.
+_HERE: list[Path] = []
+BROKEN: dict[str, Callable[[Harness], None]] = {
+    "charges late": _charge_late,
+    "holds nobody": _hold_nobody,
+    "logs first": _log_first,
+    "logs nothing sealed": _log_nothing_sealed,
+    "gives back what left": _give_back_what_left,
+    "writes something more": _write_something_more,
+    "writes something more, unsynced": _write_something_more_unsynced,
+    "commits twice": _commit_twice,
+    # These two are broken after the kill.
+    "computes again": lambda _: None,
+    "takes everything back at the start": lambda _: None,
+}
+
+
+# --- processes that share a ledger ------------------------------------------------------------------------------------
+
+SHARED = RenyiBudget.for_limit(2.0, 1e-5)
+PIECE = PrivacyEvent(
+    role=Role.TRAIN, unit="subject", noise_multiplier=8.0, sample_rate=0.5, steps=1, max_grad_norm=1.0
+)  # fmt: skip
+
+
+def _reserve_until_refused(folder: Path, number: int, job: dict[str, Any]) -> None:
+    """Charge until the budget refuses; note each charge once it was admitted."""
+    ledger, admitted = Ledger(folder / "ledger.db", SHARED), 0
+    if job.get("one dies") and number == 0:
+
+        def die(real: Callable[..., None], ledger: Ledger, charge: str, *rest: Any) -> None:
+            real(ledger, charge, *rest)
+            if charge == "0/3":  # written, not committed, and everybody else waits
+                meet(folder, "waiting", job["processes"])
+                time.sleep(0.05)  # until they ask for the lock
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        wrap(Ledger, "_append", die)
+    elif job.get("one dies"):
+        while not list(folder.glob("waiting-*")):
+            time.sleep(0.001)
+        (folder / f"waiting-{os.getpid()}").touch()
+    else:
+        meet(folder, "opened", job["processes"])
+    with (folder / f"admitted-{number}").open("a") as stream:
+        while True:
+            try:
+                ledger.reserve(f"{number}/{admitted + 1}", PIECE)
+            except BudgetError as error:
+                stream.write(f"refused: {error.what}\n")
+                return
+            admitted += 1
+            stream.write(f"{number}/{admitted}\n")
+            stream.flush()
+            time.sleep(0.002)
+
+
+def _take_the_last(folder: Path, number: int, job: dict[str, Any]) -> None:
+    """Open, wait until everybody has, and charge once."""
+    if job.get("broken"):
+        exclusive = Ledger._exclusive
+
+        def reserve(ledger: Ledger, charge: str, event: PrivacyEvent) -> None:
+            ledger.check([event])
+            meet(folder, "checked", job["processes"])
+            with exclusive(ledger):
+                ledger._append(charge, "reserve", event)
+
+        Ledger.reserve = reserve  # type: ignore[method-assign]
+    ledger = Ledger(folder / "ledger.db", SHARED)
+    meet(folder, "opened", job["processes"])
+    try:
+        ledger.reserve(f"{number}/1", PIECE)
+    except BudgetError as error:
+        (folder / f"admitted-{number}").write_text(f"refused: {error.what}\n")
+    else:
+        (folder / f"admitted-{number}").write_text(f"{number}/1\n")
+
+
+def _run_a_federation(folder: Path, number: int, _: dict[str, Any]) -> None:
+    """A whole run, as `simulate` does it; its limit admits one of them."""
+    try:
+        machines = Machines(folder / f"run-{number}", Scene(), rounds=1, ledgers=folder / "ledgers", limit=3.0)
+        machines.world.check()
+        machines.coordinator().run()
+        said = "finished"
+    except ConfideError as error:
+        said = f"{type(error).__name__}: {error}"
+    (folder / f"said-{number}").write_text(said)
+
+
+def meet(folder: Path, where: str, processes: int) -> None:
+    """Wait until so many have come here."""
+    (folder / f"{where}-{os.getpid()}").touch()
+    while len(list(folder.glob(f"{where}-*"))) < processes:
+        time.sleep(0.001)
+
+
+_TOGETHER: dict[str, Callable[[Path, int, dict[str, Any]], None]] = {
+    "reserve until refused": _reserve_until_refused,
+    "take the last": _take_the_last,
+    "run a federation": _run_a_federation,
+}
+
+
+def play_together(job: dict[str, Any]) -> None:
+    """Do one thing in several processes that start at the same moment; how each ended."""
+    folder, ends = Path(job["folder"]), []
+    if job["together"] == "take the last":
+        ledger, spent = Ledger(folder / "ledger.db", SHARED), 0
+        while SHARED.admits([replace(PIECE, steps=PIECE.steps * (spent + 2))]):
+            spent += 1
+        ledger.reserve("before", replace(PIECE, steps=PIECE.steps * spent))
+        ledger.close()
+    if job["together"] == "run a federation":
+        first = Machines(folder / "first", Scene(), rounds=1, ledgers=folder / "ledgers", limit=3.0)
+        first.world.check()  # enrols everybody
+        first.world.close()
+    for number in range(job["processes"]):
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(_PATIENCE)
+            try:
+                meet(folder, "started", job["processes"])
+                _TOGETHER[job["together"]](folder, number, job)
+                os._exit(0)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                os._exit(1)
+        ends.append(pid)
+    (folder / "ends.json").write_text(json.dumps([os.waitpid(pid, 0)[1] for pid in ends]))
+
+
+# --- a job ------------------------------------------------------------------------------------------------------------
+
+
+def gaps(trace: list[list[Any]]) -> list[tuple[str, str, list[str], list[str]]]:
+    """(point, next point, what was made durable between them, files that changed between them)."""
+    points = [i for i, (what, *_) in enumerate(trace) if what == "point"]
+    return [
+        (trace[i][1], trace[j][1], [f"{what} {file}" for _, what, file in trace[i + 1 : j]], trace[j][2])
+        for i, j in pairwise(points)
+    ]
+
+
+def _killed(machines: Machines, job: dict[str, Any], folder: Path, scene: Scene) -> None:
+    """The process that is killed, or that comes to its end where no point is named."""
+    victim = tuple(machines.folder / part / VICTIM for part in ("sites", "ledgers", "vaults"))
+    harness = Harness(machines.folder, scene, victim, job.get("point", ""))
+    if job.get("broken"):
+        BROKEN[job["broken"]](harness)
+    harness.install()
+    for name in machines.names:
+        machines.start(name)
+
+    def drop(message: FlowerMessage, site: str) -> bool:
+        if site != scene.lost or message.metadata.group_id != "seal":
+            return False
+        header = header_of(from_records(message.content))
+        return header.round == 1 and (scene.attempt == 0 or header.attempt < scene.attempt)
+
+    machines.coordinator(machines.grid(drop)).run()
+    (folder / "trace.json").write_text(json.dumps(harness.trace))
+
+
+def _restarted(machines: Machines, broken: str) -> dict[str, Any]:
+    """Start the victim on what is there, and send the request again that it died over."""
+    computed: list[int] = []
+    wrap(SiteRun, "compute", lambda real, run, round_, *rest: [computed.append(round_), real(run, round_, *rest)][1])
+    if broken == "computes again":
+        Ledger.open_charges = lambda *_: []  # type: ignore[method-assign]
+    site = machines.start(VICTIM)
+    asked = json.loads((machines.folder / "request.json").read_text())
+    parts = (bytes.fromhex(asked[k]) for k in ("header", "signature", "body"))
+    request = Envelope(*parts, tuple(bytes.fromhex(c) for c in asked["chunks"]))
+    header = header_of(request)
+    place = machines.address(asked["step"], header.round, attempt=header.attempt)
+    stored = site._store.reply_digest(place.model_copy(update={"key_epoch": header.key_epoch}))
+    answer = site.handle(asked["step"], request)
+    site.close()
+    said = header_of(answer).type
+    reason = m.Refusal.model_validate_json(answer.body).reason if said == m.Refusal.TYPE else ""
+    return {"step": asked["step"], "round": header.round, "stored": stored, "digest": answer.digest, "type": said,
+            "reason": reason, "computed": list(computed)}  # fmt: skip
+
+
+def _job(job: dict[str, Any]) -> None:
+    """Build, kill, restart, and run again."""
+    folder, scene = Path(job["folder"]), SCENES[job["scene"]]
+    machines = Machines(folder / "run", scene, rounds=scene.round)
+    _HERE[:] = [machines.folder]
+    victim = machines.sites[VICTIM]
+    facts: dict[str, Any] = {
+        "manifest": machines.manifest.to_bytes().decode(),
+        "keys": victim.identity.key.private_bytes_raw().hex(),
+        "places": [int(i) for i in victim.source(machines.manifest)._places],
+    }
+    for name in machines.names:
+        machines.stop(name)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(_PATIENCE)
+        _killed(machines, job, folder, scene)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    facts["signal"] = os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
+    if job.get("point") and facts["signal"] == signal.SIGKILL:
+        _copy(machines, folder / "killed")
+        facts["restart"] = _restarted(machines, job.get("broken", ""))
+        _copy(machines, folder / "restarted")
+        if job.get("next", True):
+            following = Machines(folder / "next", Scene(), rounds=1, ledgers=machines.folder / "ledgers")
+            if job.get("broken") == "takes everything back at the start":
+                ledger = following.sites[VICTIM].ledger
+                for charge in ledger.open_charges(""):
+                    ledger.settle(charge, 0)
+            facts["next"] = following.manifest.to_bytes().decode()
+            facts["finished"] = following.coordinator().run().model
+            following.world.close()
+    (folder / "facts.json").write_text(json.dumps(facts))
+
+
+def _copy(machines: Machines, to: Path) -> None:
+    """What the victim keeps, as it is now."""
+    shutil.copytree(machines.folder / "ledgers" / VICTIM, to / "ledger")
+    shutil.copytree(machines.folder / "sites" / VICTIM, to / "site")
+    shutil.copytree(machines.folder / "logs", to / "logs")
+    shutil.copy(machines.folder / "wire.jsonl", to)
+
+
+def _fork(job: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        folder = Path(job["folder"])
+        folder.mkdir(parents=True)
+        errors = os.open(folder / "errors.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(errors, 1)
+        os.dup2(errors, 2)
+        signal.alarm(2 * _PATIENCE)
+        (_job if "scene" in job else play_together)(job)
+        os._exit(0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+
+
+def main(warm: Path, at_once: int) -> None:
+    """Answer each line of jobs with a line of their exit codes."""
+    torch.set_num_threads(1)
+    for name, cheap in (("_MEMORY", 64), ("_ITERATIONS", 1), ("_LANES", 1)):
+        setattr(vault_module, name, cheap)
+    # Everything that is slow for the first time (imports, calibration) is done once, here, and then forked.
+    for kind, scene in {(scene.round, scene.metrics_every): scene for scene in SCENES.values()}.items():
+        warmed = Machines(warm / "-".join(map(str, kind)), scene, rounds=scene.round)
+        warmed.coordinator().run()
+        warmed.world.close()
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at, and so not be copied, in every fork
+    for line in sys.stdin:
+        jobs, running, codes = json.loads(line), dict[int, int](), dict[int, int]()
+        for number, job in enumerate(jobs):
+            while len(running) >= at_once:
+                pid, status = os.wait()
+                codes[running.pop(pid)] = status
+            running[_fork(job)] = number
+        while running:
+            pid, status = os.wait()
+            codes[running.pop(pid)] = status
+        sys.stdout.write(json.dumps([codes[i] for i in range(len(jobs))]) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
