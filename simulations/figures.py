@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from confide.privacy.dp import RUN_LABEL
 from confide.privacy.dp.metrics import NAMES
 from confide.privacy.files import write_atomically
 from confide.simulations.result import Result
@@ -57,7 +58,7 @@ def _quality(result: Result, path: Path) -> Path:
     cost = (
         "no privacy (ε = ∞)"
         if result.epsilon.max == float("inf")
-        else f"ε = {result.epsilon.max:.2f} per {result.unit}"
+        else f"ε = {result.epsilon.max:.2f} (PRV) per {result.unit}"
     )
     title = f"Quality by round, {cost}"
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
@@ -75,7 +76,7 @@ def _epsilon(result: Result, path: Path) -> Path:
     figure, axes = _axes()
     axes.plot(range(len(result.epsilon_curve)), result.epsilon_curve, color=_ACCENT, marker="o", markersize=3.5)
     axes.set_xlabel("rounds trained")
-    axes.set_ylabel(f"ε of this run per {result.unit} (δ = {result.delta:g})")
+    axes.set_ylabel(f"ε (PRV) of this run per {result.unit} (δ = {result.delta:g})")
     axes.set_ylim(bottom=0)
     title = f"Privacy loss by round: {result.epsilon.max:.2f} at the end"
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
@@ -83,7 +84,7 @@ def _epsilon(result: Result, path: Path) -> Path:
         figure,
         path,
         title,
-        f"Differential privacy per {result.unit}; neighbours: {result.neighbours} {result.unit}.",
+        f"Differential privacy per {result.unit}; neighbours: {result.neighbours} {result.unit}; {RUN_LABEL}.",
     )
 
 

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from confide.privacy.audit.chart import Series, line_chart
 from confide.privacy.audit.page import write_page
+from confide.privacy.dp import RUN_LABEL
 from confide.privacy.dp.metrics import NAMES
 from confide.simulations.result import Result
 
@@ -26,7 +27,7 @@ def write_index(result: Result, path: Path) -> None:
         quality = line_chart("quality", "Quality by round", "rounds trained", "exact, on held-out persons", series)
     if private:
         points = [(float(i), e) for i, e in enumerate(result.epsilon_curve)]
-        label = f"ε per {result.unit} at δ = {result.delta:g}"
+        label = f"ε (PRV) per {result.unit} at δ = {result.delta:g}"
         loss = line_chart("loss", "Privacy loss by round", "rounds trained", label, [Series("this run", points)])
     context = {
         "run": result.run_id,
@@ -49,7 +50,7 @@ def _facts(result: Result, private: bool) -> list[tuple[str, str]]:
         (
             "privacy loss of this run",
             f"ε = {result.epsilon.max:.2f} per {result.unit} at δ = {result.delta:g} "
-            f"(neighbours: {result.neighbours} {result.unit})"
+            f"(neighbours: {result.neighbours} {result.unit}; {RUN_LABEL})"
             if private
             else "∞: nobody is protected (public data)",
         ),

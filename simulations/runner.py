@@ -25,7 +25,7 @@ from confide.clients.training.artifact import save_model
 from confide.clients.training.models import build_model
 from confide.config import Experiment
 from confide.errors import PeerError, StorageError
-from confide.privacy.dp import Role
+from confide.privacy.dp import RUN_LABEL, Role
 from confide.privacy.dp import metrics as dp_metrics
 from confide.privacy.files import write_atomically
 from confide.privacy.sealing import make_profile
@@ -294,7 +294,7 @@ def _privacy_line(result: Result) -> str:
         return "No differential privacy (epsilon = infinity): baseline on public data."
     return (
         f"({result.epsilon.max:.4g}, {result.delta:g})-differentially private per {result.unit} "
-        f"({result.neighbours} {result.unit}), for this run alone."
+        f"({result.neighbours} {result.unit}). {RUN_LABEL}."
     )
 
 

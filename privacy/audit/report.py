@@ -24,7 +24,7 @@ from confide.privacy.audit.protection import describe_protection
 from confide.privacy.audit.story import facts, story, unknown_bounds
 from confide.privacy.audit.verify import standing_charges, verify
 from confide.privacy.dp import metrics
-from confide.privacy.dp.accounting import rdp_epsilon, run_epsilon
+from confide.privacy.dp.accounting import LEDGER_LABEL, RUN_LABEL, rdp_epsilon, run_epsilon
 from confide.privacy.dp.events import Role, merge_events
 from confide.privacy.randomness import UNSAFE_NOISE
 
@@ -89,6 +89,7 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
         "private": private,
         "epsilon": f"{epsilon:.2f}",
         "delta": f"{privacy['delta']:g}",
+        "run_label": RUN_LABEL,
         "unit": privacy["unit"],
         "neighbours": "add or remove",
         # Markup: charts are built from numbers and escaped text only.
@@ -146,7 +147,9 @@ def _epsilon_chart(evidence: Evidence) -> str:
             events = merge_events([e for _, round_, e in charges if e.role is role and round_ <= upto])
             points.append((float(upto), sum(run_epsilon(e, delta) for e in events)))
         series.append(Series(name, points))
-    return line_chart("eps", "Privacy loss by round", "round", f"ε per {evidence.manifest['privacy']['unit']}", series)
+    return line_chart(
+        "eps", "Privacy loss by round", "round", f"ε (PRV) per {evidence.manifest['privacy']['unit']}", series
+    )
 
 
 def _rounds(evidence: Evidence) -> list[dict[str, Any]]:
@@ -275,8 +278,8 @@ def _assumptions(manifest: Mapping[str, Any]) -> list[str]:
         "Each site’s declared population is public knowledge and is never recomputed from the data.",
         "Noise is Gaussian in floating point: known attacks on its lowest bits (Mironov 2012) are blunted by the "
         "quantisation of what leaves, not excluded by proof.",
-        "ε of this run holds because its parameters were fixed before it began; a site’s ledger bounds all runs "
-        f"together at ε = {manifest['privacy']['site_epsilon_limit']:g} as a Rényi filter.",
+        f"ε of this run is {RUN_LABEL}. A site’s ledger bounds all runs together at "
+        f"ε = {manifest['privacy']['site_epsilon_limit']:g}, {LEDGER_LABEL}.",
         "Differential privacy bounds a person’s influence; it does not erase it.",
     ]
     if manifest["schema_"].get("bounds") == "learn" and not unknown_bounds(manifest):

@@ -1,6 +1,6 @@
 """Differential privacy per person: events, accountants, the ledger's filter, calibration, noise."""
 
-from confide.privacy.dp.accounting import rdp_epsilon, run_epsilon
+from confide.privacy.dp.accounting import LEDGER_LABEL, RUN_LABEL, rdp_epsilon, run_epsilon
 from confide.privacy.dp.budget import RenyiBudget
 from confide.privacy.dp.calibration import calibrate
 from confide.privacy.dp.events import PrivacyEvent, Role
@@ -8,6 +8,8 @@ from confide.privacy.dp.ledger import Ledger
 from confide.privacy.randomness import SecureRandom
 
 __all__ = [
+    "LEDGER_LABEL",
+    "RUN_LABEL",
     "Ledger",
     "PrivacyEvent",
     "RenyiBudget",

@@ -22,8 +22,20 @@ from scipy.stats import norm
 from confide.privacy.dp.events import PrivacyEvent
 from confide.privacy.dp.loss_distribution import loss_epsilon
 
-__all__ = ["ORDERS", "gaussian_epsilon", "rdp", "rdp_epsilon", "run_epsilon", "sampled_gaussian_rdp"]
+__all__ = [
+    "LEDGER_LABEL",
+    "ORDERS",
+    "RUN_LABEL",
+    "gaussian_epsilon",
+    "rdp",
+    "rdp_epsilon",
+    "run_epsilon",
+    "sampled_gaussian_rdp",
+]
 
+#: How an ε is labelled wherever it is shown: the two kinds must never be taken for each other.
+RUN_LABEL = "PRV: this run alone, its parameters fixed beforehand"
+LEDGER_LABEL = "RDP filter: sound although later runs are chosen after seeing earlier ones"
 #: Orders at which losses are reported.
 ORDERS: tuple[float, ...] = (
     *(1 + x / 20 for x in range(1, 80)), *(5 + x / 4 for x in range(20)), *range(10, 64), 80, 96, 128, 192, 256, 512,

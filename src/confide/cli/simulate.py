@@ -23,7 +23,6 @@ __all__ = ["simulate"]
 _INTERRUPTED = 130
 #: Metrics in a round's line; the rest, and the intervals, stand in the summary.
 _SHOWN = 2
-_ADAPTIVE = "sound although later runs are chosen after seeing earlier ones"
 
 
 class Engine(StrEnum):
@@ -116,7 +115,7 @@ class _RoundDisplay:
             self._bar.stop()
 
     def update(self, progress: RoundProgress) -> None:
-        note = f"ε {number(progress.epsilon, 2)}"
+        note = f"ε (PRV) {number(progress.epsilon, 2)}"
         if progress.metrics:
             note += "".join(f"  {k} {v:.3f}" for k, v in islice(progress.metrics.items(), _SHOWN))
         if progress.released:
@@ -133,6 +132,8 @@ class _RoundDisplay:
 
 
 def _show_plan(plan: Plan) -> None:
+    from confide.privacy.dp import LEDGER_LABEL, RUN_LABEL
+
     unit = f"per {plan.unit}, δ = {plan.delta:g}, neighbours: {plan.neighbours} {plan.unit}"
     rows = [
         ("purpose", plan.purpose),
@@ -149,13 +150,13 @@ def _show_plan(plan: Plan) -> None:
             f"training round ({plan.uplink_bytes / plan.parameters:,.2f} bytes a parameter up; float32 is 4)"
             + _padding(plan),
         ),
-        ("ε of this run", f"{number(plan.epsilon, 2)} ({unit})"),
+        ("ε of this run", f"{number(plan.epsilon, 2)} ({unit}; {RUN_LABEL})"),
         (
             "noise multiplier σ",
             f"{plan.noise_multiplier:g} training, {plan.metrics_noise_multiplier:g} metrics",
         ),
         ("sample rate q, clip C", f"{plan.sample_rate:g}, {plan.max_grad_norm:g}"),
-        ("ledger limit", f"ε = {plan.site_epsilon_limit:g} ({_ADAPTIVE})"),
+        ("ledger limit", f"ε = {plan.site_epsilon_limit:g} ({LEDGER_LABEL})"),
     ]
     if plan.learned:
         rows.insert(1, ("bounds", f"of {_list(plan.learned)}: learned first, in a statistics run of its own, charged"))
@@ -168,7 +169,7 @@ def _show_plan(plan: Plan) -> None:
         title_justify="left",
         title_style="bold",
     )
-    for name in ("site", "declared population", "subjects in data", "ε charged (RDP)", "budget used"):
+    for name in ("site", "declared population", "subjects in data", "ε charged (RDP filter)", "budget used"):
         sites.add_column(name, justify="left" if name == "site" else "right")
     for s in plan.sites:
         sites.add_row(
@@ -194,6 +195,8 @@ def _padding(plan: Plan) -> str:
 
 
 def _show_result(result: Result) -> None:
+    from confide.privacy.dp import LEDGER_LABEL, RUN_LABEL
+
     private = result.epsilon.max != float("inf")
     cost = f"{number(result.epsilon.max, 2)} per {result.unit}"
     rows = [
@@ -202,12 +205,12 @@ def _show_result(result: Result) -> None:
         ("profile", result.profile),
         ("rounds", f"{result.rounds}" + (f", {result.rounds_abandoned} abandoned" if result.rounds_abandoned else "")),
         ("consent", "simulated consent" if result.consent_is_simulated else "from the imported file"),
-        ("ε of this run", f"{cost} (δ = {result.delta:g}; neighbours: {result.neighbours} {result.unit})"
+        ("ε of this run", f"{cost} (δ = {result.delta:g}; neighbours: {result.neighbours} {result.unit}; {RUN_LABEL})"
          if private else "∞: nobody is protected (public data)"),
     ]  # fmt: skip
     if private:
         used = max(result.ledger.values())
-        rows.append(("ledger", f"ε {number(used[0], 2)} of {used[1]:g} charged so far (RDP, all runs; {_ADAPTIVE})"))
+        rows.append(("ledger", f"ε {number(used[0], 2)} of {used[1]:g} charged so far, all runs ({LEDGER_LABEL})"))
     if result.learned:
         rows.append(("bounds", "learned in a statistics run of its own, charged: " + result.describe_learned()))
     if result.metrics:

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="For a site's operator, beside the data.")
-_FILTER = "RDP filter, sound although later runs are chosen after seeing earlier ones"
-_ALONE = "PRV, this run alone, parameters fixed beforehand"
 _BAR = 24
 
 
@@ -113,20 +111,22 @@ def _neighbours(statement: Statement) -> str:
 
 
 def _show(s: Statement) -> None:
+    from confide.privacy.dp import LEDGER_LABEL, RUN_LABEL
+
     _heading(f"Privacy ledger of {s.site}: for the site only, these numbers do not leave it")
     out.print(_pairs([
         ("unit", f"{s.unit}; neighbours: {_neighbours(s)}"),
         ("limit", f"ε = {s.epsilon_limit:g} at δ = {s.delta:g}, for the ledger's lifetime"),
         ("held out", f"{s.held_out:.0%} of persons, for ever: roles compose in parallel"),
     ]))  # fmt: skip
-    _heading("The whole ledger", _FILTER)
+    _heading("The whole ledger", LEDGER_LABEL)
     roles = _grid(["role", "ε (RDP filter)", "budget used", "charges", "of them open"])
     for r in s.roles:
         cells = _role(r.role), number(r.epsilon), f"{r.used:.1%}", f"{r.charges:,}", f"{r.open_charges:,}"
         roles.add_row(*map(Text, cells))
     out.print(roles)
     out.print("open: never given back, so it counts whole", style="dim")
-    _heading("Runs, oldest first", _ALONE)
+    _heading("Runs, oldest first", RUN_LABEL)
     _show_runs(s.runs)
     _heading("Each person's own ε", f"RDP filter, over the charges that held the person; δ = {s.delta:g}")
     _show_persons(s.persons)
