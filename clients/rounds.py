@@ -79,7 +79,7 @@ class RoundSteps:
         secret = run.keys.session.secret_digest  # without keys there is nothing to charge for
         model = self._apply(run, message.sums, request.chunks, before=round_)
         self._settle_unsent(run, round_)
-        if self._ledger.open_charges(f"{run.manifest.run}/{round_}/"):
+        if self._ledger.stands(f"{run.manifest.run}/{round_}/"):
             # What was computed under them may have left before this site's state was lost or put back.
             raise SealingError(f"round {round_} was charged before and is not computed again", where=f"site {run.site}")
         events, charges = run.manifest.charges(round_), dict[Role, str]()
@@ -240,7 +240,9 @@ class RoundSteps:
             self._ledger.settle(charge, 0)
 
     def end(self, run: SiteRun) -> None:
-        """The run is over here: every key of it goes, and with them whatever was recorded under them."""
+        """The run is over here: every key of it goes, and with them whatever was recorded under them. What it was
+        charged and not given back stands whole from now on."""
+        self._ledger.expire(f"{run.manifest.run}/")
         if not run.keys.destroyed:
             secret = run.keys.session.secret_digest
             run.destroy()

@@ -95,6 +95,8 @@ class Site:
         self._sources: dict[tuple[str, float], ParticipantSource] = {}
         ledger.bind(key.fingerprint)
         check_ledger(ledger, log, personal)
+        for run in store.runs():  # what left under their charges, an earlier process knew
+            ledger.expire(f"{run}/")
         log.now()  # refuses a clock that was set back
         self._continuity = Continuity(identity, log, store)
         self._rounds = RoundSteps(

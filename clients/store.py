@@ -239,6 +239,10 @@ class SiteStore:
         ).fetchone()
         return Sighting.model_validate_json(row[0]) if row else None
 
+    def runs(self) -> list[str]:
+        """Names of all runs that were joined."""
+        return [run for (run,) in self._db.execute("SELECT run FROM run")]
+
     def ended_runs(self) -> list[bytes]:
         """Manifests of runs that this site stopped, or whose model it has released."""
         rows = self._db.execute(

@@ -6,7 +6,8 @@ Invariants:
    (`confide.privacy.dp.budget`); the check and the write are one transaction.
 3. *Append-only and chained*: rows are never changed; each holds the SHA-256 of its predecessor. A row that does not
    follow from the one before is refused on opening.
-4. *Settle downwards only*: a reservation can shrink to what really left, never grow. What is not settled counts whole.
+4. *Settle downwards only*: a reservation can shrink to what really left, never grow. What is not settled counts whole;
+   once it has *expired* (its run is over, or the process that knew what left is gone) it does so for ever.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ __all__ = ["Ledger"]
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS genesis (one INTEGER PRIMARY KEY CHECK (one = 1), content TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS entry (
-  seq INTEGER PRIMARY KEY, charge TEXT NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('reserve', 'settle')),
+  seq INTEGER PRIMARY KEY, charge TEXT NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('reserve', 'settle', 'expire')),
   event TEXT NOT NULL, chain BLOB NOT NULL, UNIQUE (charge, kind));
 CREATE TABLE IF NOT EXISTS roles (one INTEGER PRIMARY KEY CHECK (one = 1), key TEXT NOT NULL);
 CREATE TRIGGER IF NOT EXISTS roles_no_update BEFORE UPDATE ON roles BEGIN SELECT RAISE(ABORT, 'append-only'); END;
@@ -109,6 +110,7 @@ class Ledger:
         self._tip = _link(b"", genesis)
         self._reserved: dict[str, PrivacyEvent] = {}
         self._settled: dict[str, PrivacyEvent] = {}
+        self._expired: set[str] = set()
         self._seq = 0
         self._load_new()
 
@@ -218,7 +220,15 @@ class Ledger:
                 if self._settled[charge].steps != steps:
                     raise BudgetError(f"charge {charge} is settled already", where=str(self.path))
                 return
+            if charge in self._expired:
+                raise BudgetError(f"charge {charge} has expired: it stands whole", where=str(self.path))
             self._append(charge, "settle", replace(reserved, steps=steps))
+
+    def expire(self, prefix: str) -> None:
+        """Let the open charges whose name starts so stand whole, for ever."""
+        with self._exclusive():
+            for charge in self.open_charges(prefix):
+                self._append(charge, "expire", self._reserved[charge])
 
     def _require_unit(self, event: PrivacyEvent) -> None:
         if event.unit != self.unit:
@@ -229,8 +239,13 @@ class Ledger:
             )
 
     def open_charges(self, prefix: str) -> Iterable[str]:
-        """Charges whose name starts so and that are not settled yet."""
-        return [c for c in self._reserved if c.startswith(prefix) and c not in self._settled]
+        """Charges whose name starts so and that may still be settled."""
+        closed = self._settled.keys() | self._expired
+        return [c for c in self._reserved if c.startswith(prefix) and c not in closed]
+
+    def stands(self, prefix: str) -> bool:
+        """Was anything charged under a name that starts so, and not given back whole?"""
+        return any(e.steps for c, e in self.charges().items() if c.startswith(prefix))
 
     def close(self) -> None:
         """Release the file."""
@@ -276,22 +291,28 @@ class Ledger:
             raise BudgetError(error.what, where=f"{self.path}, entry {seq}", hint=error.hint) from None
         self._require_unit(event)
         reserved = self._reserved.get(charge)
+        open_ = charge not in self._settled and charge not in self._expired
         if kind == "reserve":
             follows = reserved is None
+        elif kind == "expire":
+            follows = event == reserved and open_
         else:
-            follows = reserved is not None and event == replace(reserved, steps=min(event.steps, reserved.steps))
+            follows = open_ and reserved is not None and event == replace(reserved, steps=min(event.steps, reserved.steps))
         if seq != self._seq + 1 or chain != expected or not follows:
             raise BudgetError(
                 f"entry {seq} does not follow from the one before: the ledger was edited",
                 where=str(self.path),
                 hint="restore the file from the site's backup; the site charges nothing until then",
             )
-        (self._reserved if kind == "reserve" else self._settled)[charge] = event
+        if kind == "expire":
+            self._expired.add(charge)
+        else:
+            (self._reserved if kind == "reserve" else self._settled)[charge] = event
         self._seq, self._tip = seq, chain
 
     def _reload(self) -> None:
         (found,) = self._db.execute("SELECT content FROM genesis").fetchone()
-        self._reserved, self._settled, self._seq, self._tip = {}, {}, 0, _link(b"", found)
+        self._reserved, self._settled, self._expired, self._seq, self._tip = {}, {}, set(), 0, _link(b"", found)
         self._load_new()
 
     def _unwritable(self, error: sqlite3.Error) -> BudgetError:

@@ -176,6 +176,28 @@ def test_the_same_charge_with_other_parameters_is_refused(ledger: Ledger) -> Non
             ledger.reserve("a", other)
 
 
+def test_an_expired_charge_stands_whole_for_ever(ledger: Ledger, path: Path) -> None:
+    ledger.reserve("a/1", event(10))
+    ledger.reserve("a/2", event(10))
+    ledger.reserve("b/1", event(10))
+    ledger.settle("a/2", 4)
+    used = ledger.used()
+    for _ in range(2):
+        ledger.expire("a/")
+    assert ledger.used() == used
+    assert rows(path)[3:] == [("a/2", "settle", 4), ("a/1", "expire", 10)]
+    with closing(Ledger(path, BUDGET)) as reopened:
+        for opened in (ledger, reopened):
+            assert list(opened.open_charges("")) == ["b/1"]
+            assert opened.stands("a/1")
+            with pytest.raises(BudgetError, match="has expired"):
+                opened.settle("a/1", 0)
+            assert opened.used() == used
+    ledger.settle("b/1", 0)
+    assert ledger.used() < used, "the control: one that has not expired is given back"
+    assert not ledger.stands("b/")
+
+
 def test_a_charge_that_was_settled_cannot_be_drawn_on_again(ledger: Ledger) -> None:
     """Else: reserve, settle to nothing, 'reserve' again for free, release."""
     ledger.reserve("a", event(10))

@@ -90,6 +90,7 @@ def all_rows(path: Path) -> list[tuple[Any, ...]]:
         ("reserve", '{"mechanism":"of tomorrow"}'),
         ("settle", event_to_json(event(1, sigma=4.0))),  # less noise was reserved than is settled
         ("settle", event_to_json(event(11))),
+        ("expire", event_to_json(event(3))),  # what expires stands as it was reserved
     ],
 )
 def test_a_ledger_that_holds_what_it_cannot_read_refuses_every_further_charge(
@@ -97,7 +98,7 @@ def test_a_ledger_that_holds_what_it_cannot_read_refuses_every_further_charge(
 ) -> None:
     """Whether it was open when the row came, or is opened afterwards; the file stays as it is."""
     ledger.reserve("a", event())
-    append_by_hand(path, "a" if kind == "settle" else "b", kind, text)
+    append_by_hand(path, "b" if kind == "reserve" else "a", kind, text)
     before = all_rows(path)
     for number in range(3):
         with pytest.raises(BudgetError) as refused:
