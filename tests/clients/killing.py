@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from confide.errors import BudgetError, ConfideError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.consent import Registry
-from confide.privacy.dp import Ledger, PrivacyEvent, RenyiBudget, Role
+from confide.privacy.dp import Ledger, PrivacyEvent, RenyiBudget, Role, rdp_epsilon
 from confide.privacy.dp.personal import PersonalLosses
 from confide.privacy.sealing import vault as vault_module
 from confide.privacy.sealing.slots import SlotSession
@@ -216,7 +217,7 @@ SCENES: dict[str, Scene] = {
     "a metric round": Scene(round=2, has=_METRICS | _LATER, metrics_every=1, kills=_SEALING),
     "a plain round that may be retried": Scene(has=_AGAIN, kills=_SEALING),
     "a metric round that may be retried": Scene(
-        round=2, has=_METRICS | _LATER | _AGAIN, metrics_every=1, kills=("train", "seal")
+        round=2, has=_METRICS | _LATER | _AGAIN, metrics_every=1, kills=("train",)
     ),
     "a second attempt": Scene(has=_AGAIN, attempt=1, lost="doum", others=("birch", "cedar", "doum"), steps=_SEALING),
     "a round after an unsent one": Scene(round=2, has=_UNSENT, lost=VICTIM, last=_SETTLED, kills=("train",)),
@@ -608,6 +609,15 @@ PIECE = PrivacyEvent(
 )  # fmt: skip
 
 
+@cache
+def all_but_one() -> int:
+    """How many pieces leave room for one more, and no second one."""
+    pieces = 1
+    while SHARED.admits([replace(PIECE, steps=pieces + 2)]):
+        pieces += 1
+    return pieces
+
+
 def _reserve_until_refused(folder: Path, number: int, job: dict[str, Any]) -> None:
     """Charge until the budget refuses; note each charge once it was admitted."""
     ledger, admitted = Ledger(folder / "ledger.db", SHARED), 0
@@ -692,10 +702,8 @@ def play_together(job: dict[str, Any]) -> None:
     """Do one thing in several processes that start at the same moment; how each ended."""
     folder, ends = Path(job["folder"]), []
     if job["together"] == "take the last":
-        ledger, spent = Ledger(folder / "ledger.db", SHARED), 0
-        while SHARED.admits([replace(PIECE, steps=PIECE.steps * (spent + 2))]):
-            spent += 1
-        ledger.reserve("before", replace(PIECE, steps=PIECE.steps * spent))
+        ledger = Ledger(folder / "ledger.db", SHARED)
+        ledger.reserve("before", replace(PIECE, steps=all_but_one()))
         ledger.close()
     if job["together"] == "run a federation":
         first = Machines(folder / "first", Scene(), rounds=1, ledgers=folder / "ledgers", limit=3.0)
@@ -841,6 +849,8 @@ def main(warm: Path, at_once: int) -> None:
         warmed = Machines(warm / "-".join(map(str, kind)), scene, rounds=scene.round)
         warmed.coordinator().run()
         warmed.world.close()
+    all_but_one()
+    rdp_epsilon([PIECE], SHARED.delta)
     gc.collect()
     gc.freeze()  # what is there already need not be looked at, and so not be copied, in every fork
     for line in sys.stdin:
