@@ -25,7 +25,7 @@ from confide.privacy.dp.accounting import rdp_epsilon
 from confide.privacy.dp.budget import RenyiBudget
 from confide.privacy.dp.events import PrivacyEvent, Role, event_from_json, event_to_json, merge_events
 from confide.privacy.dp.genesis import genesis_text, read_genesis
-from confide.privacy.dp.reading import open_read_only
+from confide.privacy.dp.database import open_durable, open_read_only
 
 __all__ = ["Ledger"]
 
@@ -62,8 +62,7 @@ class Ledger:
     def __init__(self, path: Path, budget: RenyiBudget, unit: str = "subject", held_out: float = 0.2) -> None:
         self.path = path
         with self._readable():
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
-            self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _SCHEMA)
+            self._db = open_durable(path, _SCHEMA)
             wanted = genesis_text(budget, unit, held_out)
             self._db.execute("INSERT OR IGNORE INTO genesis VALUES (1, ?)", (wanted,))
             (found,) = self._db.execute("SELECT content FROM genesis").fetchone()
@@ -297,7 +296,9 @@ class Ledger:
         elif kind == "expire":
             follows = event == reserved and open_
         else:
-            follows = open_ and reserved is not None and event == replace(reserved, steps=min(event.steps, reserved.steps))
+            follows = (
+                open_ and reserved is not None and event == replace(reserved, steps=min(event.steps, reserved.steps))
+            )
         if seq != self._seq + 1 or chain != expected or not follows:
             raise BudgetError(
                 f"entry {seq} does not follow from the one before: the ledger was edited",

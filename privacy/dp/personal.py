@@ -27,14 +27,13 @@ from confide.errors import BudgetError
 from confide.privacy.dp.accounting import ORDERS, conversion, rdp, sampled_gaussian_rdp
 from confide.privacy.dp.budget import RenyiBudget
 from confide.privacy.dp.events import PrivacyEvent, Role, merge_events
-from confide.privacy.dp.reading import open_read_only
+from confide.privacy.dp.database import open_durable, open_read_only
 
 __all__ = ["PersonalLosses"]
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 _SCHEMA = """
-PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;
 CREATE TABLE IF NOT EXISTS person (place INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE);
 CREATE TABLE IF NOT EXISTS held (entry INTEGER PRIMARY KEY, charge TEXT NOT NULL, persons BLOB NOT NULL);
 CREATE TRIGGER IF NOT EXISTS held_no_update BEFORE UPDATE ON held BEGIN SELECT RAISE(ABORT, 'append-only'); END;
@@ -55,7 +54,7 @@ class PersonalLosses:
     """
 
     def __init__(self, path: Path) -> None:
-        self._load(path, lambda: sqlite3.connect(path, isolation_level=None, timeout=30), _SCHEMA)
+        self._load(path, lambda: open_durable(path, _SCHEMA))
 
     @classmethod
     def open(cls, path: Path) -> PersonalLosses:
@@ -65,14 +64,13 @@ class PersonalLosses:
             BudgetError: There is no such file, or it cannot be read.
         """
         losses = cls.__new__(cls)
-        losses._load(path, lambda: open_read_only(path), "")
+        losses._load(path, lambda: open_read_only(path))
         return losses
 
-    def _load(self, path: Path, connect: Callable[[], sqlite3.Connection], schema: str) -> None:
+    def _load(self, path: Path, connect: Callable[[], sqlite3.Connection]) -> None:
         self._path = path
         try:
             self._db = connect()
-            self._db.executescript(schema)
             self._counts: dict[_Kind, NDArray[np.int64]] = {}
             self._counted: dict[str, PrivacyEvent] = {}
             self._places: dict[bytes, int] = {n: p for p, n in self._db.execute("SELECT place, name FROM person")}
@@ -87,13 +85,19 @@ class PersonalLosses:
 
     def enrol(self, names: Sequence[bytes]) -> NDArray[np.int64]:
         """Places of these persons, new ones included; shape of `names`."""
-        new = [name for name in dict.fromkeys(names) if name not in self._places]
-        if new:
-            start = len(self._places)
-            with self._db:
+        if any(name not in self._places for name in names):
+            try:
                 self._db.execute("BEGIN IMMEDIATE")
+                # Another run on the same ledger may have enrolled persons since: places are numbered under the lock.
+                self._places |= {n: p for p, n in self._db.execute("SELECT place, name FROM person")}
+                new = [name for name in dict.fromkeys(names) if name not in self._places]
+                start = len(self._places)
                 self._db.executemany("INSERT INTO person VALUES (?, ?)", ((start + i, n) for i, n in enumerate(new)))
                 self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise self._unwritable(error) from None
             self._places |= {name: start + i for i, name in enumerate(new)}
         return np.array([self._places[name] for name in names], dtype=np.int64)
 
@@ -108,8 +112,7 @@ class PersonalLosses:
         try:
             self._db.execute("INSERT INTO held (charge, persons) VALUES (?, ?)", (charge, np.packbits(mask).tobytes()))
         except sqlite3.Error as error:
-            raise BudgetError(f"cannot be written ({type(error).__name__}): nothing may leave",
-                              where=str(self._path), hint="check the disk") from None  # fmt: skip
+            raise self._unwritable(error) from None
         self._add(charge, mask)
 
     def divergence(self, charges: Mapping[str, PrivacyEvent], order: float) -> Floats:
@@ -200,6 +203,10 @@ class PersonalLosses:
             mask = self._held.get(charge, np.zeros(0, dtype=np.bool_))[: len(self._places)]
             found[event.role][: len(mask)] |= mask
         return found
+
+    def _unwritable(self, error: sqlite3.Error) -> BudgetError:
+        return BudgetError(f"cannot be written ({type(error).__name__}): nothing may leave",
+                           where=str(self._path), hint="check the disk")  # fmt: skip
 
     def _count(self, charges: Mapping[str, PrivacyEvent]) -> None:
         """Bring the counts up to what the ledger holds now; only what changed is looked at."""

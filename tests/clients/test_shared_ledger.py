@@ -76,7 +76,6 @@ def test_two_runs_at_the_same_time_with_one_ledger_do_not_exceed_its_limit(stage
             assert max(ledger.epsilon(role) for role in Role) <= 3.0
 
 
-@pytest.mark.xfail(strict=True, reason="two runs that enrol new persons at the same time: the later one fails")
 @pytest.mark.parametrize("later", [[b"new"], [b"newer"]], ids=["the same person", "somebody else"])
 def test_persons_that_two_processes_enrol_at_the_same_time_have_places_of_their_own(
     tmp_path: Path, later: list[bytes]

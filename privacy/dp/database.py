@@ -1,0 +1,50 @@
+"""Opening the SQLite files of the ledger: to append to them, or to read them and nothing else."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+__all__ = ["open_durable", "open_read_only"]
+
+_PATIENCE = 30.0
+
+
+def open_durable(path: Path, schema: str) -> sqlite3.Connection:
+    """A connection whose every commit is on the disk; the file and its tables are made where they are missing.
+
+    Raises:
+        sqlite3.Error: It cannot be opened, or is no database.
+    """
+    db = sqlite3.connect(path, isolation_level=None, timeout=_PATIENCE)
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            db.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; {schema}")
+        except sqlite3.OperationalError as error:
+            # Where several processes make the file at once SQLite does not wait for the change of the journal's mode.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                db.close()
+                raise
+            time.sleep(0.01)
+        else:
+            return db
+
+
+def open_read_only(path: Path) -> sqlite3.Connection:
+    """A connection that cannot write, and that leaves the folder as it was.
+
+    A reader of a write-ahead log makes the log's side files where they are missing, and cannot remove them again. So
+    where there is no log (nobody has the file open, and whoever had it closed it), the file is read as it lies.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        sqlite3.Error: It is no database.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(str(path))
+    log = path.with_name(path.name + "-wal")
+    mode = "mode=ro" if log.exists() else "mode=ro&immutable=1"
+    return sqlite3.connect(f"file:{quote(str(path.absolute()))}?{mode}", uri=True, isolation_level=None, timeout=30)
