@@ -89,7 +89,7 @@ class Site:
     ) -> None:
         self.identity, self.policy, self.records, self.ledger = identity, policy, records, ledger
         self._registry, self._key, self._store, self._device = registry, key, store, device
-        self.log, self._local_log, self._vault = log, local_log, vault
+        self.log, self.local_log, self._vault = log, local_log, vault
         self._rng, self._personal = SecureRandom(), personal
         self._runs: dict[str, SiteRun] = {}
         self._sources: dict[tuple[str, float], ParticipantSource] = {}
@@ -165,7 +165,7 @@ class Site:
         self._personal.close()
         self._store.close()
         self.log.close()
-        self._local_log.close()
+        self.local_log.close()
 
     def handle(self, step: str, request: Envelope) -> Envelope:
         """Answer one request.
@@ -290,7 +290,7 @@ class Site:
         return self._sign(_place(header), request, answer)
 
     def _note_refusal(self, header: Header, error: ConfideError, answer: m.Refusal) -> None:
-        self._local_log.append(audit.LocalRefusal(run=header.run, step=header.step, reason=str(error)))
+        self.local_log.append(audit.LocalRefusal(run=header.run, step=header.step, reason=str(error)))
         self.log.append(
             audit.Refused(run=header.run, round=header.round, step=header.step, party=self.name, reason=answer.reason)
         )

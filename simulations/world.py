@@ -133,7 +133,8 @@ class World:
         self.sites: dict[str, Site] = {}
         for name, records in sources.records.items():
             self.sites[name] = self._make_site(name, records, run_folder / name, ledger_folder / name)
-        self.log = self.coordinator.open_log(log_folder / f"{COORDINATOR}.log", "coordinator", FEDERATION)
+        self._run_folder = run_folder
+        self.log = self.coordinator.open_log(run_folder / f"{COORDINATOR}.db", "coordinator", FEDERATION)
         self.initial, layout = initial_model(
             self.experiment.model,
             encoded_width(sources.schema),
@@ -184,6 +185,17 @@ class World:
                 for name in self.sites:
                     self._withdraw(name, withdrawal.fraction, round_)
 
+    def export(self) -> None:
+        """Write what may travel of the logs into the log folder, and each local log beside its site's files.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        self.log.export(self._logs / f"{COORDINATOR}.log")
+        for name, site in self.sites.items():
+            site.log.export(self._logs / f"{name}.log")
+            site.local_log.export(self._run_folder / name / "local.log")
+
     def close(self) -> None:
         """Release all files."""
         self.log.close()
@@ -227,8 +239,8 @@ class World:
             personal=PersonalLosses(ledger_folder / "personal.db"),
             key=key,
             store=SiteStore(run_folder / "state.db"),
-            log=identity.open_log(self._logs / f"{name}.log", "federated", FEDERATION),
-            local_log=identity.open_log(run_folder / "local.log", "local", FEDERATION),
+            log=identity.open_log(run_folder / "federated.db", "federated", FEDERATION),
+            local_log=identity.open_log(run_folder / "local.db", "local", FEDERATION),
         )
 
     def _record_consent(self, name: str, records: SiteRecords, registry: Registry) -> None:

@@ -17,7 +17,7 @@ from confide.errors import AuditError
 from confide.privacy.audit import records as r
 from confide.privacy.audit.checkpoint import Checkpoint, parse_note
 from confide.privacy.audit.log import CHECKPOINT_SUFFIX, LOG_SUFFIX, read_lines
-from confide.privacy.audit.merkle import Frontier
+from confide.privacy.audit.merkle import Tree
 from confide.privacy.digest import digest
 
 __all__ = ["COORDINATOR", "Evidence", "Finding", "PartyLog", "load_evidence"]
@@ -46,8 +46,7 @@ class PartyLog:
     party: str
     entries: list[r.Record] = field(default_factory=list)
     times: list[int] = field(default_factory=list)
-    #: Root after each number of entries; `roots[n]` is that of the first n.
-    roots: list[bytes] = field(default_factory=list)
+    tree: Tree = field(default_factory=Tree)
     #: False where reading stopped at a bad entry: what follows from missing entries then needs no finding of its own.
     complete: bool = True
 
@@ -126,7 +125,7 @@ def load_evidence(folder: Path) -> Evidence:
 def _site_log(path: Path, site: str, federation: str, key: bytes, evidence: Evidence) -> PartyLog:
     if not path.is_file():
         evidence.findings.append(Finding(site, None, "the log is missing"))
-        return PartyLog(site, roots=[Frontier().root()])
+        return PartyLog(site)
     log = _read(path, site, evidence.findings)
     _check_signature(path, log, f"confide/{federation}/{site}/federated", key, evidence.findings)
     _check_run(log, evidence)
@@ -152,8 +151,7 @@ def _name(site: object) -> str:
 
 def _read(path: Path, party: str, findings: list[Finding]) -> PartyLog:
     """Step 1: entries up to the first bad one."""
-    log, frontier = PartyLog(party), Frontier()
-    log.roots.append(frontier.root())
+    log = PartyLog(party)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -164,10 +162,9 @@ def _read(path: Path, party: str, findings: list[Finding]) -> PartyLog:
         findings.append(Finding(party, data.count(b"\n"), "is not complete"))
     try:
         for record, leaf, at in read_lines(data, str(path)):
-            frontier.append(leaf)
+            log.tree.append(leaf)
             log.entries.append(record)
             log.times.append(at)
-            log.roots.append(frontier.root())
     except AuditError as error:
         findings.append(Finding(party, len(log.entries), error.what))
         log.complete = False
@@ -190,7 +187,7 @@ def _check_signature(
         # Where an entry is unreadable that finding already says so; otherwise entries are gone.
         if not any(f.party == log.party for f in findings):
             findings.append(Finding(log.party, len(log.entries), "entries are missing that the checkpoint covers"))
-    elif log.roots[checkpoint.size] != checkpoint.root:
+    elif log.tree.root(checkpoint.size) != checkpoint.root:
         findings.append(Finding(log.party, _first_difference(log, checkpoint), "is not what was signed"))
     elif checkpoint.size < len(log.entries):
         findings.append(Finding(log.party, checkpoint.size, "entries follow that no checkpoint covers"))

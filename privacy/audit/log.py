@@ -1,48 +1,61 @@
-"""An append-only log in a flat file, a line an entry (`<salt hex> <canonical JSON>`), and its signed checkpoint.
+"""An append-only log in one SQLite file, with its Merkle tree and its signed checkpoint.
 
 Invariants:
-1. `append` returns only when the entries are on the disk (fsync): a decision is logged before its effect is visible.
-2. Every byte of the file is covered: leaf = H(0x00 ‖ salt ‖ JSON), and lines have one canonical form.
-3. On opening, an unfinished last line (a crash in the middle of a write) is dropped: nobody was told of it. A log
-   shorter than its checkpoint, or with another root, is refused.
-4. Times never go backwards: a clock that is behind the log's last entry by more than a correction is refused.
+1. `append` returns only when the entries, and the checkpoint over them, are on the disk in one transaction: a decision is
+   logged before its effect is visible, and a crash leaves the log as it was before or after.
+2. Every entry is covered: leaf = H(0x00 ‖ salt ‖ JSON). Rows are never changed; on opening, all leaves are hashed again
+   and must give the signed root.
+3. Times never go backwards: a clock that is behind the log's last entry by more than a correction is refused.
 
-The random salt keeps a leaf hash from telling what an entry says. Why a file and not a database: docs/adr/0003.
+The random salt keeps a leaf hash from telling what an entry says. `export` writes what travels: a line an entry
+(`<salt hex> <canonical JSON>`) and the checkpoint as a C2SP note beside it. Why a database: docs/adr/0011.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from confide.errors import AuditError, StorageError
 from confide.privacy.audit.checkpoint import Checkpoint, parse_note, sign_note
-from confide.privacy.audit.merkle import Frontier, leaf_hash, tree_root
+from confide.privacy.audit.merkle import Tree, leaf_hash
 from confide.privacy.audit.records import Record, decode, encode
+from confide.privacy.database import open_durable, open_read_only
+from confide.privacy.files import write_atomically
 
-__all__ = ["CHECKPOINT_SUFFIX", "LOG_SUFFIX", "Log", "parse_line", "read_lines"]
+__all__ = ["CHECKPOINT_SUFFIX", "LOG_SUFFIX", "Log", "export_log", "parse_line", "read_lines"]
 
 LOG_SUFFIX, CHECKPOINT_SUFFIX = ".log", ".checkpoint"
 _SALT_BYTES = 16
 #: Microseconds that a clock may be set back by (time services step by less); until it catches up, time stands still.
 _CLOCK_STEP = 5_000_000
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS entry (seq INTEGER PRIMARY KEY, salt BLOB NOT NULL, data BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS head (one INTEGER PRIMARY KEY CHECK (one = 1), note TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS cosignature (size INTEGER NOT NULL, name TEXT NOT NULL, line TEXT NOT NULL,
+  PRIMARY KEY (size, name));
+CREATE TRIGGER IF NOT EXISTS entry_no_update BEFORE UPDATE ON entry BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER IF NOT EXISTS entry_no_delete BEFORE DELETE ON entry BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+"""
 
 
 class Log:
     """One party's log.
 
     Args:
-        path: The log file, ending in `.log`; made where it does not exist.
+        path: The database file; made where it does not exist.
         origin: The log's name in its checkpoints, e.g. `confide/simulation/ash/federated`.
         name: The signer's name.
         public_key: The signer's Ed25519 public key.
         sign: Its signing function.
 
     Raises:
-        AuditError: The file does not follow from its checkpoint.
+        AuditError: The file is no log, or does not hold what its signed checkpoint says.
+        StorageError: It cannot be opened.
     """
 
     def __init__(
@@ -50,51 +63,64 @@ class Log:
     ) -> None:
         self.path, self.origin = path, origin
         self._name, self._public_key, self._sign = name, public_key, sign
-        self._frontier, self._leaves, self._latest = Frontier(), list[bytes](), 0
-        self._checkpoint_path = path.with_suffix(CHECKPOINT_SUFFIX)
+        self._tree, self._latest = Tree(), 0
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            self._db = open_durable(path, _SCHEMA)
         except OSError as error:
             raise StorageError(f"cannot be opened: {error.strerror}", where=str(path)) from None
+        except sqlite3.OperationalError as error:
+            raise StorageError(f"cannot be opened ({error})", where=str(path)) from None
+        except sqlite3.Error:
+            raise AuditError("is not a log", where=str(path), hint="restore it from the backup") from None
         try:
             self._load()
-        except OSError as error:
-            os.close(self._descriptor)
-            raise StorageError(f"cannot be opened: {error.strerror}", where=str(path)) from None
-        except BaseException:
-            os.close(self._descriptor)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, sqlite3.Error):
+                raise self._damaged() from None
             raise
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return self._tree.size
 
     def append(self, *records: Record) -> None:
         """Add entries durably, in order.
 
         Raises:
             StorageError: They could not be written; the log is as before, and the effect must not happen.
-            AuditError: The clock was set back.
+            AuditError: The clock was set back, or another process has changed the log into one that does not hold.
         """
-        at = self.now()
-        lines, leaves = [], []
-        for record in records:
-            salt, data = secrets.token_bytes(_SALT_BYTES), encode(record, at)
-            lines.append(salt.hex().encode() + b" " + data + b"\n")
-            leaves.append(leaf_hash(salt + data))
-        before, frontier = os.fstat(self._descriptor).st_size, self._frontier.copy()
-        for leaf in leaves:
-            frontier.append(leaf)
         try:
-            _write_all(self._descriptor, b"".join(lines))
-            os.fsync(self._descriptor)
-            self._write_checkpoint(Checkpoint(self.origin, frontier.size, frontier.root()))
-        except OSError as error:
-            os.ftruncate(self._descriptor, before)
-            raise StorageError(f"cannot be written: {error.strerror}", where=str(self.path),
-                               hint="free space, then start again: what was durable is kept") from None  # fmt: skip
-        self._frontier, self._latest = frontier, at
-        self._leaves += leaves
+            self._db.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            raise self._unwritable(error) from None
+        before = self.size
+        try:
+            self._load_new()  # what another process of this party appended
+            at, first = self.now(), self.size
+            rows = []
+            for seq, record in enumerate(records, start=first):
+                salt, data = secrets.token_bytes(_SALT_BYTES), encode(record, at)
+                rows.append((seq, salt, data))
+                self._tree.append(leaf_hash(salt + data))
+            self._db.executemany("INSERT INTO entry VALUES (?, ?, ?)", rows)
+            self._db.execute("INSERT OR REPLACE INTO head VALUES (1, ?)", (self._signed(),))
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            self._tree.truncate(before)
+            if isinstance(error, sqlite3.Error):
+                raise self._unwritable(error) from None
+            raise
+        self._latest = at
 
     def checkpoint(self) -> Checkpoint:
         """The log's state now."""
-        return Checkpoint(self.origin, self._frontier.size, self._frontier.root())
+        return Checkpoint(self.origin, self.size, self._tree.root())
 
     def now(self) -> int:
         """Microseconds since 1970, never before the log's last entry.
@@ -113,56 +139,126 @@ class Log:
         return max(now, self._latest)
 
     def entries(self) -> Iterator[Record]:
-        """Every entry, oldest first, read from the file."""
-        return (record for record, _, _ in read_lines(self.path.read_bytes(), str(self.path)))
+        """Every entry, oldest first."""
+        return (decode(data)[0] for _, data in self._rows(0))
+
+    def entry(self, number: int) -> tuple[bytes, bytes]:
+        """(salt, canonical JSON) of one entry, counted from 0.
+
+        Raises:
+            AuditError: There is none.
+        """
+        row = self._db.execute("SELECT salt, data FROM entry WHERE seq = ?", (number,)).fetchone()
+        if row is None:
+            raise AuditError(f"there is no entry {number}", where=str(self.path), hint=f"it has {self.size}")
+        return row[0], row[1]
 
     def held(self, size: int, root: bytes) -> bool:
         """Did the log have this root when it had `size` entries?"""
-        return 0 <= size <= len(self._leaves) and tree_root(self._leaves[:size]) == root
+        return 0 <= size <= self.size and self._tree.root(size) == root
+
+    def inclusion_proof(self, number: int, size: int | None = None) -> list[bytes]:
+        """Audit path of an entry in the log's first `size` entries (None: in all)."""
+        return self._tree.inclusion_proof(number, size)
+
+    def consistency_proof(self, old: int, size: int | None = None) -> list[bytes]:
+        """Proof that the log's first `old` entries are a prefix of its first `size` ones (None: of all)."""
+        return self._tree.consistency_proof(old, size)
+
+    def cosign(self, checkpoint: Checkpoint, name: str, line: str) -> None:
+        """Keep somebody's signature line over a state of this log; whoever reads the note checks it."""
+        if not self.held(checkpoint.size, checkpoint.root):
+            raise AuditError(f"{name} signed a state that this log never had", where=str(self.path))
+        self._db.execute("INSERT OR REPLACE INTO cosignature VALUES (?, ?, ?)", (checkpoint.size, name, line))
+
+    def note(self) -> str:
+        """The latest checkpoint as a signed note, with the cosignatures over it."""
+        return _note(self._db)
+
+    def export(self, path: Path) -> None:
+        """Write what travels: the entries as lines into `path` (ending in `.log`), the note beside it.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        _export(self._db, path)
 
     def close(self) -> None:
-        """Release the file. Closing twice is harmless: the number may be another file's by then."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        """Release the file."""
+        self._db.close()
 
-    def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Replaced atomically, without fsync: after a crash an older checkpoint is a true statement too."""
-        note = sign_note(checkpoint, self._name, self._public_key, self._sign)
-        temporary = self._checkpoint_path.with_name(f".{self._checkpoint_path.name}")
-        try:
-            temporary.write_text(note, encoding="utf-8")
-            os.replace(temporary, self._checkpoint_path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+    def _signed(self) -> str:
+        return sign_note(self.checkpoint(), self._name, self._public_key, self._sign)
+
+    def _rows(self, first: int) -> Iterator[tuple[bytes, bytes]]:
+        found = self._db.execute("SELECT seq, salt, data FROM entry WHERE seq >= ? ORDER BY seq", (first,))
+        for expected, (seq, salt, data) in enumerate(found, start=first):
+            if seq != expected or len(salt) != _SALT_BYTES:
+                raise self._damaged()
+            yield salt, data
+
+    def _load_new(self) -> None:
+        data = b""
+        for salt, data in self._rows(self.size):
+            self._tree.append(leaf_hash(salt + data))
+        if data:
+            self._latest = decode(data)[1]
 
     def _load(self) -> None:
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        noted = None
-        if self._checkpoint_path.exists():
-            note = self._checkpoint_path.read_bytes().decode("utf-8", errors="replace")
-            noted = parse_note(note, self.origin, self._name, self._public_key)
-        root_then = self._frontier.root() if noted and noted.size == 0 else None
-        for _, leaf, at in read_lines(data[:whole], str(self.path)):
-            self._frontier.append(leaf)
-            self._leaves.append(leaf)
-            self._latest = max(self._latest, at)
-            if noted and self._frontier.size == noted.size:
-                root_then = self._frontier.root()
-        if noted and root_then != noted.root:
-            raise AuditError("does not hold what its own checkpoint says", where=str(self.path),
-                             hint="the file was changed or cut; restore it from the backup")  # fmt: skip
-        if whole != len(data):
-            os.ftruncate(self._descriptor, whole)
-        if noted is None:
-            # A log has a checkpoint from the start: a missing one is always a finding.
-            self._write_checkpoint(self.checkpoint())
+        self._db.execute("BEGIN IMMEDIATE")
+        row = self._db.execute("SELECT note FROM head").fetchone()
+        self._load_new()
+        if row is None and self.size == 0:  # a log has a checkpoint from the start: a missing one is always a finding
+            self._db.execute("INSERT INTO head VALUES (1, ?)", (self._signed(),))
+        elif row is None or parse_note(row[0], self.origin, self._name, self._public_key) != self.checkpoint():
+            raise self._damaged()
+        self._db.execute("COMMIT")
+
+    def _damaged(self) -> AuditError:
+        return AuditError("does not hold what its own checkpoint says", where=str(self.path),
+                          hint="the file was changed or cut; restore it from the backup")  # fmt: skip
+
+    def _unwritable(self, error: sqlite3.Error) -> StorageError:
+        return StorageError(f"cannot be written ({error})", where=str(self.path),
+                            hint="free space, then start again: what was durable is kept")  # fmt: skip
+
+
+def export_log(database: Path, path: Path) -> None:
+    """Export the log of a party whose program is not running, e.g. because it was killed; needs no key.
+
+    Raises:
+        AuditError: There is no log in the file.
+        StorageError: The export cannot be written.
+    """
+    try:
+        db = open_read_only(database)
+        try:
+            _export(db, path)
+        finally:
+            db.close()
+    except (sqlite3.Error, FileNotFoundError, TypeError):
+        raise AuditError("is not a log", where=str(database)) from None
+
+
+def _export(db: sqlite3.Connection, path: Path) -> None:
+    found = db.execute("SELECT salt, data FROM entry ORDER BY seq")
+    lines = b"".join(salt.hex().encode() + b" " + data + b"\n" for salt, data in found)
+    try:
+        write_atomically(path, lines)
+        write_atomically(path.with_suffix(CHECKPOINT_SUFFIX), _note(db).encode())
+    except OSError as error:
+        raise StorageError(f"cannot be written: {error.strerror}", where=str(path)) from None
+
+
+def _note(db: sqlite3.Connection) -> str:
+    (note,) = db.execute("SELECT note FROM head").fetchone()
+    (size,) = db.execute("SELECT COUNT(*) FROM entry").fetchone()
+    lines = db.execute("SELECT line FROM cosignature WHERE size = ? ORDER BY name", (size,)).fetchall()
+    return str(note) + "".join(line for (line,) in lines)
 
 
 def parse_line(line: bytes) -> tuple[bytes, Record, int]:
-    """(leaf hash, record, time) of one line without its newline.
+    """(leaf hash, record, time) of one exported line without its newline.
 
     Raises:
         AuditError: It is not in its one canonical form.
@@ -179,7 +275,7 @@ def parse_line(line: bytes) -> tuple[bytes, Record, int]:
 
 
 def read_lines(data: bytes, where: str) -> Iterator[tuple[Record, bytes, int]]:
-    """(record, leaf hash, time) of every line.
+    """(record, leaf hash, time) of every exported line.
 
     Raises:
         AuditError: Names the first entry that is not one.
@@ -190,9 +286,3 @@ def read_lines(data: bytes, where: str) -> Iterator[tuple[Record, bytes, int]]:
         except AuditError as error:
             raise AuditError(error.what, where=f"{where}, entry {number}") from None
         yield record, leaf, at
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]

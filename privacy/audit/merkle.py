@@ -1,4 +1,4 @@
-"""Merkle trees as in RFC 6962 §2.1 (and RFC 9162 §2.1): pure functions over leaf hashes.
+"""Merkle trees as in RFC 6962 §2.1 (and RFC 9162 §2.1): a growing tree, and the checks of what is proved from one.
 
 leaf = SHA-256(0x00 ‖ data), node = SHA-256(0x01 ‖ left ‖ right); an unbalanced tree splits at the largest power of two
 below its size.
@@ -7,18 +7,17 @@ below its size.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 __all__ = [
-    "Frontier",
-    "consistency_proof",
-    "inclusion_proof",
+    "Tree",
     "leaf_hash",
     "tree_root",
     "verify_consistency",
     "verify_inclusion",
 ]
 
+_HASH = 32
 EMPTY_ROOT = hashlib.sha256(b"").digest()
 
 
@@ -35,54 +34,115 @@ def _split(size: int) -> int:
     return 1 << ((size - 1).bit_length() - 1)
 
 
-class Frontier:
-    """The roots of the full subtrees of a growing tree: appending costs O(log n) memory."""
+class Tree:
+    """A growing tree with all complete nodes in memory: 64 bytes a leaf; roots and proofs cost O(log² n) hashes."""
 
-    def __init__(self) -> None:
-        self.size = 0
-        self._roots: list[bytes] = []
+    def __init__(self, leaves: Iterable[bytes] = ()) -> None:
+        #: Level 0 holds the leaves, 32 bytes each; level k the roots of the complete subtrees of 2^k leaves.
+        self._levels: list[bytearray] = [bytearray()]
+        for leaf in leaves:
+            self.append(leaf)
+
+    @property
+    def size(self) -> int:
+        """Number of leaves."""
+        return len(self._levels[0]) // _HASH
 
     def append(self, leaf: bytes) -> None:
         """Add a leaf hash."""
-        size, node = self.size, leaf
-        while size & 1:
-            node = _node(self._roots.pop(), node)
-            size >>= 1
-        self._roots.append(node)
-        self.size += 1
+        node, level = leaf, 0
+        while True:
+            nodes = self._levels[level]
+            nodes += node
+            if len(nodes) // _HASH % 2:
+                return
+            node, level = _node(bytes(nodes[-2 * _HASH : -_HASH]), bytes(nodes[-_HASH:])), level + 1
+            if level == len(self._levels):
+                self._levels.append(bytearray())
 
-    def copy(self) -> Frontier:
-        """An independent frontier of the same tree."""
-        other = Frontier()
-        other.size, other._roots = self.size, list(self._roots)
-        return other
+    def truncate(self, size: int) -> None:
+        """Forget all but the first `size` leaves."""
+        for level, nodes in enumerate(self._levels):
+            del nodes[(size >> level) * _HASH :]
 
-    def root(self) -> bytes:
-        """Root of the tree so far."""
-        if not self._roots:
+    def root(self, size: int | None = None) -> bytes:
+        """Root of the first `size` leaves (None: of all).
+
+        Raises:
+            ValueError: There are not so many.
+        """
+        return self._hash(0, self._checked(size))
+
+    def inclusion_proof(self, index: int, size: int | None = None) -> list[bytes]:
+        """Audit path of leaf `index` in the tree of `size` leaves, from the leaf up (RFC 6962 §2.1.1).
+
+        Raises:
+            ValueError: There is no such leaf.
+        """
+        low, high, path = 0, self._checked(size), list[bytes]()
+        if not low <= index < high:
+            raise ValueError(f"there is no leaf {index}")
+        while high - low > 1:
+            middle = low + _split(high - low)
+            if index < middle:
+                path.append(self._hash(middle, high))
+                high = middle
+            else:
+                path.append(self._hash(low, middle))
+                low = middle
+        return path[::-1]
+
+    def consistency_proof(self, old: int, size: int | None = None) -> list[bytes]:
+        """Proof that the first `old` leaves are a prefix of the tree of `size` leaves (RFC 6962 §2.1.2); empty for
+        old = 0 and old = size.
+
+        Raises:
+            ValueError: There are not so many leaves.
+        """
+        high = self._checked(size)
+        if not 0 <= old <= high:
+            raise ValueError(f"there is no tree of {old} leaves")
+        if old in (0, high):
+            return []
+        low, path, whole = 0, list[bytes](), True
+        while high != old:
+            middle = low + _split(high - low)
+            if old <= middle:
+                path.append(self._hash(middle, high))
+                high = middle
+            else:
+                path.append(self._hash(low, middle))
+                low, whole = middle, False
+        return ([] if whole else [self._hash(low, high)]) + path[::-1]
+
+    def _checked(self, size: int | None) -> int:
+        if size is not None and not 0 <= size <= self.size:
+            raise ValueError(f"there is no tree of {size} leaves")
+        return self.size if size is None else size
+
+    def _hash(self, low: int, high: int) -> bytes:
+        """MTH of the leaves low … high − 1 (RFC 6962 §2.1), where `low` is a place at which the recursion splits."""
+        if low == high:
             return EMPTY_ROOT
-        node = self._roots[-1]
-        for left in reversed(self._roots[:-1]):
-            node = _node(left, node)
+        parts = []
+        while low < high:
+            level = min((high - low).bit_length() - 1, _trailing_zeros(low) if low else 64)
+            at = (low >> level) * _HASH
+            parts.append(bytes(self._levels[level][at : at + _HASH]))
+            low += 1 << level
+        node = parts.pop()
+        while parts:
+            node = _node(parts.pop(), node)
         return node
 
 
-def tree_root(leaves: Sequence[bytes]) -> bytes:
+def tree_root(leaves: Iterable[bytes]) -> bytes:
     """Root over leaf hashes."""
-    frontier = Frontier()
-    for leaf in leaves:
-        frontier.append(leaf)
-    return frontier.root()
+    return Tree(leaves).root()
 
 
-def inclusion_proof(leaves: Sequence[bytes], index: int) -> list[bytes]:
-    """Audit path of leaf `index`, from the leaf up (RFC 6962 §2.1.1)."""
-    if len(leaves) == 1:
-        return []
-    k = _split(len(leaves))
-    if index < k:
-        return [*inclusion_proof(leaves[:k], index), tree_root(leaves[k:])]
-    return [*inclusion_proof(leaves[k:], index - k), tree_root(leaves[:k])]
+def _trailing_zeros(number: int) -> int:
+    return (number & -number).bit_length() - 1
 
 
 def verify_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes], root: bytes) -> bool:

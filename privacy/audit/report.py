@@ -299,7 +299,7 @@ def _versions(evidence: Evidence) -> list[tuple[str, str]]:
         ("manifest", evidence.manifest_digest),
         ("first model", evidence.manifest["initial_model"]),
         ("released model", released),
-        *((f"log of {p.party}: {len(p.entries)} entries, root", p.roots[-1].hex())
+        *((f"log of {p.party}: {len(p.entries)} entries, root", p.tree.root().hex())
           for p in (evidence.coordinator, *evidence.sites.values())),
     ]  # fmt: skip
 

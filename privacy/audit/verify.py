@@ -95,12 +95,12 @@ def _seen_checkpoints(evidence: Evidence) -> Iterator[Finding]:
         size, root = _size(seen), seen.partition(":")[2]
         if log.party in reported:
             continue
-        if not 0 <= size < len(log.roots) and not log.complete:
+        if not 0 <= size <= log.tree.size and not log.complete:
             continue
-        if not 0 <= size < len(log.roots):
+        if not 0 <= size <= log.tree.size:
             reported.add(log.party)
             yield Finding(log.party, len(log.entries), f"entries are missing that {witness} saw (its entry {number})")
-        elif log.roots[size].hex() != root:
+        elif log.tree.root(size).hex() != root:
             reported.add(log.party)
             yield Finding(
                 log.party,

@@ -1,4 +1,4 @@
-"""Opening the SQLite files of the ledger: to append to them, or to read them and nothing else."""
+"""Opening the SQLite files of ledgers and logs: to append to them, or to read them and nothing else."""
 
 from __future__ import annotations
 
