@@ -77,7 +77,7 @@ def test_the_watermark_stands_wherever_the_best_cell_is_told(finished: confide.S
 
 def test_folder_object_and_json_tell_the_same(finished: confide.Sweep) -> None:
     tree = json.loads((finished.out / "sweep.json").read_text())
-    assert tree | {"seconds": 0} == finished.to_json() | {"seconds": 0}
+    assert tree == finished.to_json()
     assert tree["axes"] == {"privacy.epsilon": [4, "inf"], "run.seed": [1, 2]}
     assert [s["cells"] for s in tree["settings"]] == [[1, 2], [3, 4]]
     aucs = sorted(cell["metrics"]["auc"] for cell in tree["cells"][:2])
