@@ -189,7 +189,8 @@ def test_a_run_tells_each_round_on_stderr_and_the_outcome_on_stdout(folder: Path
         "sites 4 (ash, birch, cedar, doum)",
         "profile open rounds 3",
         "consent simulated consent",
-        f"ε of this run {result['epsilon']['max']:.2f} per subject (δ = 1e-05; neighbours: add or remove one subject)",
+        f"ε of this run {result['epsilon']['max']:.2f} per subject (δ = 1e-05; neighbours: add or remove one subject; "
+        "PRV: this run alone, its parameters fixed beforehand)",
         "of 8 charged so far",
         f"auc {result['metrics']['auc']:.3f}, accuracy {result['metrics']['accuracy']:.3f}, "
         f"ece {result['metrics']['ece']:.3f}, clipped_loss {result['metrics']['clipped_loss']:.3f} on held-out persons",

@@ -89,7 +89,7 @@ def test_it_tells_the_same_numbers_as_the_ledger_and_looking_changes_no_file(sim
     for line in (
         TITLE, "unit subject; neighbours: add or remove one subject", "limit ε = 8 at δ = 1e-05",
         "RDP filter: sound although later runs are chosen after seeing earlier ones",
-        "PRV, this run alone, parameters fixed beforehand",
+        "PRV: this run alone, its parameters fixed beforehand",
     ):  # fmt: skip
         assert line in answer.words
     ledger.close()
