@@ -52,7 +52,7 @@ def _facts(result: Result, private: bool) -> list[tuple[str, str]]:
             f"ε = {result.epsilon.max:.2f} per {result.unit} at δ = {result.delta:g} "
             f"(neighbours: {result.neighbours} {result.unit}; {RUN_LABEL})"
             if private
-            else "∞: nobody is protected (public data)",
+            else ("∞: nobody is protected" if result.warnings else "∞: a baseline on public data, nobody is protected"),
         ),
     ]
     if result.learned:

@@ -83,7 +83,7 @@ def _plan(world: World) -> Plan:
         site_epsilon_limit=manifest.privacy.site_epsilon_limit,
         admitted=all(s.used_after <= 1.0 for s in sites),
         sites=sites,
-        warnings=manifest.warnings,
+        warnings=list(manifest.warnings),
     )
 
 

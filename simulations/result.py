@@ -180,7 +180,7 @@ class Plan:
     site_epsilon_limit: float
     admitted: bool
     sites: list[SitePlan]
-    warnings: tuple[str, ...]
+    warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

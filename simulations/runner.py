@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ from confide.clients.data.preprocess import encoded_width
 from confide.clients.training.artifact import save_model
 from confide.clients.training.models import build_model
 from confide.config import Experiment
-from confide.errors import PeerError, StorageError
+from confide.errors import ConfideError, PeerError, StorageError
 from confide.privacy.dp import RUN_LABEL, Role
 from confide.privacy.dp import metrics as dp_metrics
 from confide.privacy.files import write_atomically
@@ -84,7 +85,10 @@ def simulate(
             if sources.learned:
                 world = _with_learned_bounds(world, loaded, base, folder, ledgers)
             result = _Run(world, folder, progress, started).execute()
+            world.export()
         except BaseException as error:
+            with suppress(ConfideError, sqlite3.Error):  # the first error is the one to tell
+                world.export()
             if (folder / "status.json").exists():
                 status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 with suppress(OSError):  # the first error is the one to tell
@@ -111,6 +115,7 @@ def _with_learned_bounds(world: World, loaded: Experiment, base: Path, folder: P
     try:
         bounds = learn_bounds(statistics, part)
     finally:
+        statistics.export()
         statistics.close()
     for name in ("sites", "logs"):  # nothing has happened there yet
         shutil.rmtree(folder / name)

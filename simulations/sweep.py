@@ -142,7 +142,7 @@ class _Run:
             found = self._sweep()
             write_sweep_figure(found)
             write_sweep_page(found)
-            self._write("finished")
+            self._write("finished", found)
         except BaseException as error:
             with suppress(OSError):  # the first error is the one to tell
                 self._write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
@@ -179,9 +179,9 @@ class _Run:
             out=self._folder,
         )
 
-    def _write(self, status: str) -> None:
+    def _write(self, status: str, found: Sweep | None = None) -> None:
         """What is finished so far, and how the sweep stands."""
-        write_json(self._folder / "sweep.json", self._sweep().to_json())
+        write_json(self._folder / "sweep.json", (found or self._sweep()).to_json())
         tree = {"status": status, "cells": len(self._points), "finished": len(self._cells), "cell": self._current}
         write_json(self._folder / "status.json", tree)
 

@@ -11,7 +11,7 @@ import confide
 
 RESULT_KEYS = [
     "run_id", "rounds", "sites", "profile", "metrics", "released_metrics", "released_intervals", "epsilon", "delta",
-    "unit", "neighbours", "placement", "bytes_per_parameter", "rounds_abandoned", "seconds", "out",
+    "unit", "neighbours", "placement", "bytes_per_parameter", "rounds_abandoned", "seconds", "out", "warnings",
 ]  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """An append-only log in one SQLite file, with its Merkle tree and its signed checkpoint.
 
 Invariants:
-1. `append` returns only when the entries, and the checkpoint over them, are on the disk in one transaction: a decision is
-   logged before its effect is visible, and a crash leaves the log as it was before or after.
+1. `append` returns only when the entries, and the checkpoint over them, are on the disk in one transaction: a decision
+   is logged before its effect is visible, and a crash leaves the log as it was before or after.
 2. Every entry is covered: leaf = H(0x00 ‖ salt ‖ JSON). Rows are never changed; on opening, all leaves are hashed again
    and must give the signed root.
 3. Times never go backwards: a clock that is behind the log's last entry by more than a correction is refused.

@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confide.errors import BudgetError
+from confide.privacy.database import open_durable, open_read_only
 from confide.privacy.dp.accounting import ORDERS, conversion, rdp, sampled_gaussian_rdp
 from confide.privacy.dp.budget import RenyiBudget
 from confide.privacy.dp.events import PrivacyEvent, Role, merge_events
-from confide.privacy.database import open_durable, open_read_only
 
 __all__ = ["PersonalLosses"]
 

@@ -426,6 +426,8 @@ def test_a_sum_of_updates_cannot_be_passed_off_as_metrics_and_so_reach_the_coord
     moved = relabelled(first, last)
     if not bound:
         monkeypatch.setattr("confide.clients.run.transcript", lambda *_: moved.reference.transcript)
+        # Nor does the site look whether it has sealed anything for that round.
+        monkeypatch.setattr("confide.clients.rounds.RoundSteps._agreed_to", lambda *_: True)
     answer = federation.ask("ash", "release", last + 1, federation.release_request(moved, ended=ended), moved.chunks)
     assert is_refusal(answer) is bound
     if not bound:

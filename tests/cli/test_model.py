@@ -96,7 +96,7 @@ def test_a_model_tells_what_it_is_and_what_it_costs(run: Path) -> None:
                  "features 2", f"digest {card.digest}"):  # fmt: skip
         assert line in shown.words
     assert card.privacy in shown.words
-    assert "differentially private per subject (add or remove one subject), for this run alone" in card.privacy
+    assert "differentially private per subject (add or remove one subject). PRV: this run alone" in card.privacy
 
 
 @pytest.mark.parametrize("command", [("show",), ("predict", "new.csv", "--model")])

@@ -24,7 +24,7 @@ from tests.cli.command import SCRIPT, confide, files_under, spawn, to_toml
 
 RESULT_KEYS = [
     "run_id", "rounds", "sites", "profile", "metrics", "released_metrics", "released_intervals", "epsilon", "delta",
-    "unit", "neighbours", "placement", "bytes_per_parameter", "rounds_abandoned", "seconds", "out",
+    "unit", "neighbours", "placement", "bytes_per_parameter", "rounds_abandoned", "seconds", "out", "warnings",
 ]  # fmt: skip
 SITES = ["ash", "birch", "cedar", "doum"]
 
@@ -93,10 +93,11 @@ def test_a_dry_run_tells_what_would_happen_and_writes_nothing(folder: Path) -> N
         "rounds 3 × 4 local steps; metrics leave after rounds 2, 3",
         "sites 4 profile open: updates travel readable, as float32",
         "kB down a site and training round (5.00 bytes a parameter up; float32 is 4) ε of this run",
-        f"ε of this run {plan.epsilon:.2f} (per subject, δ = 1e-05, neighbours: add or remove one subject)",
+        f"ε of this run {plan.epsilon:.2f} (per subject, δ = 1e-05, neighbours: add or remove one subject; "
+        "PRV: this run alone, its parameters fixed beforehand)",
         f"noise multiplier σ {plan.noise_multiplier:g} training, {plan.metrics_noise_multiplier:g} metrics",
         "sample rate q, clip C 0.3, 1",
-        "ledger limit ε = 8",
+        "ledger limit ε = 8 (RDP filter: sound although later runs are chosen after seeing earlier ones)",
         *(
             f"{s.site} 40 40 0.00 → {s.epsilon_after:.2f} 0% → {s.used_after:.0%}"
             for s in plan.sites
@@ -180,7 +181,7 @@ def test_a_run_tells_each_round_on_stderr_and_the_outcome_on_stdout(folder: Path
     assert answer.code == 0
     lines = [line for line in answer.err.splitlines() if line]
     assert [line.split("  ")[0] for line in lines] == ["round 0/3", "round 1/3", "round 2/3", "round 3/3"]
-    assert all(re.search(r"  ε \d+\.\d\d  auc \d\.\d{3}  accuracy \d\.\d{3}", line) for line in lines)
+    assert all(re.search(r"  ε \(PRV\) \d+\.\d\d  auc \d\.\d{3}  accuracy \d\.\d{3}", line) for line in lines)
     assert sum("released of round 2: auc" in line for line in lines) == 1
     result = json.loads((folder / "out" / "result.json").read_text())
     for line in (
@@ -188,7 +189,8 @@ def test_a_run_tells_each_round_on_stderr_and_the_outcome_on_stdout(folder: Path
         "sites 4 (ash, birch, cedar, doum)",
         "profile open rounds 3",
         "consent simulated consent",
-        f"ε of this run {result['epsilon']['max']:.2f} per subject (δ = 1e-05; neighbours: add or remove one subject)",
+        f"ε of this run {result['epsilon']['max']:.2f} per subject (δ = 1e-05; neighbours: add or remove one subject; "
+        "PRV: this run alone, its parameters fixed beforehand)",
         "of 8 charged so far",
         f"auc {result['metrics']['auc']:.3f}, accuracy {result['metrics']['accuracy']:.3f}, "
         f"ece {result['metrics']['ece']:.3f}, clipped_loss {result['metrics']['clipped_loss']:.3f} on held-out persons",
@@ -335,7 +337,7 @@ def test_on_a_terminal_a_bar_tells_the_round_and_what_it_has_cost(folder: Path) 
     assert process.wait(timeout=60) == 0, shown.decode()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     assert "training" in text
-    assert re.search(r"round 3/3  ε 4\.00", text)
+    assert re.search(r"round 3/3  ε \(PRV\) 4\.00", text)
     assert "Traceback" not in text
     assert "written to out" in text
 

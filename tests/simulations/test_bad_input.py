@@ -328,8 +328,8 @@ def test_a_budget_that_is_used_up(desk: Desk) -> None:
     number = r"\d+\.\d+"
     assert re.fullmatch(
         f"budget error ledger {re.escape(str(Path('ledgers', 'ash', 'ledger.db')))}: the privacy budget does not "
-        f"suffice: {number}% of it is left, {number}% was asked \\(limit ε = 8 at δ = 1e-05; charged so far "
-        f"ε = {number}, with this run {number}\\)\n"
+        f"suffice: {number}% of it is left, {number}% was asked \\(RDP filter: limit ε = 8 at δ = 1e-05; "
+        f"charged so far ε = {number}, with this run {number}\\)\n"
         "  → lower privacy.epsilon or run.rounds; a site's budget is never refilled\n",
         answer.err.lstrip("\n"),
     )

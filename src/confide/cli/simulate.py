@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
@@ -182,7 +183,7 @@ def _show_plan(plan: Plan) -> None:
         out.print("[bold red]This run would be refused[/]: the budget of a site does not suffice.")
 
 
-def _show_warnings(warnings: tuple[str, ...]) -> None:
+def _show_warnings(warnings: Sequence[str]) -> None:
     for warning in warnings:
         out.print(f"[bold white on red] {warning} [/]")
 
@@ -206,7 +207,8 @@ def _show_result(result: Result) -> None:
         ("rounds", f"{result.rounds}" + (f", {result.rounds_abandoned} abandoned" if result.rounds_abandoned else "")),
         ("consent", "simulated consent" if result.consent_is_simulated else "from the imported file"),
         ("ε of this run", f"{cost} (δ = {result.delta:g}; neighbours: {result.neighbours} {result.unit}; {RUN_LABEL})"
-         if private else "∞: nobody is protected (public data)"),
+         if private else "∞: nobody is protected" if result.warnings
+         else "∞: a baseline on public data, nobody is protected"),
     ]  # fmt: skip
     if private:
         used = max(result.ledger.values())

@@ -112,7 +112,8 @@ def _show(found: Sweep) -> None:
     short = [key.rpartition(".")[2] for key in found.axes]
     for key, name in zip(found.axes, short, strict=True):
         cells.add_column(Text(name if short.count(name) == 1 else key))
-    for name in ("ε of the run", *found.metric_names, "seconds"):
+    shown = found.metric_names[:2]  # all of them stand in sweep.json and on the page
+    for name in ("ε (PRV)", *shown, "seconds"):
         cells.add_column(name, justify="right")
     cells.add_column()
     best = found.best
@@ -122,7 +123,7 @@ def _show(found: Sweep) -> None:
             str(cell.number),
             *(Text(show_value(v)) for v in cell.values.values()),
             number(cell.result.epsilon.max, 2),
-            *(number(metrics.get(name)) for name in found.metric_names),
+            *(number(metrics.get(name)) for name in shown),
             f"{cell.result.seconds:.1f}",
             "best" if best is not None and cell.number in best.cells else "",
         )
