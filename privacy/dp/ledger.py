@@ -24,7 +24,6 @@ from confide.errors import BudgetError
 from confide.privacy.database import open_durable, open_read_only
 from confide.privacy.dp.accounting import rdp_epsilon
 from confide.privacy.dp.budget import RenyiBudget
-from confide.privacy.dp.database import open_durable, open_read_only
 from confide.privacy.dp.events import PrivacyEvent, Role, event_from_json, event_to_json, merge_events
 from confide.privacy.dp.genesis import genesis_text, read_genesis
 
