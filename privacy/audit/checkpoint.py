@@ -1,7 +1,11 @@
-"""Signed checkpoints of a log, in the C2SP signed-note and tlog-checkpoint formats.
+"""Signed checkpoints of a log, in the C2SP signed-note, tlog-checkpoint and tlog-cosignature formats.
 
 A note's text is: origin, tree size, base64 root, each on its line; after an empty line the signature line
 `— <name> <base64(key id ‖ Ed25519 signature)>` with key id = SHA-256(name ‖ 0x0A ‖ 0x01 ‖ public key)[:4].
+
+A *cosigned* note has one more line, by a witness who saw that the log only grew: the signature is over
+`cosignature/v1`, `time <seconds since 1970>` and the note's text, each on its line; its key id has type 0x04, and the
+time (8 bytes, big endian) stands before the signature.
 """
 
 from __future__ import annotations
@@ -17,9 +21,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from confide.errors import AuditError
 
-__all__ = ["Checkpoint", "parse_note", "sign_note"]
+__all__ = ["Checkpoint", "cosign_note", "parse_cosigned", "parse_note", "sign_note"]
 
-_ED25519 = b"\x01"
+_ED25519, _COSIGNATURE = b"\x01", b"\x04"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,5 +82,49 @@ def parse_note(note: str, origin: str, name: str, public_key: bytes) -> Checkpoi
     return checkpoint
 
 
-def _key_id(name: str, public_key: bytes) -> bytes:
-    return hashlib.sha256(name.encode() + b"\n" + _ED25519 + public_key).digest()[:4]
+def cosign_note(note: str, at: int, name: str, public_key: bytes, sign: Callable[[bytes], bytes]) -> str:
+    """A note that `parse_note` has accepted, with a witness's line.
+
+    Args:
+        note: The signed note.
+        at: Seconds since 1970.
+        name: The witness.
+        public_key: Its Ed25519 public key.
+        sign: Its signing function.
+    """
+    blob = _key_id(name, public_key, _COSIGNATURE) + at.to_bytes(8, "big") + sign(_cosigned(note, at))
+    return f"{note}\N{EM DASH} {name} {base64.b64encode(blob).decode()}\n"
+
+
+def parse_cosigned(
+    note: str, origin: str, name: str, public_key: bytes, witness: str, witness_key: bytes
+) -> tuple[Checkpoint, int]:
+    """(checkpoint, seconds since 1970) of a note with exactly one witness's line, verified completely.
+
+    Raises:
+        AuditError: It is malformed, about another log, or a signature is not by these keys.
+    """
+    inner, dash, last = note[:-1].rpartition(f"\N{EM DASH} {witness} ")
+    checkpoint = parse_note(inner, origin, name, public_key)
+    where = f"cosignature of {witness} over {origin}"
+    try:
+        blob = base64.b64decode(last, validate=True)
+    except (ValueError, binascii.Error):
+        raise AuditError("is not a cosignature", where=where) from None
+    key_id, at, signature = blob[:4], int.from_bytes(blob[4:12], "big"), blob[12:]
+    honest = f"{inner}{dash}{base64.b64encode(blob).decode()}\n"
+    if note != honest or not dash or key_id != _key_id(witness, witness_key, _COSIGNATURE):
+        raise AuditError("is not in its canonical form, or by another key", where=where)
+    try:
+        Ed25519PublicKey.from_public_bytes(witness_key).verify(signature, _cosigned(inner, at))
+    except (InvalidSignature, ValueError):
+        raise AuditError("the cosignature does not hold", where=where) from None
+    return checkpoint, at
+
+
+def _cosigned(note: str, at: int) -> bytes:
+    return f"cosignature/v1\ntime {at}\n{note.partition(chr(10) * 2)[0]}\n".encode()
+
+
+def _key_id(name: str, public_key: bytes, type_: bytes = _ED25519) -> bytes:
+    return hashlib.sha256(name.encode() + b"\n" + type_ + public_key).digest()[:4]

@@ -47,6 +47,11 @@ class PartyLog:
     entries: list[r.Record] = field(default_factory=list)
     times: list[int] = field(default_factory=list)
     tree: Tree = field(default_factory=Tree)
+    path: Path | None = None
+    #: Its signed note, the state that it says, and whose key signed it; None and empty where that does not hold.
+    checkpoint: Checkpoint | None = None
+    note: str = ""
+    public_key: bytes = b""
     #: False where reading stopped at a bad entry: what follows from missing entries then needs no finding of its own.
     complete: bool = True
 
@@ -151,7 +156,7 @@ def _name(site: object) -> str:
 
 def _read(path: Path, party: str, findings: list[Finding]) -> PartyLog:
     """Step 1: entries up to the first bad one."""
-    log = PartyLog(party)
+    log = PartyLog(party, path=path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -177,6 +182,7 @@ def _check_signature(
     try:
         note = path.with_suffix(CHECKPOINT_SUFFIX).read_bytes().decode("utf-8")
         checkpoint = parse_note(note, origin, name or log.party, key)
+        log.checkpoint, log.note, log.public_key = checkpoint, note, key
     except (OSError, UnicodeDecodeError):
         findings.append(Finding(log.party, None, "there is no readable checkpoint"))
         return

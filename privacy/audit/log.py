@@ -36,8 +36,6 @@ _CLOCK_STEP = 5_000_000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entry (seq INTEGER PRIMARY KEY, salt BLOB NOT NULL, data BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS head (one INTEGER PRIMARY KEY CHECK (one = 1), note TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS cosignature (size INTEGER NOT NULL, name TEXT NOT NULL, line TEXT NOT NULL,
-  PRIMARY KEY (size, name));
 CREATE TRIGGER IF NOT EXISTS entry_no_update BEFORE UPDATE ON entry BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER IF NOT EXISTS entry_no_delete BEFORE DELETE ON entry BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
@@ -165,14 +163,8 @@ class Log:
         """Proof that the log's first `old` entries are a prefix of its first `size` ones (None: of all)."""
         return self._tree.consistency_proof(old, size)
 
-    def cosign(self, checkpoint: Checkpoint, name: str, line: str) -> None:
-        """Keep somebody's signature line over a state of this log; whoever reads the note checks it."""
-        if not self.held(checkpoint.size, checkpoint.root):
-            raise AuditError(f"{name} signed a state that this log never had", where=str(self.path))
-        self._db.execute("INSERT OR REPLACE INTO cosignature VALUES (?, ?, ?)", (checkpoint.size, name, line))
-
     def note(self) -> str:
-        """The latest checkpoint as a signed note, with the cosignatures over it."""
+        """The latest checkpoint as a signed note."""
         return _note(self._db)
 
     def export(self, path: Path) -> None:
@@ -252,9 +244,7 @@ def _export(db: sqlite3.Connection, path: Path) -> None:
 
 def _note(db: sqlite3.Connection) -> str:
     (note,) = db.execute("SELECT note FROM head").fetchone()
-    (size,) = db.execute("SELECT COUNT(*) FROM entry").fetchone()
-    lines = db.execute("SELECT line FROM cosignature WHERE size = ? ORDER BY name", (size,)).fetchall()
-    return str(note) + "".join(line for (line,) in lines)
+    return str(note)
 
 
 def parse_line(line: bytes) -> tuple[bytes, Record, int]:

@@ -12,6 +12,7 @@ Steps (numbered in the code):
    within what the manifest promises.
 7. All sites opened each sum to the same model, and the released model is the last of these.
 8. Every refusal received was sent, and in a run that ended every refusal sent was received.
+9. Every log still holds the state that an independent witness has cosigned of it.
 
 Keys come from the manifest in the coordinator's log: whoever doubts the roster compares its fingerprints out of band.
 """
@@ -22,7 +23,7 @@ import hashlib
 import hmac
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from typing import Any
 from confide.errors import ConfideError
 from confide.privacy.audit import records as r
 from confide.privacy.audit.evidence import COORDINATOR, Evidence, Finding, PartyLog, load_evidence
+from confide.privacy.audit.witness import WitnessNotes
 from confide.privacy.digest import digest
 from confide.privacy.dp.accounting import rdp_epsilon, run_epsilon
 from confide.privacy.dp.events import PrivacyEvent, event_from_json, merge_events
@@ -38,8 +40,12 @@ from confide.privacy.sealing.transcript import transcript
 __all__ = ["COORDINATOR", "Evidence", "Finding", "PartyLog", "standing_charges", "verify"]
 
 
-def verify(folder: Path) -> Evidence:
+def verify(folder: Path, witnesses: Sequence[WitnessNotes] = ()) -> Evidence:
     """Check everything under `folder` (a run's output folder, or a folder of exported logs).
+
+    Args:
+        folder: The logs.
+        witnesses: What independent witnesses have cosigned of them.
 
     Returns:
         The evidence with its findings; no finding means that it holds together.
@@ -57,6 +63,7 @@ def verify(folder: Path) -> Evidence:
         partial(_unlocked, evidence),
         partial(_models, evidence, folder),
         partial(_refusals, evidence),
+        *(partial(_witnessed, evidence, witness) for witness in witnesses),
     ]
     for step in steps:
         try:
@@ -331,3 +338,23 @@ def _refusals(evidence: Evidence) -> Iterator[Finding]:
     for refusal, number in received.items():
         if refusal not in sent:
             yield Finding(COORDINATOR, number, f"a refusal by {refusal[0]} that its own log does not hold")
+
+
+def _witnessed(evidence: Evidence, witness: WitnessNotes) -> Iterator[Finding]:
+    """Step 9: what no party can take back together with its own files."""
+    for log in (evidence.coordinator, *evidence.sites.values()):
+        if log.checkpoint is None:
+            continue  # a finding of its own
+        try:
+            seen = witness.of(log.checkpoint.origin, log.party, log.public_key)
+        except ConfideError as error:
+            yield Finding(log.party, None, f"the note of witness {witness.name} {error.what}")
+            continue
+        if seen is None:
+            yield Finding(log.party, None, f"witness {witness.name} has never seen this log")
+        elif seen.checkpoint.size > log.tree.size or log.tree.root(seen.checkpoint.size) != seen.checkpoint.root:
+            yield Finding(
+                log.party, None,
+                f"is not the log that witness {witness.name} cosigned with {seen.checkpoint.size} entries: it was cut, "
+                "rolled back or swapped",
+            )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from confide.cli.render import err, out, show_json
+from confide.cli.render import err, out, show_json, table, when
 from confide.errors import AuditError, ConfigError
 
 __all__ = ["app"]
@@ -23,11 +23,21 @@ def root() -> None:
 
 
 @app.command("verify")
-def verify(folder: _Folder, as_json: _Json = False) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A run's output folder, a folder of exported logs, or a proof file.")],
+    witness: Annotated[
+        list[Path] | None, typer.Option("--witness", help="A folder of an independent witness's notes.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
     """Check signatures, trees, agreement between the parties, charges and ε. Exit 0, or 7 with what does not hold."""
     from confide.privacy.audit.verify import verify as check
+    from confide.privacy.audit.witness import WitnessNotes
 
-    evidence = check(folder)
+    if folder.is_file():
+        _show_proof(folder, as_json=as_json)
+        return
+    evidence = check(folder, [WitnessNotes(w) for w in witness or ()])
     entries = len(evidence.coordinator.entries) + sum(len(s.entries) for s in evidence.sites.values())
     findings = [{"party": f.party, "entry": f.entry, "what": f.what} for f in evidence.findings]
     if as_json:
@@ -48,6 +58,125 @@ def verify(folder: _Folder, as_json: _Json = False) -> None:
         )
     if not as_json:
         out.print(f"verified: run {evidence.run}, {1 + len(evidence.sites)} logs, {entries:,} entries, no finding")
+
+
+def _show_proof(path: Path, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from confide.privacy.audit.proof import read_proof
+
+    proved = read_proof(path)
+    record = {"kind": proved.record.KIND, **asdict(proved.record)}
+    if as_json:
+        show_json({
+            "verified": True, "party": proved.party, "log": proved.checkpoint.origin, "entry": proved.number,
+            "entries": proved.checkpoint.size, "at": when(proved.at), "key_fingerprint": proved.fingerprint,
+            "record": record,
+        })  # fmt: skip
+        return
+    out.print(table(f"Proved: entry {proved.number} of the log of {proved.party}", [
+        ("log", f"{proved.checkpoint.origin}, when it had {proved.checkpoint.size:,} entries"),
+        ("written", when(proved.at)),
+        *((name, value if isinstance(value, str) else str(value)) for name, value in record.items()),
+        ("signed by", f"{proved.fingerprint} (compare this fingerprint with what {proved.party} told you)"),
+    ]))  # fmt: skip
+
+
+@app.command("prove")
+def prove(
+    folder: _Folder,
+    party: Annotated[str, typer.Option(help="Whose log: a site, or the coordinator.")],
+    entry: Annotated[int | None, typer.Option(help="The entry's number, counted from 0.")] = None,
+    charge: Annotated[str | None, typer.Option(help="Or a charge: RUN/ROUND/train or RUN/ROUND/held_out.")] = None,
+    out_file: Annotated[Path, typer.Option("--out", help="The proof file.")] = Path("proof.json"),
+    as_json: _Json = False,
+) -> None:
+    """Write a small file that proves one entry of a log by itself. `confide audit verify FILE` checks it."""
+    from confide.privacy.audit.proof import find_charge, make_proof
+    from confide.privacy.audit.verify import verify as check
+
+    if (entry is None) == (charge is None):
+        raise ConfigError("name exactly one of --entry, --charge", where="confide audit prove",
+                          hint="--entry 12, or --charge RUN/ROUND/train")  # fmt: skip
+    evidence = check(folder)
+    number = entry if entry is not None else find_charge(evidence, party, charge or "")
+    data = make_proof(evidence, party, number)
+    try:
+        out_file.write_bytes(data)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be written: {error.strerror}", where=str(out_file), hint="name a place you may write to"
+        ) from None
+    if as_json:
+        show_json({"proof": str(out_file), "party": party, "entry": number, "bytes": len(data)})
+    else:
+        out.print(f"{out_file}: entry {number} of the log of {party}, {len(data):,} bytes", soft_wrap=True)
+
+
+@app.command("export")
+def export(folder: _Folder, as_json: _Json = False) -> None:
+    """Write the logs of a run whose program was killed as files that travel. A run that ends does so by itself."""
+    from confide.privacy.audit.log import LOG_SUFFIX, export_log
+
+    logs, written = folder / "logs", list[str]()
+    sites = sorted(p for p in (folder / "sites").glob("*") if p.is_dir()) if (folder / "sites").is_dir() else []
+    found = [(folder / "sites" / "coordinator.db", "coordinator"), *((p / "federated.db", p.name) for p in sites)]
+    found = [(database, name) for database, name in found if database.is_file()]
+    if not found:
+        raise AuditError("there are no logs of a run here", where=str(folder), hint="give the output folder of a run")
+    logs.mkdir(exist_ok=True)
+    for database, name in found:
+        export_log(database, logs / f"{name}{LOG_SUFFIX}")
+        written.append(name)
+    if as_json:
+        show_json({"folder": str(logs), "parties": written})
+    else:
+        out.print(f"{logs}: {len(written)} logs", soft_wrap=True)
+
+
+witnesses = typer.Typer(no_args_is_help=True, help="An independent witness: remembers logs, and signs only growth.")
+app.add_typer(witnesses, name="witness")
+
+
+@witnesses.command("init")
+def init_witness(
+    folder: Annotated[Path, typer.Argument(help="New folder of the witness.")],
+    name: Annotated[str, typer.Option(help="The witness's name.")],
+    as_json: _Json = False,
+) -> None:
+    """Make a witness: a folder with a key of its own."""
+    from confide.privacy.audit.proof import fingerprint
+    from confide.privacy.audit.witness import Witness
+
+    key = Witness.create(folder, name).notes.public_key
+    if as_json:
+        show_json({"witness": name, "folder": str(folder), "public_key": key.hex(), "fingerprint": fingerprint(key)})
+    else:
+        out.print(f"{name}: key {fingerprint(key)} in {folder}", soft_wrap=True)
+
+
+@witnesses.command("cosign")
+def cosign(
+    folder: Annotated[Path, typer.Argument(help="The witness's folder.")],
+    run: Annotated[Path, typer.Argument(help="A run's output folder, or a folder of exported logs.")],
+    as_json: _Json = False,
+) -> None:
+    """Look at every log of a run, and sign those states that only grew since the last time. Exit 7 if one did not."""
+    from confide.privacy.audit.evidence import load_evidence
+    from confide.privacy.audit.witness import Witness
+
+    witness, evidence = Witness(folder), load_evidence(run)
+    done = []
+    for log in (evidence.coordinator, *evidence.sites.values()):
+        if log.checkpoint is None or log.path is None:
+            raise AuditError("there is no log with a checkpoint that holds", where=f"log of {log.party}",
+                             hint="see confide audit verify")  # fmt: skip
+        seen = witness.cosign(log.path, log.checkpoint.origin, log.party, log.public_key)
+        done.append({"party": log.party, "entries": seen.checkpoint.size, "at": when(seen.at * 10**6)})
+    if as_json:
+        show_json({"witness": witness.name, "run_id": evidence.run, "logs": done})
+    else:
+        out.print(f"{witness.name} cosigned {len(done)} logs of run {evidence.run}", soft_wrap=True)
 
 
 @app.command("report")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from confide.errors import ConfideError
 
-__all__ = ["err", "number", "out", "plain", "show_error", "show_json", "table"]
+__all__ = ["err", "number", "out", "plain", "show_error", "show_json", "table", "when"]
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -67,3 +68,8 @@ def table(title: str, rows: list[tuple[str, str]]) -> Table:
     for name, value in rows:
         found.add_row(Text(name), Text(value))  # as it is: a name may hold brackets
     return found
+
+
+def when(micros: int) -> str:
+    """A time (microseconds since 1970) in UTC."""
+    return datetime.fromtimestamp(micros / 1e6, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

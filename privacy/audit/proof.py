@@ -1,0 +1,126 @@
+"""One log entry that proves itself: with its salt, its path to a signed checkpoint, and the signer's public key.
+
+Whoever has the file needs nothing else but the key's fingerprint from somebody trusted: steps, numbered in the code,
+1. the checkpoint is signed by the key; 2. the entry is canonical; 3. its leaf lies under the checkpoint's root at its
+number (RFC 9162 §2.1.3.2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from confide.errors import AuditError
+from confide.privacy.audit.checkpoint import Checkpoint, parse_note
+from confide.privacy.audit.evidence import Evidence
+from confide.privacy.audit.log import parse_line
+from confide.privacy.audit.merkle import verify_inclusion
+from confide.privacy.audit.records import Charged, Record
+
+__all__ = ["EntryProof", "Proved", "find_charge", "fingerprint", "make_proof", "read_proof"]
+
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_LARGEST = 2**20
+
+
+class EntryProof(BaseModel):
+    """The file. `entry` is the canonical JSON as it stands in the log; `path` the audit path, from the leaf up."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    kind: Literal["confide/entry-proof"] = "confide/entry-proof"
+    version: Literal[1] = 1
+    party: str
+    origin: str
+    public_key: _Hash
+    checkpoint: str
+    number: Annotated[int, Field(ge=0)]
+    salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    entry: str
+    path: Annotated[list[_Hash], Field(max_length=64)]
+
+
+@dataclass(frozen=True, slots=True)
+class Proved:
+    """What a proof shows: this record, written at this time (microseconds UTC), is that entry of that log."""
+
+    record: Record
+    at: int
+    number: int
+    checkpoint: Checkpoint
+    party: str
+    fingerprint: str
+
+
+def make_proof(evidence: Evidence, party: str, number: int) -> bytes:
+    """The file that proves one entry of a party's exported log.
+
+    Raises:
+        AuditError: There is no such log or entry, or the log does not hold together.
+    """
+    log = evidence.sites.get(party, evidence.coordinator if party == evidence.coordinator.party else None)
+    if log is None:
+        raise AuditError(f"there is no log of {party[:64]!r} here", where=f"run {evidence.run}",
+                         hint=f"parties: {', '.join([evidence.coordinator.party, *evidence.sites])}")  # fmt: skip
+    wrong = next((f for f in evidence.findings if f.party == party), None)
+    if wrong is not None or log.checkpoint is None:
+        raise AuditError(f"nothing can be proved from a log that does not hold together ({wrong})", where=party,
+                         hint="see confide audit verify")  # fmt: skip
+    if not 0 <= number < log.checkpoint.size:
+        raise AuditError(f"there is no entry {number}", where=f"log of {party}", hint=f"it has {log.checkpoint.size}")
+    line = log.path.read_bytes().split(b"\n")[number] if log.path is not None else b""
+    salt, _, entry = line.partition(b" ")
+    proof = EntryProof(
+        party=party, origin=log.checkpoint.origin, public_key=log.public_key.hex(), checkpoint=log.note, number=number,
+        salt=salt.decode(), entry=entry.decode(),
+        path=[part.hex() for part in log.tree.inclusion_proof(number, log.checkpoint.size)],
+    )  # fmt: skip
+    return proof.model_dump_json(indent=1).encode() + b"\n"
+
+
+def find_charge(evidence: Evidence, party: str, charge: str) -> int:
+    """The entry of a party's log that reserved a charge.
+
+    Raises:
+        AuditError: There is none.
+    """
+    log = evidence.sites.get(party)
+    for number, entry in log.of(Charged) if log is not None else ():
+        if entry.charge == charge:
+            return number
+    raise AuditError(f"there is no charge {charge[:200]!r}", where=f"log of {party[:64]}",
+                     hint="charges are called RUN/ROUND/train or RUN/ROUND/held_out")  # fmt: skip
+
+
+def read_proof(path: Path) -> Proved:
+    """Check a proof file completely; it needs nothing beside it.
+
+    Raises:
+        AuditError: It is no proof, or does not hold.
+    """
+    where = str(path)
+    try:
+        data = path.read_bytes()
+        if len(data) > _LARGEST:
+            raise ValueError
+        proof = EntryProof.model_validate_json(data)
+    except (OSError, ValueError, ValidationError) as error:
+        raise AuditError(f"is not a proof that this version can read ({type(error).__name__})", where=where) from None
+    key = bytes.fromhex(proof.public_key)
+    checkpoint = parse_note(proof.checkpoint, proof.origin, proof.party, key)  # 1
+    leaf, record, at = parse_line(f"{proof.salt} {proof.entry}".encode())  # 2
+    nodes = [bytes.fromhex(part) for part in proof.path]
+    if not verify_inclusion(leaf, proof.number, checkpoint.size, nodes, checkpoint.root):  # 3
+        raise AuditError("the entry does not lie where the proof says", where=where,
+                         hint="the file was changed, or was made from another log")  # fmt: skip
+    return Proved(record, at, proof.number, checkpoint, proof.party, fingerprint(key))
+
+
+def fingerprint(public_key: bytes) -> str:
+    """What people compare out of band: SHA-256 of the key, in groups of four hexadecimal digits."""
+    text = hashlib.sha256(public_key).hexdigest()
+    return " ".join(text[i : i + 4] for i in range(0, 32, 4))
