@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from confide.errors import AuditError
@@ -275,14 +275,20 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 }
 
 
+_encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+#: What each kind's fields must fit.
+_SPECS = {kind: tuple((f.name, _FITS[str(f.type)]) for f in fields(kind)) for kind in _KINDS.values()}
+
+
 def canonical(tree: Any) -> bytes:
     """Canonical JSON of a tree without floats."""
-    return json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+    return _encoder.encode(tree).encode()
 
 
 def encode(record: Record, at: int) -> bytes:
     """An entry: the record with its kind, version and time (microseconds UTC)."""
-    return canonical({**asdict(record), "kind": record.KIND, "v": _VERSION, "at": at})
+    tree = {name: getattr(record, name) for name, _ in _SPECS[type(record)]}
+    return canonical({**tree, "kind": record.KIND, "v": _VERSION, "at": at})
 
 
 def decode(data: bytes) -> tuple[Record, int]:
@@ -293,15 +299,14 @@ def decode(data: bytes) -> tuple[Record, int]:
     """
     try:
         tree = json.loads(data)
-        at = tree.pop("at")
-        kind, version = _KINDS[tree.pop("kind")], tree.pop("v")
-        if version != _VERSION or set(tree) != {f.name for f in fields(kind)} or type(at) is not int:
+        if canonical(tree) != data:
+            raise AuditError("is not in canonical form")
+        at, version, kind = tree.pop("at"), tree.pop("v"), _KINDS[tree.pop("kind")]
+        spec = _SPECS[kind]
+        if version != _VERSION or type(version) is not int or type(at) is not int or len(tree) != len(spec):
             raise ValueError
-        if not all(_FITS[str(f.type)](tree[f.name]) for f in fields(kind)):
+        if not all(fits(tree[name]) for name, fits in spec):
             raise ValueError
-        record = kind(**tree)
+        return kind(**tree), at
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise AuditError("is not a log entry of this version") from None
-    if encode(record, at) != data:
-        raise AuditError("is not in canonical form")
-    return record, at
