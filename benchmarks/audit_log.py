@@ -1,7 +1,7 @@
 """What a log of a million entries costs: durable appends, verification of its export, proofs, bytes.
 
-Appends are batches of `--batch` entries, each batch one durable transaction (fsync) with a new signed checkpoint.
 Appends are batches of `--batch` entries, each a durable transaction (fsync) with a new signed checkpoint.
+Verification reads the exported file from scratch: every line in its canonical form, every leaf, tree, signature.
 Proofs are made from the open log, and each is checked.
 """
 
