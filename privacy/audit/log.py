@@ -27,7 +27,7 @@ from confide.privacy.audit.records import Record, decode, encode
 from confide.privacy.database import open_durable, open_read_only
 from confide.privacy.files import write_atomically
 
-__all__ = ["CHECKPOINT_SUFFIX", "LOG_SUFFIX", "Log", "export_log", "parse_line", "read_lines"]
+__all__ = ["CHECKPOINT_SUFFIX", "LOG_SUFFIX", "Log", "export_log", "parse_line", "read_lines", "stored_entries"]
 
 LOG_SUFFIX, CHECKPOINT_SUFFIX = ".log", ".checkpoint"
 _SALT_BYTES = 16
@@ -213,6 +213,22 @@ class Log:
     def _unwritable(self, error: sqlite3.Error) -> StorageError:
         return StorageError(f"cannot be written ({error})", where=str(self.path),
                             hint="free space, then start again: what was durable is kept")  # fmt: skip
+
+
+def stored_entries(database: Path) -> list[tuple[Record, int]]:
+    """(record, time) of every entry of a log of one's own, read without its key and without checking its signature.
+
+    Raises:
+        AuditError: There is no log in the file.
+    """
+    try:
+        db = open_read_only(database)
+        try:
+            return [decode(data) for (data,) in db.execute("SELECT data FROM entry ORDER BY seq")]
+        finally:
+            db.close()
+    except (sqlite3.Error, FileNotFoundError):
+        raise AuditError("is not a log", where=str(database)) from None
 
 
 def export_log(database: Path, path: Path) -> None:

@@ -190,6 +190,19 @@ class Registry:
         participants = {p: s.max_epsilon for p, s in standings.items() if s.may_participate}
         return Snapshot(purpose, as_of, head, participants)
 
+    def history(self, subject: str) -> list[tuple[int, ConsentEvent]]:
+        """(sequence number, event) of everything that is on record of a person, oldest first.
+
+        Raises:
+            ConsentError: The registry cannot be read.
+        """
+        pseudonym = self.pseudonyms([subject]).get(subject)
+        if pseudonym is None:
+            return []
+        query = select(*_events.c).where(_events.c.pseudonym == pseudonym).order_by(_events.c.seq)
+        with self._reading() as connection:
+            return [(seq, _event(values)) for seq, *values in connection.execute(query)]
+
     def close(self) -> None:
         """Release the file."""
         self._engine.dispose()

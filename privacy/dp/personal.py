@@ -188,6 +188,17 @@ class PersonalLosses:
             allowed[here] = self.divergence(charges, order)[places[here]] + more <= most
         return allowed
 
+    def place_of(self, name: bytes) -> int | None:
+        """A person's place; None for an unknown one."""
+        return self._places.get(name)
+
+    def charges_of(self, name: bytes) -> list[str] | None:
+        """Names of the charges that held a person, in the order in which they were noted; None for an unknown one."""
+        place = self._places.get(name)
+        if place is None:
+            return None
+        return [charge for charge, mask in self._held.items() if place < len(mask) and mask[place]]
+
     def charges_held(self) -> frozenset[str]:
         """Names of the charges that somebody was noted for."""
         return frozenset(self._held)

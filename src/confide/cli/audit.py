@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from confide.cli.render import err, out, show_json, table, when
+from confide.cli.render import err, number, out, plain, show_json, table, when
 from confide.errors import AuditError, ConfigError
 
 __all__ = ["app"]
@@ -132,6 +132,59 @@ def export(folder: _Folder, as_json: _Json = False) -> None:
         show_json({"folder": str(logs), "parties": written})
     else:
         out.print(f"{logs}: {len(written)} logs", soft_wrap=True)
+
+
+@app.command("exposure")
+def exposure(
+    subject: Annotated[str, typer.Argument(help="The person's identifier, as in the site's table.")],
+    folder: _Folder,
+    ledger: Annotated[
+        Path | None, typer.Option(help="The sites' ledger folder. Default: ledgers/ in the folder.")
+    ] = None,
+    out_file: Annotated[Path | None, typer.Option("--out", help="Also write the answer as a page.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Answer one person (GDPR Art. 15): purposes, rounds, models, ε, recipients, how to withdraw. Run at the site."""
+    from confide.clients.exposure import SiteFiles, describe_person, write_person
+
+    ledgers = ledger or folder / "ledgers"
+    sites = sorted(p for p in (folder / "sites").glob("*") if (p / "consent.db").is_file())
+    if not sites:
+        raise ConfigError("holds no site (sites/NAME/consent.db)", where=str(folder),
+                          hint="give the output folder of a run, at the site")  # fmt: skip
+    answers = [
+        describe_person(subject, SiteFiles(
+            site=p.name, registry=p / "consent.db", key=ledgers / p.name / "site.key",
+            ledger=ledgers / p.name / "ledger.db", personal=ledgers / p.name / "personal.db",
+            state=p / "state.db", log=p / "federated.db",
+        ))
+        for p in sites
+    ]  # fmt: skip
+    answer = next((a for a in answers if a.known), answers[0])
+    if out_file is not None:
+        try:
+            write_person(answer, out_file)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot be written: {error.strerror}", where=str(out_file), hint="name a place you may write to"
+            ) from None
+    if as_json:
+        show_json(plain(answer))
+        return
+    if not answer.known:
+        out.print("No site here holds anything about such a person.")
+        return
+    now = ", ".join(f"{d.purpose}: {d.status}" for d in answer.decisions)
+    out.print(table(f"What {answer.site} did with the data of {answer.subject}: for this person only", [
+        ("consent now", now or "none on record"),
+        ("role", "evaluation only" if answer.role == "held_out" else "training only"),
+        ("privacy loss so far", f"ε ≤ {number(answer.epsilon, 2)} at δ = {answer.delta:g}, per {answer.unit}"),
+        *((f"run {r.run}", f"{r.purpose or 'another run’s folder'}; rounds {', '.join(map(str, r.rounds))}; ε {number(r.epsilon, 2)}; "
+           f"model {r.model[:16] + '…' if r.model else 'not released'}") for r in answer.runs),
+        ("to withdraw", answer.how_to_withdraw),
+    ]))  # fmt: skip
+    if out_file is not None:
+        out.print(f"written to {out_file}", markup=False, soft_wrap=True)
 
 
 witnesses = typer.Typer(no_args_is_help=True, help="An independent witness: remembers logs, and signs only growth.")

@@ -1,0 +1,230 @@
+"""The answer to one person who asks what became of her data (GDPR Art. 15), from this site's own files.
+
+Invariants:
+1. Nothing but what concerns this one person, and what is public of the runs she took part in.
+2. It stays at the site, for the person who asked: it names her.
+3. Nothing is written to the files that it is made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from confide.clients.store import SiteStore
+from confide.errors import ConsentError
+from confide.privacy.audit.log import stored_entries
+from confide.privacy.audit.page import write_page
+from confide.privacy.audit.records import ModelReleased
+from confide.privacy.consent import ConsentEvent, Registry, SiteKey, canonical_subject, from_micros, now_micros
+from confide.privacy.consent.state import decide
+from confide.privacy.dp import LEDGER_LABEL, RUN_LABEL, Ledger, PrivacyEvent, Role, run_epsilon
+from confide.privacy.dp.events import merge_events
+from confide.privacy.dp.personal import PersonalLosses
+from confide.protocol.manifest import Manifest
+
+__all__ = [
+    "ConsentOnRecord",
+    "Decision",
+    "PersonExposure",
+    "RunOfPerson",
+    "SiteFiles",
+    "describe_person",
+    "write_person",
+]
+
+HOW_TO_WITHDRAW = (
+    "Tell this site’s consent officer. From the moment the withdrawal is on record no gradient, metric or statistic is "
+    "computed from your records; a round in progress is computed again without them. What was released before is "
+    "differentially private: it cannot be taken back, and ε bounds what it says about you."
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SiteFiles:
+    """Where a site keeps what the answer is made from. `state` and `log` may be missing: older runs lie elsewhere."""
+
+    site: str
+    registry: Path
+    key: Path
+    ledger: Path
+    personal: Path
+    state: Path
+    log: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConsentOnRecord:
+    """One event of the registry; times in ISO 8601, UTC."""
+
+    at: str
+    type: str
+    purpose: str
+    valid_until: str | None
+    lawful_basis: str
+    jurisdiction: str
+    notice_digest: str
+    evidence_ref: str
+    max_epsilon: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """What the events of a purpose amount to now."""
+
+    purpose: str
+    status: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOfPerson:
+    """A run whose snapshots held the person.
+
+    Attributes:
+        rounds: Rounds in which her records could be drawn or evaluated.
+        epsilon: What these rounds cost her, PRV: this run alone. None where its charges differ in σ or q.
+        purpose, recipients: From the run's manifest; None and empty where it lies in another run's folder.
+        model: Digest of the released model; None where none was released from here.
+        released: When, ISO 8601.
+    """
+
+    run: str
+    rounds: list[int]
+    epsilon: float | None
+    purpose: str | None
+    recipients: list[str]
+    model: str | None
+    released: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PersonExposure:
+    """The whole answer. `known` is False where this site holds nothing about such a person."""
+
+    site: str
+    subject: str
+    known: bool
+    role: str
+    consent: list[ConsentOnRecord]
+    decisions: list[Decision]
+    runs: list[RunOfPerson]
+    epsilon: float
+    delta: float
+    unit: str
+    unnoted_charges: int
+    how_to_withdraw: str = HOW_TO_WITHDRAW
+
+
+def describe_person(subject: str, files: SiteFiles) -> PersonExposure:
+    """Everything this site can say to one person.
+
+    Args:
+        subject: Her identifier, as in the site's table.
+        files: The site's files.
+
+    Raises:
+        ConsentError: The site key or the registry cannot be read.
+        BudgetError: The ledger cannot be read.
+    """
+    person = canonical_subject(subject)
+    for path in (files.key, files.registry):
+        if not path.is_file():
+            raise ConsentError("is missing", where=str(path), hint="name the site's folder and its ledger folder")
+    key = SiteKey.load_or_create(files.key)
+    registry, ledger = Registry(files.registry, key), Ledger.open(files.ledger)
+    try:
+        history = [event for _, event in registry.history(person)]
+        personal = PersonalLosses.open(files.personal)
+        try:
+            held, charges = personal.charges_of(key.locator(person)), ledger.charges()
+            place = personal.place_of(key.locator(person))
+            epsilon = float(personal.epsilons(charges, ledger.budget.delta)[place]) if place is not None else 0.0
+            unnoted = len(personal.unnoted(charges))
+        finally:
+            personal.close()
+        held_out = key.role_share(person) < ledger.held_out
+        return PersonExposure(
+            site=files.site, subject=person, known=bool(history) or held is not None,
+            role=(Role.HELD_OUT if held_out else Role.TRAIN).value,
+            consent=[_on_record(event) for event in history],
+            decisions=_decisions(history),
+            runs=_runs(held or [], charges, ledger.budget.delta, files),
+            epsilon=epsilon, delta=ledger.budget.delta, unit=ledger.unit, unnoted_charges=unnoted,
+        )  # fmt: skip
+    finally:
+        registry.close()
+        ledger.close()
+
+
+def write_person(exposure: PersonExposure, path: Path) -> None:
+    """The same as one self-contained page.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    context = {"e": exposure, "ledger_label": LEDGER_LABEL, "run_label": RUN_LABEL}
+    write_page(Path(__file__).with_name("exposure.html.j2"), context, path)
+
+
+def _on_record(event: ConsentEvent) -> ConsentOnRecord:
+    return ConsentOnRecord(
+        at=_iso(event.effective_at), type=event.type.value, purpose=event.purpose,
+        valid_until=None if event.valid_until is None else _iso(event.valid_until), lawful_basis=event.lawful_basis,
+        jurisdiction=event.jurisdiction, notice_digest=event.notice_digest, evidence_ref=event.evidence_ref,
+        max_epsilon=event.max_epsilon,
+    )  # fmt: skip
+
+
+def _decisions(history: Sequence[ConsentEvent]) -> list[Decision]:
+    by_purpose: dict[str, list[ConsentEvent]] = {}
+    for event in history:
+        by_purpose.setdefault(event.purpose, []).append(event)
+    now = now_micros()
+    return [Decision(purpose=p, status=decide(events, now).status.value) for p, events in sorted(by_purpose.items())]
+
+
+def _runs(
+    held: Sequence[str], charges: Mapping[str, PrivacyEvent], delta: float, files: SiteFiles
+) -> list[RunOfPerson]:
+    by_run: dict[str, list[str]] = {}
+    for charge in held:
+        if charge in charges and charges[charge].steps:
+            by_run.setdefault(charge.partition("/")[0], []).append(charge)
+    manifests, released = _manifests(files.state, list(by_run)), _released(files.log)
+    found = []
+    for run, names in by_run.items():
+        merged, manifest = merge_events(charges[name] for name in names), manifests.get(run)
+        model, at = released.get(run, (None, None))
+        others = [m.site for m in manifest.members if m.site != files.site] if manifest is not None else []
+        found.append(RunOfPerson(
+            run=run, rounds=sorted({int(name.split("/")[1]) for name in names}),
+            epsilon=run_epsilon(merged[0], delta) if len(merged) == 1 else None,
+            purpose=manifest.purpose if manifest is not None else None,
+            recipients=[f"site {name}: sums over all sites" for name in others]
+            + (["the coordinator: sums over all sites, noised metrics, and what is released"] if manifest else []),
+            model=model, released=at,
+        ))  # fmt: skip
+    return found
+
+
+def _manifests(state: Path, runs: Sequence[str]) -> dict[str, Manifest]:
+    if not state.is_file():
+        return {}
+    store = SiteStore(state)
+    try:
+        found = {run: store.manifest(run) for run in runs}
+    finally:
+        store.close()
+    return {run: Manifest.from_bytes(data) for run, data in found.items() if data is not None}
+
+
+def _released(log: Path) -> dict[str, tuple[str, str]]:
+    """(model digest, time) by run, from the site's federated log."""
+    if not log.is_file():
+        return {}
+    return {e.run: (e.model, _iso(at)) for e, at in stored_entries(log) if isinstance(e, ModelReleased)}
+
+
+def _iso(micros: int) -> str:
+    return from_micros(micros).isoformat(timespec="seconds")
