@@ -196,16 +196,24 @@ def _runs(
     for run, names in by_run.items():
         merged, manifest = merge_events(charges[name] for name in names), manifests.get(run)
         model, at = released.get(run, (None, None))
-        others = [m.site for m in manifest.members if m.site != files.site] if manifest is not None else []
         found.append(RunOfPerson(
             run=run, rounds=sorted({int(name.split("/")[1]) for name in names}),
             epsilon=run_epsilon(merged[0], delta) if len(merged) == 1 else None,
             purpose=manifest.purpose if manifest is not None else None,
-            recipients=[f"site {name}: sums over all sites" for name in others]
-            + (["the coordinator: sums over all sites, noised metrics, and what is released"] if manifest else []),
+            recipients=_recipients(manifest, files.site) if manifest is not None else [],
             model=model, released=at,
         ))  # fmt: skip
     return found
+
+
+def _recipients(manifest: Manifest, site: str) -> list[str]:
+    """Who got to see what, as the profile promises it."""
+    others = ", ".join(member.site for member in manifest.members if member.site != site)
+    coordinator = {
+        "open": "every site’s noised update",
+        "masked": "sums over the cohort, noised metrics, and what is released",
+    }.get(manifest.sealing.profile, "noised metrics, and what is released")
+    return [f"sites {others}: sums over the cohort", f"the coordinator: {coordinator}"]
 
 
 def _manifests(state: Path, runs: Sequence[str]) -> dict[str, Manifest]:

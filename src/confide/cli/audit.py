@@ -175,12 +175,12 @@ def exposure(
         out.print("No site here holds anything about such a person.")
         return
     now = ", ".join(f"{d.purpose}: {d.status}" for d in answer.decisions)
-    out.print(table(f"What {answer.site} did with the data of {answer.subject}: for this person only", [
+    out.print(table(f"What site {answer.site} did with the data of {answer.subject}: for this person only", [
         ("consent now", now or "none on record"),
         ("role", "evaluation only" if answer.role == "held_out" else "training only"),
         ("privacy loss so far", f"ε ≤ {number(answer.epsilon, 2)} at δ = {answer.delta:g}, per {answer.unit}"),
-        *((f"run {r.run}", f"{r.purpose or 'another run’s folder'}; rounds {', '.join(map(str, r.rounds))}; ε {number(r.epsilon, 2)}; "
-           f"model {r.model[:16] + '…' if r.model else 'not released'}") for r in answer.runs),
+        *((f"run {r.run}", f"{r.purpose or 'another run’s folder'}; rounds {', '.join(map(str, r.rounds))}; "
+           f"ε {number(r.epsilon, 2)}; model {r.model[:16] + '…' if r.model else 'not released'}") for r in answer.runs),
         ("to withdraw", answer.how_to_withdraw),
     ]))  # fmt: skip
     if out_file is not None:
