@@ -45,7 +45,7 @@ class Stage:
 
     def clear(self) -> None:
         """Forget what earlier jobs left."""
-        for folder in self._folder.iterdir():
+        for folder in self._folder.glob("[0-9]*"):
             shutil.rmtree(folder)
 
     def close(self) -> None:

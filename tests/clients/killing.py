@@ -3,7 +3,8 @@
 A federation lives in a forked process of its own. Its victim is wrapped from outside: what it calls while it answers a
 request is known by name, and right before or right after one such call the process is killed. What left the victim is
 noted, durably, *before* it is handed to the grid, so no kill can hide it. Afterwards another process restarts the
-victim on what lies on the disk and repeats the request; then a fresh run uses the same ledgers to its end.
+victim on what lies on the disk and repeats the request; then a fresh run uses the same ledgers to its end, unless one
+has begun with a ledger that says the same.
 
 Jobs come as lines of JSON on stdin; what was found lies in each job's folder.
 """
@@ -23,10 +24,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ VICTIM = "ash"
 PASSPHRASE = "a few small words"
 PEOPLE = 10
 #: Seconds after which a process that hangs is ended.
-_PATIENCE = 60
+_PATIENCE = 180
 
 
 # --- the table of points ----------------------------------------------------------------------------------------------
@@ -112,6 +113,16 @@ def _charge(role: str, nth: int, needs: str = "") -> dict[str, Point]:
     }
 
 
+def _peers(step: str) -> dict[str, Point]:
+    """The moments of noting how long the peers' logs are."""
+    return {
+        f"{step}: about to note the peers' logs": Point(step, "before", "note sightings"),
+        f"{step}: noting the peers' logs has begun": Point(step, "after", "note sightings: BEGIN"),
+        f"{step}: the peers' logs are written": Point(step, "after", "note sightings: INSERT sighting"),
+        f"{step}: the peers' logs are noted": Point(step, "after", "note sightings: COMMIT"),
+    }
+
+
 def _reply(step: str, effect: str = "") -> dict[str, Point]:
     """The moments of a reply: durable, then noted by the harness as having left, then with the coordinator."""
     made = {f"{step}: the reply is being stored": Point(step, "after", "commit reply: BEGIN")}
@@ -130,11 +141,11 @@ POINTS: dict[str, Point] = {
     "train: the request has arrived": Point("train", "before", "handle"),
     **_line("train", "opened", "opened", needs="a sum before it"),
     "train: the model is replaced": Point("train", "after", "put model", 1, "a sum before it"),
+    **_line("train", "settled", "settled", needs="an unsent update"),
     "train: about to give an unsent charge back": Point("train", "before", "settle", 1, "an unsent update"),
     "train: giving back has begun": Point("train", "after", "settle: BEGIN", 1, "an unsent update"),
     "train: what is given back is written": Point("train", "after", "settle: INSERT entry", 1, "an unsent update"),
     "train: what is given back is committed": Point("train", "after", "settle: COMMIT", 1, "an unsent update"),
-    **_line("train", "settled", "settled", needs="an unsent update"),
     **_charge("train", 1),
     **_charge("held_out", 2, "metrics"),
     "train: about to take the snapshot": Point("train", "before", "take"),
@@ -149,6 +160,7 @@ POINTS: dict[str, Point] = {
     **_line("train", "update_committed", "update committed"),
     **_reply("train"),
     "seal: the request has arrived": Point("seal", "before", "handle"),
+    **_peers("seal"),
     "seal: about to be sealed": Point("seal", "before", "session seal"),
     "seal: sealed in memory": Point("seal", "after", "session seal"),
     **_line("seal", "sealed", "sealed"),
@@ -158,6 +170,16 @@ POINTS: dict[str, Point] = {
     "unlock: unlocked in memory": Point("unlock", "after", "session unlock", 1, "retries"),
     **_line("unlock", "unlocked", "unlocked", needs="retries"),
     **{name: Point(**{**asdict(p), "needs": "retries"}) for name, p in _reply("unlock", "unlocked").items()},
+    "release: the request has arrived": Point("release", "before", "handle"),
+    **_line("release", "opened", "opened"),
+    "release: the model is replaced": Point("release", "after", "put model"),
+    **_peers("release"),
+    **_line("release", "model_released", "model released"),
+    **{name: p for name, p in _reply("release").items() if "hand over" not in p.action},
+    "release: about to let the charges expire": Point("release", "before", "expire"),
+    "release: expiring has begun": Point("release", "after", "expire: BEGIN"),
+    "release: that the first charge has expired is written": Point("release", "after", "expire: INSERT entry"),
+    "release: that the charges have expired is committed": Point("release", "after", "expire: COMMIT"),
 }
 
 
@@ -170,6 +192,7 @@ class Scene:
 
     Attributes:
         round: The round of interest.
+        rounds: Of the run; 0: it ends with that round.
         has: What of `Point.needs` it has.
         metrics_every: Of the experiment.
         attempt: Which attempt of sealing it is about.
@@ -181,6 +204,7 @@ class Scene:
     """
 
     round: int = 1
+    rounds: int = 0
     has: frozenset[str] = frozenset()
     metrics_every: int = 9
     attempt: int = 0
@@ -211,7 +235,8 @@ class Scene:
 
 _UNSENT, _AGAIN, _METRICS = frozenset({"an unsent update"}), frozenset({"retries"}), frozenset({"metrics"})
 _LATER = frozenset({"a sum before it"})
-_SEALING, _SETTLED, _PAID = ("seal", "unlock"), "train: 'settled' is in the log", "train: about to take the snapshot"
+_SEALING, _PAID = ("seal", "unlock"), "train: about to take the snapshot"
+_SETTLED = "train: what is given back is committed"
 SCENES: dict[str, Scene] = {
     "a plain round": Scene(),
     "a metric round": Scene(round=2, has=_METRICS | _LATER, metrics_every=1, kills=_SEALING),
@@ -225,6 +250,7 @@ SCENES: dict[str, Scene] = {
         round=2, has=_UNSENT | _AGAIN, lost=VICTIM, last=_SETTLED, kills=("train",)
     ),
     "a round after one that was sealed in vain": Scene(round=2, has=_AGAIN, lost="birch", last=_PAID, kills=("train",)),
+    "the end of a run": Scene(round=3, rounds=1, steps=("release",), kills=("release",)),
 }
 
 
@@ -377,12 +403,14 @@ class Harness:
         wrap(
             Ledger, "reserve", lambda real, s, charge, event: self._in(f"reserve {event.role}", real, s, charge, event)
         )
+        wrap(Ledger, "expire", lambda real, *rest: self._in("expire", real, *rest))
         wrap(Ledger, "settle", lambda real, *rest: self._in("settle", real, *rest))
         wrap(Log, "append", lambda real, log, *entries: self._in(f"append {entries[0].KIND}", real, log, *entries))
         wrap(ParticipantSource, "take", lambda real, *rest: self._in("take", real, *rest))
         wrap(ParticipantSource, "hold", lambda real, *rest: self._in("hold", real, *rest))
         wrap(SiteRun, "compute", self._compute)
         wrap(SiteStore, "put_model", lambda real, *rest: self._in("put model", real, *rest))
+        wrap(SiteStore, "note_sightings", lambda real, *rest: self._in("note sightings", real, *rest))
         wrap(SiteStore, "commit_reply", lambda real, *rest, **named: self._in("commit reply", real, *rest, **named))
         wrap(SlotSession, "seal", lambda real, *rest: self._in("session seal", real, *rest))
         wrap(SlotSession, "unlock", lambda real, *rest: self._in("session unlock", real, *rest))
@@ -438,7 +466,8 @@ class Harness:
         self.reach("before", "handle")
         reply = real(site, step, request)
         answer = header_of(reply)
-        self.note(left=step, run=header.run, round=header.round, attempt=header.attempt, type=answer.type)
+        shown = _shown(request) if step == "seal" else {}
+        self.note(left=step, run=header.run, round=header.round, attempt=header.attempt, type=answer.type, shown=shown)
         self.reach("before", "hand over")
         return reply
 
@@ -497,6 +526,12 @@ def _verb(sql: str) -> str:
     return f"INSERT {into.group(1)}" if into else words[0]
 
 
+def _shown(request: Envelope) -> dict[str, int]:
+    """How long the log of each site was when it signed what a seal request holds of it."""
+    statements = m.SealRequest.model_validate_json(request.body).statements
+    return {s.site: int(header_of(s.envelope()).checkpoint.partition(":")[0]) for s in statements}
+
+
 def _keep_request(folder: Path, step: str, request: Envelope) -> None:
     parts = {k: getattr(request, k).hex() for k in ("header", "signature", "body")}
     whole = {"step": step, **parts, "chunks": [c.hex() for c in request.chunks]}
@@ -536,6 +571,31 @@ def _log_first(_: Harness) -> None:
             reserve(*waiting.pop())
 
     wrap(Log, "append", append)
+
+
+def _give_back_first(_: Harness) -> None:
+    """A charge is given back before that is logged."""
+    settle = Ledger.settle
+    Ledger.settle = lambda *_args: None  # type: ignore[method-assign]
+    ledgers: list[Ledger] = []
+    wrap(Ledger, "open_charges", lambda real, ledger, prefix: [ledgers.append(ledger), real(ledger, prefix)][1])
+
+    def append(real: Callable[..., None], log: Log, *entries: audit.Record) -> None:
+        if isinstance(entries[0], audit.Settled):
+            settle(ledgers[-1], entries[0].charge, entries[0].steps)
+        real(log, *entries)
+
+    wrap(Log, "append", append)
+
+
+def _give_nothing_back(_: Harness) -> None:
+    """What the log says was given back never is, and the round goes on."""
+    Ledger.settle = lambda *_args: None  # type: ignore[method-assign]
+
+
+def _note_no_peers(_: Harness) -> None:
+    """What was seen of the peers' logs is forgotten."""
+    SiteStore.note_sightings = lambda *_args: None  # type: ignore[method-assign]
 
 
 def _log_nothing_sealed(_: Harness) -> None:
@@ -590,13 +650,17 @@ BROKEN: dict[str, Callable[[Harness], None]] = {
     "charges late": _charge_late,
     "holds nobody": _hold_nobody,
     "logs first": _log_first,
+    "gives back first": _give_back_first,
+    "gives nothing back": _give_nothing_back,
+    "notes no peers": _note_no_peers,
     "logs nothing sealed": _log_nothing_sealed,
     "gives back what left": _give_back_what_left,
     "writes something more": _write_something_more,
     "writes something more, unsynced": _write_something_more_unsynced,
     "commits twice": _commit_twice,
-    # These two are broken after the kill.
+    # These are broken after the kill.
     "computes again": lambda _: None,
+    "lets nothing expire": lambda _: None,
     "takes everything back at the start": lambda _: None,
 }
 
@@ -621,6 +685,7 @@ def all_but_one() -> int:
 def _reserve_until_refused(folder: Path, number: int, job: dict[str, Any]) -> None:
     """Charge until the budget refuses; note each charge once it was admitted."""
     ledger, admitted = Ledger(folder / "ledger.db", SHARED), 0
+    meet(folder, "opened", job["processes"])  # opening takes the lock as well
     if job.get("one dies") and number == 0:
 
         def die(real: Callable[..., None], ledger: Ledger, charge: str, *rest: Any) -> None:
@@ -635,8 +700,6 @@ def _reserve_until_refused(folder: Path, number: int, job: dict[str, Any]) -> No
         while not list(folder.glob("waiting-*")):
             time.sleep(0.001)
         (folder / f"waiting-{os.getpid()}").touch()
-    else:
-        meet(folder, "opened", job["processes"])
     with (folder / f"admitted-{number}").open("a") as stream:
         while True:
             try:
@@ -738,8 +801,9 @@ def gaps(trace: list[list[Any]]) -> list[tuple[str, str, list[str], list[str]]]:
 
 def _killed(machines: Machines, job: dict[str, Any], folder: Path, scene: Scene) -> None:
     """The process that is killed, or that comes to its end where no point is named."""
-    victim = tuple(machines.folder / part / VICTIM for part in ("sites", "ledgers", "vaults"))
-    harness = Harness(machines.folder, scene, victim, job.get("point", ""))
+    here = machines.folder.absolute()
+    victim = tuple(here / part / VICTIM for part in ("sites", "ledgers", "vaults"))
+    harness = Harness(here, scene, victim, job.get("point", ""))
     if job.get("broken"):
         BROKEN[job["broken"]](harness)
     harness.install()
@@ -761,8 +825,13 @@ def _restarted(machines: Machines, broken: str) -> dict[str, Any]:
     computed: list[int] = []
     wrap(SiteRun, "compute", lambda real, run, round_, *rest: [computed.append(round_), real(run, round_, *rest)][1])
     if broken == "computes again":
-        Ledger.open_charges = lambda *_: []  # type: ignore[method-assign]
-    site = machines.start(VICTIM)
+        Ledger.stands = lambda *_: False  # type: ignore[method-assign]
+    if broken in ("lets nothing expire", "takes everything back at the start"):
+        Ledger.expire = lambda *_: None  # type: ignore[method-assign]
+    try:
+        site = machines.start(VICTIM)
+    except ConfideError as error:
+        return {"starts": f"{type(error).__name__}: {error.what}"}
     asked = json.loads((machines.folder / "request.json").read_text())
     parts = (bytes.fromhex(asked[k]) for k in ("header", "signature", "body"))
     request = Envelope(*parts, tuple(bytes.fromhex(c) for c in asked["chunks"]))
@@ -771,25 +840,48 @@ def _restarted(machines: Machines, broken: str) -> dict[str, Any]:
     stored = site._store.reply_digest(place.model_copy(update={"key_epoch": header.key_epoch}))
     answer = site.handle(asked["step"], request)
     site.close()
+    try:
+        machines.start(VICTIM).close()
+    except ConfideError as error:
+        return {"starts": f"{type(error).__name__}: {error.what}"}
     said = header_of(answer).type
     reason = m.Refusal.model_validate_json(answer.body).reason if said == m.Refusal.TYPE else ""
-    return {"step": asked["step"], "round": header.round, "stored": stored, "digest": answer.digest, "type": said,
-            "reason": reason, "computed": list(computed)}  # fmt: skip
+    return {"starts": "", "step": asked["step"], "round": header.round, "stored": stored, "digest": answer.digest,
+            "type": said, "reason": reason, "computed": list(computed)}  # fmt: skip
+
+
+#: By scene: the folder that a federation was built in, and the federation; its sites are stopped.
+_BUILT: dict[str, tuple[Path, Machines]] = {}
+
+
+def _build(folder: Path, scene: Scene) -> tuple[Path, Machines]:
+    """A federation whose paths are relative, and whose victim has persons of both roles."""
+    for attempt in count():
+        made = folder.absolute() / f"{attempt}"
+        made.mkdir(parents=True)
+        os.chdir(made)
+        machines = Machines(Path(), scene, rounds=scene.rounds or scene.round)
+        roles = set(machines.sites[VICTIM].source(machines.manifest)._held_out)
+        for name in machines.names:
+            machines.stop(name)
+        if len(roles) == 2:
+            break
+    return made, machines
 
 
 def _job(job: dict[str, Any]) -> None:
-    """Build, kill, restart, and run again."""
-    folder, scene = Path(job["folder"]), SCENES[job["scene"]]
-    machines = Machines(folder / "run", scene, rounds=scene.round)
-    _HERE[:] = [machines.folder]
+    """Kill, restart, and run again."""
+    folder, scene, (made, machines) = Path(job["folder"]), SCENES[job["scene"]], _BUILT[job["scene"]]
+    # Its paths are relative: where this process is, they name a copy of what was built.
+    shutil.copytree(made, folder / "run")
+    os.chdir(folder / "run")
+    _HERE[:] = [folder / "run"]
     victim = machines.sites[VICTIM]
     facts: dict[str, Any] = {
         "manifest": machines.manifest.to_bytes().decode(),
         "keys": victim.identity.key.private_bytes_raw().hex(),
         "places": [int(i) for i in victim.source(machines.manifest)._places],
     }
-    for name in machines.names:
-        machines.stop(name)
     pid = os.fork()
     if pid == 0:
         signal.alarm(_PATIENCE)
@@ -801,7 +893,7 @@ def _job(job: dict[str, Any]) -> None:
         _copy(machines, folder / "killed")
         facts["restart"] = _restarted(machines, job.get("broken", ""))
         _copy(machines, folder / "restarted")
-        if job.get("next", True):
+        if job.get("next", True) and not facts["restart"]["starts"] and _is_new(machines, job.get("seen", "")):
             following = Machines(folder / "next", Scene(), rounds=1, ledgers=machines.folder / "ledgers")
             if job.get("broken") == "takes everything back at the start":
                 ledger = following.sites[VICTIM].ledger
@@ -811,6 +903,28 @@ def _job(job: dict[str, Any]) -> None:
             facts["finished"] = following.coordinator().run().model
             following.world.close()
     (folder / "facts.json").write_text(json.dumps(facts))
+
+
+def _is_new(machines: Machines, seen: str) -> bool:
+    """Does what a fresh run would find of the victim (its ledger folder, closed in good order) say what none said
+    before that was seen in this folder?"""
+    if not seen:
+        return True
+    folder = machines.folder / "ledgers" / VICTIM
+    tables = {"ledger.db": ("genesis", "entry", "roles"), "personal.db": ("person", "held")}
+    assert {f.name for f in folder.iterdir()} == {*tables, "site.key"}
+    said = []
+    for file, names in tables.items():
+        with closing(sqlite3.connect(folder / file)) as db:
+            of_schema = db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+            assert {name for (name,) in of_schema} == set(names)
+            said += [db.execute(f"SELECT * FROM {name} ORDER BY 1").fetchall() for name in names]  # noqa: S608
+    text = repr(said)
+    try:
+        (Path(seen) / hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _copy(machines: Machines, to: Path) -> None:
@@ -845,10 +959,12 @@ def main(warm: Path, at_once: int) -> None:
     for name, cheap in (("_MEMORY", 64), ("_ITERATIONS", 1), ("_LANES", 1)):
         setattr(vault_module, name, cheap)
     # Everything that is slow for the first time (imports, calibration) is done once, here, and then forked.
-    for kind, scene in {(scene.round, scene.metrics_every): scene for scene in SCENES.values()}.items():
-        warmed = Machines(warm / "-".join(map(str, kind)), scene, rounds=scene.round)
+    for kind, scene in {(scene.rounds or scene.round, scene.metrics_every): scene for scene in SCENES.values()}.items():
+        warmed = Machines(warm / "-".join(map(str, kind)), scene, rounds=scene.rounds or scene.round)
         warmed.coordinator().run()
         warmed.world.close()
+    for number, (name, scene) in enumerate(SCENES.items()):
+        _BUILT[name] = _build(warm / f"{number}", scene)
     all_but_one()
     rdp_epsilon([PIECE], SHARED.delta)
     gc.collect()
