@@ -180,7 +180,8 @@ def exposure(
         ("role", "evaluation only" if answer.role == "held_out" else "training only"),
         ("privacy loss so far", f"ε ≤ {number(answer.epsilon, 2)} at δ = {answer.delta:g}, per {answer.unit}"),
         *((f"run {r.run}", f"{r.purpose or 'of another folder'}; rounds {', '.join(map(str, r.rounds))}; "
-           f"ε {number(r.epsilon, 2)}; model {r.model[:16] + '…' if r.model else 'not released'}") for r in answer.runs),
+           f"ε {number(r.epsilon, 2)}; model {r.model[:16] + '…' if r.model else 'not released'}")
+          for r in answer.runs),
         ("to withdraw", answer.how_to_withdraw),
     ]))  # fmt: skip
     if out_file is not None:
