@@ -29,6 +29,9 @@ def open_durable(path: Path, schema: str) -> sqlite3.Connection:
                 db.close()
                 raise
             time.sleep(0.01)
+        except BaseException:
+            db.close()
+            raise
         else:
             return db
 

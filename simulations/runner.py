@@ -114,8 +114,12 @@ def _with_learned_bounds(world: World, loaded: Experiment, base: Path, folder: P
     statistics = World(load_sources(loaded, base), part / "sites", ledgers, part / "logs")
     try:
         bounds = learn_bounds(statistics, part)
-    finally:
         statistics.export()
+    except BaseException:
+        with suppress(ConfideError, sqlite3.Error):  # the first error is the one to tell
+            statistics.export()
+        raise
+    finally:
         statistics.close()
     for name in ("sites", "logs"):  # nothing has happened there yet
         shutil.rmtree(folder / name)

@@ -101,7 +101,7 @@ def load_evidence(folder: Path) -> Evidence:
         manifest = json.loads(first.manifest)
         keys = {_name(m["site"]): bytes.fromhex(m["public_key"]) for m in manifest["members"]}
         coordinator_key = bytes.fromhex(manifest["coordinator_key"])
-        federation = str(manifest["federation"])
+        federation, _ = str(manifest["federation"]), manifest["run"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AuditError(f"the run's manifest cannot be read ({type(error).__name__})", where=str(path)) from None
     evidence = Evidence(

@@ -18,6 +18,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 from confide.errors import AuditError, StorageError
@@ -25,7 +26,7 @@ from confide.privacy.audit.checkpoint import Checkpoint, parse_note, sign_note
 from confide.privacy.audit.merkle import Tree, leaf_hash
 from confide.privacy.audit.records import Record, decode, encode
 from confide.privacy.database import open_durable, open_read_only
-from confide.privacy.files import write_atomically
+from confide.privacy.files import write_private
 
 __all__ = ["CHECKPOINT_SUFFIX", "LOG_SUFFIX", "Log", "export_log", "parse_line", "read_lines", "stored_entries"]
 
@@ -38,7 +39,17 @@ CREATE TABLE IF NOT EXISTS entry (seq INTEGER PRIMARY KEY, salt BLOB NOT NULL, d
 CREATE TABLE IF NOT EXISTS head (one INTEGER PRIMARY KEY CHECK (one = 1), note TEXT NOT NULL);
 CREATE TRIGGER IF NOT EXISTS entry_no_update BEFORE UPDATE ON entry BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER IF NOT EXISTS entry_no_delete BEFORE DELETE ON entry BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER IF NOT EXISTS entry_no_replace BEFORE INSERT ON entry
+  WHEN EXISTS (SELECT 1 FROM entry WHERE seq = NEW.seq) BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
+_TABLES = {"entry", "head", "cosignature"}
+#: Bytes of the smallest database; what is shorter, SQLite takes for an empty one.
+_SMALLEST = 512
+#: What the disk or its lock refuses; every other error of SQLite's says that the file is not what it should be.
+_OF_STORAGE = {
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_READONLY,
+}  # fmt: skip
 
 
 class Log:
@@ -64,18 +75,21 @@ class Log:
         self._tree, self._latest = Tree(), 0
         try:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            _refuse_another_database(path)
             self._db = open_durable(path, _SCHEMA)
         except OSError as error:
             raise StorageError(f"cannot be opened: {error.strerror}", where=str(path)) from None
-        except sqlite3.OperationalError as error:
-            raise StorageError(f"cannot be opened ({error})", where=str(path)) from None
-        except sqlite3.Error:
-            raise AuditError("is not a log", where=str(path), hint="restore it from the backup") from None
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's own message may quote what is no text
+            if _is_of_storage(error):
+                raise StorageError(f"cannot be opened ({error})", where=str(path)) from None
+            raise _no_log(path) from None
         try:
             self._load()
         except BaseException as error:
             self.close()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, sqlite3.Error) and _is_of_storage(error):
+                raise self._unwritable(error) from None
+            if isinstance(error, (sqlite3.Error, UnicodeDecodeError)):
                 raise self._damaged() from None
             raise
 
@@ -98,6 +112,7 @@ class Log:
         before = self.size
         try:
             self._load_new()  # what another process of this party appended
+            self._check_head()
             at, first = self.now(), self.size
             rows = []
             for seq, record in enumerate(records, start=first):
@@ -183,9 +198,10 @@ class Log:
         return sign_note(self.checkpoint(), self._name, self._public_key, self._sign)
 
     def _rows(self, first: int) -> Iterator[tuple[bytes, bytes]]:
-        found = self._db.execute("SELECT seq, salt, data FROM entry WHERE seq >= ? ORDER BY seq", (first,))
+        lowest = first or -(2**63)  # whoever starts at the first entry meets what was put before it
+        found = self._db.execute("SELECT seq, salt, data FROM entry WHERE seq >= ? ORDER BY seq", (lowest,))
         for expected, (seq, salt, data) in enumerate(found, start=first):
-            if seq != expected or len(salt) != _SALT_BYTES:
+            if seq != expected or type(salt) is not bytes or len(salt) != _SALT_BYTES or type(data) is not bytes:
                 raise self._damaged()
             yield salt, data
 
@@ -198,13 +214,19 @@ class Log:
 
     def _load(self) -> None:
         self._db.execute("BEGIN IMMEDIATE")
-        row = self._db.execute("SELECT note FROM head").fetchone()
         self._load_new()
-        if row is None and self.size == 0:  # a log has a checkpoint from the start: a missing one is always a finding
+        if self.size == 0 and self._db.execute("SELECT note FROM head").fetchone() is None:
+            # A log has a checkpoint from the start: a missing one is always a finding.
             self._db.execute("INSERT INTO head VALUES (1, ?)", (self._signed(),))
-        elif row is None or parse_note(row[0], self.origin, self._name, self._public_key) != self.checkpoint():
-            raise self._damaged()
+        self._check_head()
         self._db.execute("COMMIT")
+
+    def _check_head(self) -> None:
+        row = self._db.execute("SELECT note FROM head").fetchone()
+        if row is None or type(row[0]) is not str:
+            raise self._damaged()
+        if parse_note(row[0], self.origin, self._name, self._public_key) != self.checkpoint():
+            raise self._damaged()
 
     def _damaged(self) -> AuditError:
         return AuditError("does not hold what its own checkpoint says", where=str(self.path),
@@ -244,16 +266,39 @@ def export_log(database: Path, path: Path) -> None:
             _export(db, path)
         finally:
             db.close()
-    except (sqlite3.Error, FileNotFoundError, TypeError):
-        raise AuditError("is not a log", where=str(database)) from None
+    except (sqlite3.Error, FileNotFoundError, TypeError, AttributeError, UnicodeDecodeError):
+        raise _no_log(database) from None
+
+
+def _refuse_another_database(path: Path) -> None:
+    """Before tables are made in it."""
+    if 0 < path.stat().st_size < _SMALLEST:
+        raise _no_log(path)
+    with closing(sqlite3.connect(path, timeout=30)) as db:
+        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")}
+    if not tables <= _TABLES:
+        raise _no_log(path)
+
+
+def _is_of_storage(error: Exception) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _OF_STORAGE
+
+
+def _no_log(path: Path) -> AuditError:
+    return AuditError("is not a log", where=str(path), hint="restore it from the backup")
 
 
 def _export(db: sqlite3.Connection, path: Path) -> None:
-    found = db.execute("SELECT salt, data FROM entry ORDER BY seq")
-    lines = b"".join(salt.hex().encode() + b" " + data + b"\n" for salt, data in found)
+    db.execute("BEGIN")  # entries and note of one moment, whoever appends meanwhile
     try:
-        write_atomically(path, lines)
-        write_atomically(path.with_suffix(CHECKPOINT_SUFFIX), _note(db).encode())
+        found = db.execute("SELECT salt, data FROM entry ORDER BY seq")
+        lines = b"".join(salt.hex().encode() + b" " + data + b"\n" for salt, data in found)
+        note = _note(db).encode()
+    finally:
+        db.execute("ROLLBACK")
+    try:
+        write_private(path, lines)
+        write_private(path.with_suffix(CHECKPOINT_SUFFIX), note)
     except OSError as error:
         raise StorageError(f"cannot be written: {error.strerror}", where=str(path)) from None
 

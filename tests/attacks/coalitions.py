@@ -129,6 +129,7 @@ class Recorded(Federation):
     def keep(self) -> None:
         """Copy every disk and every memory."""
         disk = {}
+        self.world.export()
         for path in sorted(p for part in ("sites", "ledgers", "logs") for p in (self.folder / part).rglob("*")):
             if path.is_file():
                 data = path.read_bytes()

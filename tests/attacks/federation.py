@@ -21,6 +21,7 @@ from confide.clients.app import make_client_app
 from confide.clients.site import Site
 from confide.clients.store import ModelState, SiteStore
 from confide.config import load_experiment
+from confide.privacy.audit.log import CHECKPOINT_SUFFIX, LOG_SUFFIX
 from confide.privacy.sealing import Payload, make_profile
 from confide.privacy.sealing.lattice import pack_residues
 from confide.privacy.sealing.transcript import transcript
@@ -308,6 +309,12 @@ class Federation:
         }
         self.world.sites[site] = Site(**parts, store=SiteStore(path))
         return self.world.sites[site]
+
+    def exported(self, party: str) -> bytes:
+        """What travels of a party's log, as it is now: its entries and its checkpoint."""
+        self.world.export()
+        path = self.folder / "logs" / f"{party}{LOG_SUFFIX}"
+        return path.read_bytes() + path.with_suffix(CHECKPOINT_SUFFIX).read_bytes()
 
     def set_policy(self, site: str, **changes: Any) -> None:
         """What one site's operator allows."""

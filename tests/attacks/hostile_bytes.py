@@ -40,7 +40,7 @@ from confide.clients.run import model_digest
 from confide.clients.store import ModelState
 from confide.errors import SealingError
 from confide.privacy.audit import records as audit
-from confide.privacy.audit.log import Log, parse_line
+from confide.privacy.audit.log import Log
 from confide.privacy.digest import framed
 from confide.privacy.sealing import Accumulator, Agreement, Payload, Profile
 from confide.privacy.sealing import ckks as ckks_module
@@ -633,13 +633,11 @@ class _Tail:
     """What is new in a log."""
 
     def __init__(self, log: Log) -> None:
-        self._path, self._read = log.path, log.path.stat().st_size
+        self._log, self._read = log, log.size
 
     def new(self, kind: type[audit.Record]) -> list[Any]:
-        with self._path.open("rb") as stream:
-            stream.seek(self._read)
-            lines = stream.read().split(b"\n")[:-1]
-        return [record for record in (parse_line(line)[1] for line in lines) if isinstance(record, kind)]
+        entries = (audit.decode(self._log.entry(number)[1])[0] for number in range(self._read, self._log.size))
+        return [record for record in entries if isinstance(record, kind)]
 
 
 def _digest(payload: Payload) -> str:
@@ -754,13 +752,13 @@ class HostileCoordinator:
         body = m.TrainRequest.model_construct(sums=(self.total.reference.model_copy(update=fields),))
         place = federation.address("train", ROUND + 1)
         envelope = _write(sent, federation.world.coordinator, place, self.site, body, "")
-        tail, size, self._stopped[:] = _Tail(self.target.log), self.target.log.path.stat().st_size, []
+        tail, size, self._stopped[:] = _Tail(self.target.log), self.target.log.size, []
         try:
             answer = self.target.handle("train", from_records(to_records(envelope)))
         except _Opened as opened:
             return {"outcome": "opened", "model": str(opened), "right": str(opened) == self.right}
         except SealingError as error:
-            grown = self.target.log.path.stat().st_size > size
+            grown = self.target.log.size > size
             return {"outcome": "dropped", "reason": error.what, "logged": not grown, "unharmed": self._same()}
         except Exception as error:
             return {"outcome": f"the site fell over: {type(error).__name__}", "reason": str(error)[:80]}

@@ -20,6 +20,8 @@ from confide.privacy.sealing.vault import Vault
 from tests.attacks.federation import Federation, Sum
 
 PASSPHRASE = "four small honest words"
+#: How the names of a site's logs begin, with what SQLite keeps beside them.
+LOGS = ("federated.db", "local.db")
 
 
 class Machines(Federation):
@@ -41,15 +43,15 @@ class Machines(Federation):
         return self.manifest.run
 
     def place(self, what: str, site: str) -> Path:
-        """Where a site's `sites` (state, registry, local log), `vaults`, `ledgers` or `logs` lie."""
-        return self.folder / what / site
+        """Where a site's `sites` (state, registry), `vaults`, `ledgers` or `logs` (its two databases) lie."""
+        return self.folder / ("sites" if what == "logs" else what) / site
 
     def entry(self, site: str) -> Path | None:
         """A site's vault entry for the run, if there is one."""
         return next(iter(self.place("vaults", site).glob("run-*.vault")), None)
 
     def copy(self, *parts: str, sites: Sequence[str] | None = None) -> Callable[[], None]:
-        """Copy those folders of each site as they are now; what is returned puts them back, and restarts the sites."""
+        """Copy those parts of each site as they are now; what is returned puts them back, and restarts the sites."""
         self._copies += 1
         kept, names = self.folder.with_name(f"{self.folder.name}-copy-{self._copies}"), sites or self.names
         for name in names:
@@ -71,16 +73,16 @@ class Machines(Federation):
         return put_back
 
     def _put(self, kept: Path, site: str) -> None:
-        for path in kept.rglob("*"):
-            place = self.folder / path.relative_to(kept)
-            if path.is_file() and site in (place.parent.name, place.stem):
-                shutil.copy2(path, place)
+        for path in kept.glob(f"*/{site}/**/*"):
+            if path.is_file():
+                shutil.copy2(path, self.folder / path.relative_to(kept))
 
     def _files(self, part: str, site: str) -> list[Path]:
-        """Logs of all sites lie in one folder; everything else has a folder a site."""
-        if part == "logs":
-            return sorted((self.folder / part).glob(f"{site}.*"))
-        return sorted(p for p in self.place(part, site).rglob("*") if p.is_file())
+        """A site's logs lie beside its state, and are a part of their own: one may be put back without the other."""
+        found = (p for p in self.place(part, site).rglob("*") if p.is_file())
+        if part in ("sites", "logs"):
+            found = (p for p in found if p.name.startswith(LOGS) == (part == "logs"))
+        return sorted(found)
 
     def stop(self, site: str) -> None:
         """End a site's process; nothing of its memory is left."""
@@ -96,7 +98,7 @@ class Machines(Federation):
                              held_out=self.manifest.held_out),
             "store": SiteStore(folder / "state.db"),
             "log": old.identity.open_log(old.log.path, "federated", self.manifest.federation),
-            "local_log": old.identity.open_log(old._local_log.path, "local", self.manifest.federation),
+            "local_log": old.identity.open_log(old.local_log.path, "local", self.manifest.federation),
             "vault": Vault(self.place("vaults", site), passphrase) if old._vault else None,
         }  # fmt: skip
         kept = {

@@ -272,9 +272,12 @@ def test_a_file_in_memory_would_be_found() -> None:
 
 def test_the_coordinators_files_hold_no_secret_update_or_sum(watched: Watched) -> None:
     watched.coordinator.run()
-    log = watched.coordinator.log.path
-    files = [path.read_bytes() for path in (log, log.with_suffix(".checkpoint"))]
-    assert all(files)
+    path = watched.coordinator.log.path
+    lying = [path.read_bytes(), path.with_name(f"{path.name}-wal").read_bytes()]
+    travelling = watched.federation.exported("coordinator")
+    files = [*lying, travelling]
+    assert watched.federation.manifest.run.encode() in travelling
+    assert any(watched.federation.manifest.run.encode() in data for data in lying), "the control: entries can be read"
     assert watched.secrets.found_in(files, set()) == set()
     planted = [*files, b"line " + watched.secrets.blobs["MAC key"].hex().encode()]
     assert watched.secrets.found_in(planted, set()) == {"MAC key"}, "the control"

@@ -385,7 +385,9 @@ def test_a_reason_that_is_not_public_becomes_the_uniform_abstention(
     assert json.loads(reply.body) == {"kind": "abstains", "reason": "abstains"}
     assert SECRET not in caplog.text
     assert SECRET.encode() not in reply.header + reply.body
-    assert SECRET.encode() not in federation.sites["ash"].log.path.read_bytes(), "nor the log that travels"
+    assert SECRET.encode() not in federation.exported("ash"), "nor the log that travels"
+    local = federation.folder / "sites" / "ash" / "local.log"
+    assert SECRET.encode() in local.read_bytes(), "the control: the local one tells the operator"
 
 
 def test_a_reason_that_is_public_is_told(federation: Federation) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from confide.errors import ConfideError
 from confide.privacy.audit import records as audit
-from confide.privacy.audit.log import parse_line
+from confide.privacy.audit.records import decode
 from confide.protocol.envelope import MAX_BODY, Address, Envelope, seal_envelope
 from tests.attacks.federation import Federation, header_of, open_federation, resign
 from tests.attacks.hostile_bytes import HOSTILE, PROFILES, SIDES, corpus
@@ -202,8 +202,12 @@ def test_a_refusal_of_any_length_takes_little_room_in_the_log(federation: Federa
         )  # fmt: skip
 
     run_with(federation, "train", 1, lie)
-    lines = federation.world.log.path.read_bytes().splitlines()
-    noted = [line for line in lines if isinstance(parse_line(line)[1], (audit.Refused, audit.Rejected))]
+    log = federation.world.log
+    noted = [
+        data
+        for _, data in map(log.entry, range(log.size))
+        if isinstance(decode(data)[0], audit.Refused | audit.Rejected)
+    ]
     assert noted, "the control: it is in the log"
     longest = max(map(len, noted))
     assert longest < 2**16

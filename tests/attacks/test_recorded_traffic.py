@@ -114,7 +114,7 @@ class Eavesdropper:
             vars(site).pop("handle", None)
 
     def copy(self) -> None:
-        """All files of all parties, page by page; and the boxes of the models that lie in them."""
+        """All files of all parties as they lie, page by page; and the boxes of the models that lie in them."""
         for path in self.federation.folder.rglob("*"):
             if path.is_file() and path.suffix != ".csv":
                 data = path.read_bytes()
@@ -317,6 +317,7 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Eavesdropper]:
     """A whole honest run, until its release."""
     found = listen(tmp_path_factory.mktemp("heard") / "f")
     found.federation.coordinator().run()
+    found.federation.world.export()
     found.copy()
     yield found
     found.federation.world.close()

@@ -126,6 +126,7 @@ class Scene:
     def run(self) -> None:
         """To the end; the logs must hold together."""
         self.coordinator.run()
+        self.federation.world.export()
         assert verify(self.federation.folder).findings == []
 
     def follows(self, round_: int, cohort: tuple[str, ...]) -> bool:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from confide.clients.rounds import RoundSteps
 from confide.errors import AuditError, BudgetError
+from confide.privacy.audit.log import export_log
 from confide.privacy.consent import SiteKey
 from confide.privacy.dp.events import event_to_json
 from confide.privacy.dp.ledger import _link
@@ -65,9 +66,16 @@ def delete(federation: Machines, *files: str) -> None:
             path.unlink()
 
 
+def forget(federation: Machines) -> None:
+    """Remove a stopped site's federated log."""
+    for path in federation.place("logs", SITE).glob("federated.db*"):
+        path.unlink()
+
+
 def complete(federation: Machines) -> None:
     """What the refusal advises."""
-    folder, log = federation.place("ledgers", SITE), federation.folder / "logs" / f"{SITE}.log"
+    folder, log = federation.place("ledgers", SITE), federation.folder / "copy.log"
+    export_log(federation.place("logs", SITE) / "federated.db", log)
     done = confide("site", "recover", folder, "--log", log, "--json")
     assert done.code == 0, done.err
     assert done.last_line["added"], "something was missing"
@@ -109,8 +117,7 @@ def test_a_deleted_ledger_is_missed_by_the_record_of_who_was_held(federation: Ma
     federation.round(1)
     federation.stop(SITE)
     delete(federation, "ledger.db")
-    for path in (federation.folder / "logs").glob(f"{SITE}.*"):
-        path.unlink()
+    forget(federation)
     with pytest.raises(BudgetError, match="under which persons took part"):
         federation.start(SITE)
     delete(federation, "personal.db")
@@ -135,8 +142,7 @@ def test_a_ledger_that_gives_back_what_the_log_says_stands_is_refused(federation
     shrink(federation.place("ledgers", SITE) / "ledger.db")
     with pytest.raises(BudgetError, match=r"gives back more of charge .* than this site's own log"):
         federation.start(SITE)
-    for path in (federation.folder / "logs").glob(f"{SITE}.*"):
-        path.unlink()
+    forget(federation)
     assert federation.start(SITE).ledger.used() == 0, "the control: nothing but the log tells"
 
 
@@ -228,8 +234,7 @@ def test_a_correction_of_seconds_makes_time_stand_still(
     set_clock(-2)
     assert log.now() <= before
     assert not is_refusal(federation.train(2, total, sites=[SITE])[SITE])
-    lines = log.path.read_bytes().splitlines()
-    times = [json.loads(line.partition(b" ")[2])["at"] for line in lines]
+    times = [json.loads(data)["at"] for _, data in map(log.entry, range(log.size))]
     assert times == sorted(times)
 
 

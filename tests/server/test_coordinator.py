@@ -15,7 +15,6 @@ import confide.server.exchange as exchange_module
 from confide.clients.training.trainer import LocalTrainer
 from confide.errors import ConfideError, PeerError, SealingError
 from confide.privacy.audit import records as audit
-from confide.privacy.audit.log import parse_line
 from confide.privacy.digest import digest
 from confide.privacy.sealing.accumulate import LatticeAccumulator
 from confide.privacy.sealing.lattice import SUMMED_BYTES
@@ -219,8 +218,8 @@ def agreed_epochs(federation: Federation) -> dict[str, list[tuple[int, str]]]:
     """Epoch and maker of every secret that a site took, by site."""
     found = {}
     for name in federation.names:
-        records = [parse_line(line)[1] for line in federation.sites[name].log.path.read_bytes().splitlines()]
-        found[name] = [(e.epoch, e.maker) for e in records if isinstance(e, audit.KeysAgreed)]
+        entries = federation.sites[name].log.entries()
+        found[name] = [(e.epoch, e.maker) for e in entries if isinstance(e, audit.KeysAgreed)]
     return found
 
 
@@ -442,10 +441,9 @@ def _as_train(federation: Federation, reply: Envelope) -> Envelope:
 
 def noted(coordinator: Coordinator) -> list[tuple[str, int, str, str]]:
     """Kind, round, step and reason of what the coordinator's log holds of birch's refusals and of what was none."""
-    records = [parse_line(line)[1] for line in coordinator.log.path.read_bytes().splitlines()]
     return [
         (e.KIND, e.round, e.step, e.reason)
-        for e in records
+        for e in coordinator.log.entries()
         if isinstance(e, audit.Refused | audit.Rejected) and e.party == "birch"
     ]
 
@@ -657,8 +655,7 @@ def test_after_the_release_no_site_has_keys_or_can_read_the_model_that_it_stored
             site.current_model(run)
         with pytest.raises(SealingError, match="holds no keys"):
             _ = site._runs[run].keys.session
-        last = parse_line(site.log.path.read_bytes().splitlines()[-1])[1]
-        assert isinstance(last, audit.KeysDestroyed)
+        assert isinstance(list(site.log.entries())[-1], audit.KeysDestroyed)
 
 
 # --- the same request, and another one --------------------------------------------------------------------------------
@@ -702,4 +699,4 @@ def test_another_request_for_the_same_step_is_refused_as_an_equivocation(federat
     refusal = m.Refusal.model_validate_json(other.body)
     assert refusal.kind == "sealing"
     assert "contradicts itself" in refusal.reason
-    assert b"contradicts itself" in federation.sites["ash"].log.path.read_bytes(), "and it is in the log"
+    assert b"contradicts itself" in federation.exported("ash"), "and it is in the log"

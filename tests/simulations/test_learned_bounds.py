@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from confide.clients.site import Site
 from confide.clients.training.artifact import load_model
 from confide.config import SchemaConfig, load_experiment
-from confide.errors import BudgetError, ConfigError, DataError, PeerError, PolicyError
+from confide.errors import BudgetError, ConfigError, DataError, PeerError, PolicyError, StorageError
 from confide.privacy.audit.verify import verify
 from confide.privacy.dp import Ledger, RenyiBudget, Role, run_epsilon
 from confide.privacy.dp.metrics import Floats
@@ -199,14 +199,26 @@ def test_a_manifest_never_trains_on_unscaled_columns_nor_learns_in_passing(tmp_p
     assert Manifest.from_bytes(json.dumps(manifest).encode()).statistics
 
 
-def test_an_abandoned_release_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Coordinator.run
+@pytest.mark.parametrize("full", [False, True], ids=["with room to export", "without"])
+def test_an_abandoned_release_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+    """And leaves its evidence, where there is room for it; where there is none, the first error is told."""
+    run, export = Coordinator.run, World.export
 
     def without_the_first(self: Coordinator) -> Released:
         released = run(self)
         return replace(released, outcomes=tuple(replace(o, metrics=None) for o in released.outcomes))
 
+    def exported(self: World) -> None:
+        if full:
+            raise StorageError("cannot be written: No space left on device")
+        export(self)
+
     monkeypatch.setattr(Coordinator, "run", without_the_first)
+    monkeypatch.setattr(World, "export", exported)
     with pytest.raises(PeerError, match="the statistics were not released"):
         simulate(tree(tmp_path), out=tmp_path / "out")
     assert np.isfinite(ledger(tmp_path / "out" / "ledgers").used())
+    if not full:
+        evidence = verify(tmp_path / "out" / "statistics")
+        assert evidence.findings == []
+        assert all(log.entries for log in (evidence.coordinator, *evidence.sites.values()))

@@ -18,7 +18,7 @@ from unittest import mock
 import confide
 from confide.privacy.audit import records as r
 from confide.privacy.audit.checkpoint import Checkpoint, sign_note
-from confide.privacy.audit.log import parse_line
+from confide.privacy.audit.log import export_log, parse_line
 from confide.privacy.audit.merkle import leaf_hash, tree_root
 from confide.protocol.identity import Identity
 from confide.simulations import runner, world
@@ -62,6 +62,21 @@ class KeyRing:
             return confide.simulate(tree, out=out, progress=progress)
 
 
+def databases(folder: Path) -> dict[Path, Path]:
+    """The logs of a run as its parties hold them, by the place of their exports."""
+    found = {folder / "logs" / f"{COORDINATOR}.log": folder / "sites" / f"{COORDINATOR}.db"}
+    for site in sorted(p for p in (folder / "sites").iterdir() if p.is_dir()):
+        found[folder / "logs" / f"{site.name}.log"] = site / "federated.db"
+        found[site / "local.log"] = site / "local.db"
+    return found
+
+
+def export_left(folder: Path) -> None:
+    """Export every log of a run that did not come to do it, without a key."""
+    for path, database in databases(folder).items():
+        export_log(database, path)
+
+
 @dataclass(frozen=True)
 class Run:
     """A run's output folder, and the keys of everybody who took part."""
@@ -72,7 +87,7 @@ class Run:
     result: Result | None = None
 
     def copy(self, to: Path) -> Run:
-        """The same files elsewhere; what a checker never reads (state, ledgers, figures) stays behind."""
+        """The same files elsewhere; what a checker never reads (databases, ledgers, figures) stays behind."""
         shutil.copytree(self.folder, to, ignore=shutil.ignore_patterns("*.db*", "ledgers", "figures"))
         return replace(self, folder=to)
 
@@ -82,11 +97,11 @@ class Run:
         return sorted(set(self.keys) - {COORDINATOR})
 
     def log(self, party: str, *, local: bool = False) -> Path:
-        """Path of a log."""
+        """Path of an exported log."""
         return self.folder / "sites" / party / "local.log" if local else self.folder / "logs" / f"{party}.log"
 
     def all_logs(self) -> list[Path]:
-        """Every log in the folder: coordinator's, federated, local."""
+        """Every exported log in the folder: coordinator's, federated, local."""
         return [
             *(self.log(p) for p in (COORDINATOR, *self.sites)),
             *(self.log(s, local=True) for s in self.sites),

@@ -19,10 +19,12 @@ import pytest
 import confide as package
 from confide.errors import AuditError, StorageError
 from confide.privacy import files
+from confide.privacy.audit import log as audit_log
 from confide.privacy.audit import records as r
 from confide.privacy.audit.verify import verify
+from confide.privacy.database import open_durable
 from tests.privacy.audit.command import Answer, confide
-from tests.privacy.audit.logbook import COORDINATOR, Run
+from tests.privacy.audit.logbook import COORDINATOR, Run, databases, export_left
 from tests.support import experiment_tree, write_people
 
 ROOT = Path(__file__).parents[3]
@@ -248,7 +250,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 out = Path(sys.argv[2])
 def fill(progress):
     if progress.round == 1:
-        logs = [p.stat().st_size for p in out.rglob("*.log")]
+        logs = [p.stat().st_size for name in ("federated", "local", "coordinator") for p in out.rglob(f"{name}.db*")]
         resource.setrlimit(resource.RLIMIT_FSIZE, (max(logs) + 50, resource.RLIM_INFINITY))
 try:
     confide.simulate(json.loads(sys.argv[1]), out=out, progress=fill)
@@ -264,21 +266,35 @@ except ConfideError as error:
     assert "Traceback" not in done.stderr
     assert done.returncode not in (0, 1)
     assert _status(tmp_path / "out") == "failed"
+    export_left(tmp_path / "out")
     _is_still_usable(tmp_path / "out")
     assert done.returncode == StorageError.exit_code, done.stderr  # and not as if peers had stayed away
     assert "space" in done.stderr
 
 
+class _Disk:
+    """A log's database on a disk that fills up: no entry goes in once `armed` holds something."""
+
+    def __init__(self, database: sqlite3.Connection, armed: list[bool]) -> None:
+        self._database, self._armed = database, armed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._database, name)
+
+    def executemany(self, *arguments: Any) -> Any:
+        if self._armed:
+            raise sqlite3.OperationalError("database or disk is full")
+        return self._database.executemany(*arguments)
+
+
 def _fail_writes(monkeypatch: pytest.MonkeyPatch, which: Callable[[str], bool], armed: list[bool]) -> None:
-    """Writes and syncs of the log module fail for files that `which` picks, once `armed` holds something."""
-    write = os.write
+    """Entries of logs that `which` picks cannot be written, once `armed` holds something."""
+    make = open_durable
 
-    def full(descriptor: int, data: bytes) -> int:
-        if armed and which(os.readlink(f"/proc/self/fd/{descriptor}")):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(descriptor, data)
+    def opened(path: Path, schema: str) -> Any:
+        return _Disk(make(path, schema), armed) if which(str(path)) else make(path, schema)
 
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(audit_log, "open_durable", opened)
 
 
 @pytest.fixture
@@ -287,17 +303,20 @@ def tree(tmp_path: Path) -> dict[str, Any]:
     return experiment_tree(str(write_people(tmp_path)))
 
 
-@pytest.mark.parametrize("which", ["logs/coordinator.log", "logs/", "/local.log", ".log"])
+@pytest.mark.parametrize("which", ["sites/coordinator.db", "/federated.db", "/local.db", ".db"])
 def test_no_room_for_the_next_log_entry_stops_the_run(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
     armed: list[bool] = []
     _fail_writes(monkeypatch, lambda path: which in path, armed)
-    with pytest.raises(StorageError, match=r"No space left|does not take"):
+    with pytest.raises(StorageError, match=r"disk is full|does not take"):
         package.simulate(tree, out=tmp_path / "out", progress=lambda p: armed.append(True) if p.round == 1 else None)
     monkeypatch.undo()
     assert _status(tmp_path / "out") == "failed"
     _is_still_usable(tmp_path / "out")
+    for path, database in databases(tmp_path / "out").items():
+        audit_log.export_log(database, tmp_path / "copy.log")
+        assert (tmp_path / "copy.log").read_bytes() == path.read_bytes(), "what was durable has been exported"
 
 
 def test_no_room_at_one_site_only_costs_that_site_and_not_the_run(
@@ -305,7 +324,7 @@ def test_no_room_at_one_site_only_costs_that_site_and_not_the_run(
 ) -> None:
     """The control of the test above: three of four sites are enough, and the fourth is heard of in no sum."""
     armed: list[bool] = []
-    _fail_writes(monkeypatch, lambda path: path.endswith("/doum.log"), armed)
+    _fail_writes(monkeypatch, lambda path: path.endswith("/doum/federated.db"), armed)
     package.simulate(tree, out=tmp_path / "out", progress=lambda p: armed.append(True) if p.round == 1 else None)
     monkeypatch.undo()
     evidence = verify(tmp_path / "out")
@@ -315,7 +334,13 @@ def test_no_room_at_one_site_only_costs_that_site_and_not_the_run(
     assert cohorts[4] == ["ash", "birch", "cedar"]
 
 
-@pytest.mark.parametrize("name", ["rounds.jsonl", "quality.svg", "index.html", "result.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rounds.jsonl", "quality.svg", "index.html", "result.json", "model.safetensors", "coordinator.log", "doum.log",
+        "ash.checkpoint", "local.log",
+    ],
+)  # fmt: skip
 def test_no_room_for_a_result_is_a_storage_error_too(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -333,6 +358,9 @@ def test_no_room_for_a_result_is_a_storage_error_too(
     with pytest.raises(StorageError, match=r"No space left"):
         package.simulate(tree, out=tmp_path / "out")
     assert _status(tmp_path / "out") == "failed"
+    monkeypatch.undo()
+    export_left(tmp_path / "out")
+    assert confide("audit", "verify", tmp_path / "out").code == 0, "the evidence is there, once there is room for it"
 
 
 def test_where_even_the_status_cannot_be_written_the_first_error_is_told(
@@ -357,8 +385,8 @@ def test_where_even_the_status_cannot_be_written_the_first_error_is_told(
         package.simulate(tree, out=tmp_path / "out", progress=stop)
 
 
-def test_a_killed_run_can_be_verified_and_reported_on(tmp_path: Path) -> None:
-    """SIGKILL in the middle of round 2: no handler runs, nobody says goodbye."""
+def test_a_killed_run_can_be_exported_verified_and_reported_on(tmp_path: Path) -> None:
+    """SIGKILL in the middle of round 2: no handler runs, nobody says goodbye, nothing is exported."""
     program = """
 import json, os, signal, sys
 import confide
@@ -374,7 +402,14 @@ confide.simulate(json.loads(sys.argv[1]), out=sys.argv[2], progress=kill)
     )  # fmt: skip
     assert done.returncode == -9, done.stderr
     assert _status(tmp_path / "out") == "running"
-    assert verify(tmp_path / "out").findings == []
+    is_clear(confide("audit", "verify", tmp_path / "out"), 7, "there is no coordinator's log")
+    left = databases(tmp_path / "out")
+    assert all(database.with_name(f"{database.name}-wal").stat().st_size for database in left.values()), "the control"
+    export_left(tmp_path / "out")
+    evidence = verify(tmp_path / "out")
+    assert evidence.findings == []
+    assert {e.round for site in evidence.sites.values() for _, e in site.of(r.Sealed)} == {1, 2}
+    assert len(evidence.local) == 4
     answer = confide("audit", "report", tmp_path / "out", "--json")
     assert json.loads(answer.out)["interrupted"] is True
     assert "This run was interrupted." in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

@@ -269,6 +269,7 @@ def test_no_federated_log_holds_a_metric_of_the_simulator(finished: Run) -> None
     lines = [json.loads(line) for line in (finished.folder / "rounds.jsonl").read_text().splitlines()]
     exact = {repr(v)[:8] for line in lines for v in line["metrics"].values()}
     exact |= {repr(v)[:8] for line in lines for v in (line["released_metrics"] or {}).values() if v is not None}
+    exact = {number for number in exact if len(number) > 5}  # a metric of 1.0 is told by nothing
     assert len(exact) > 3
     for party in (COORDINATOR, *finished.sites):
         text = finished.log(party).read_text()

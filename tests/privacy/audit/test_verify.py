@@ -18,14 +18,14 @@ import pytest
 
 from confide.errors import AuditError
 from confide.privacy.audit import records as r
-from confide.privacy.audit.log import parse_line
+from confide.privacy.audit.log import export_log, parse_line
 from confide.privacy.audit.verify import Evidence, Finding, verify
 from confide.privacy.digest import digest
 from confide.privacy.dp.events import PrivacyEvent, Role, event_to_json
 from confide.privacy.sealing.transcript import transcript
 from confide.protocol.identity import Identity
 from tests.privacy.audit.command import confide
-from tests.privacy.audit.logbook import COORDINATOR, Logbook, Run
+from tests.privacy.audit.logbook import COORDINATOR, Logbook, Run, databases
 
 FLIPS = 40
 
@@ -66,6 +66,27 @@ def test_an_interrupted_run_holds_together(interrupted: Run) -> None:
     evidence = verify(interrupted.folder)
     assert evidence.findings == []
     assert not any(evidence.coordinator.of(r.RunEnded))
+
+
+@pytest.mark.parametrize("kind", ["finished", "interrupted", "retried"])
+def test_what_a_run_leaves_to_be_read_is_the_whole_of_every_partys_log(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """However it ended: what its sites still hold in their databases is not a single entry more."""
+    run: Run = request.getfixturevalue(kind)
+    assert sorted(databases(run.folder)) == sorted(run.all_logs())
+    for number, (path, database) in enumerate(databases(run.folder).items()):
+        copy = tmp_path / f"{number}.log"
+        export_log(database, copy)
+        assert copy.read_bytes() == path.read_bytes() != b""
+        assert copy.with_suffix(".checkpoint").read_bytes() == path.with_suffix(".checkpoint").read_bytes()
+
+
+def test_the_databases_are_no_part_of_the_evidence(finished: Run, run: Run) -> None:
+    """Who checks has only what travelled."""
+    assert all(database.is_file() for database in databases(finished.folder).values())
+    assert not list(run.folder.rglob("*.db"))
+    assert verify(run.folder).findings == []
 
 
 def test_a_run_that_may_retry_and_never_had_to_has_no_finding(start: Callable[..., Run]) -> None:
@@ -403,11 +424,10 @@ def test_a_clock_that_goes_backwards_is_found_at_its_entry(run: Run) -> None:
 def test_a_clock_that_goes_backwards_in_a_local_log_is_found(run: Run) -> None:
     path, key = run.log("ash", local=True), run.keys["ash"]
     lines = path.read_bytes().splitlines(keepends=True)
-    path.unlink()
-    path.with_suffix(".checkpoint").unlink()
-    log = key.open_log(path, "local", "simulation")
+    log = key.open_log(run.folder / "again.db", "local", "simulation")
     for line in reversed(lines):
         log.append(parse_line(line[:-1])[1])
+    log.export(path)
     log.close()
     assert findings(run) == []  # the control: another order, later times, signed by the site
     times = [json.loads(line.split(b" ", 1)[1])["at"] for line in path.read_bytes().splitlines()]
@@ -815,7 +835,7 @@ def test_weights_in_another_order_are_found(run: Run) -> None:
 
 HOSTILE: dict[str, Any] = {
     "nothing": None, "a small number": -1, "a large number": 1e308, "an endless number": 10**400, "no text": "",
-    "broken text": "\ud800", "a list": [None], "an object": {},
+    "broken text": "\ud800", "a list": [None], "an object": {}, "missing": (_GONE := object()),
 }  # fmt: skip
 
 
@@ -832,7 +852,10 @@ def _with(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
     place = changed
     for key in path[:-1]:
         place = place[key]
-    place[path[-1]] = value
+    if value is _GONE:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
     return changed
 
 

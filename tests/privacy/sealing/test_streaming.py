@@ -115,7 +115,7 @@ class Waiting:
             member=lambda site: next(x for x in members if x.site == site),
         )  # fmt: skip
         grid = LocalGrid(make_client_app(self._find), self.names)
-        self.log = coordinator.open_log(folder / f"{count}.log", "coordinator", "f")
+        self.log = coordinator.open_log(folder / f"{count}.db", "coordinator", "f")
         self.coordinator = Coordinator(grid, coordinator, cast(Any, manifest), np.zeros(1, dtype="<f4"), self.log)
         self.coordinator._profile = make_profile(manifest.sealing, 30)  # the same parameters for any number of sites
         self.coordinator._exchange.nodes = {site: node for node, site in grid._site_of.items()}
