@@ -23,12 +23,12 @@ from confide.privacy.audit.checkpoint import Checkpoint, parse_note, sign_note
 from confide.privacy.audit.merkle import Frontier, leaf_hash, tree_root
 from confide.privacy.audit.records import Record, decode, encode
 
-__all__ = ["CHECKPOINT_SUFFIX", "LOG_SUFFIX", "Log", "parse_line", "read_lines"]
+__all__ = ["CHECKPOINT_SUFFIX", "CLOCK_STEP", "LOG_SUFFIX", "Log", "parse_line", "read_lines"]
 
 LOG_SUFFIX, CHECKPOINT_SUFFIX = ".log", ".checkpoint"
 _SALT_BYTES = 16
 #: Microseconds that a clock may be set back by (time services step by less); until it catches up, time stands still.
-_CLOCK_STEP = 5_000_000
+CLOCK_STEP = 5_000_000
 
 
 class Log:
@@ -104,7 +104,7 @@ class Log:
                 again.
         """
         now = time.time_ns() // 1000
-        if now < self._latest - _CLOCK_STEP:
+        if now < self._latest - CLOCK_STEP:
             raise AuditError(
                 f"the clock is {(self._latest - now) / 1e6:,.0f} s behind this log's last entry", where=str(self.path),
                 hint="set the clock right (NTP) and start again; if it was ahead when that entry was written, wait "
