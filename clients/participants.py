@@ -67,7 +67,7 @@ class ParticipantSource:
         held_out: float,
         clock: Callable[[], int],
     ) -> None:
-        self._clock = clock
+        self._clock, self._latest = clock, 0
         self._registry, self._persons, self._purpose, self._personal = registry, records.persons, purpose, personal
         self._held_out: Mask = np.array([key.role_share(p) < held_out for p in records.persons], dtype=np.bool_)
         self._places = personal.enrol([key.locator(p) for p in records.persons])
@@ -92,14 +92,16 @@ class ParticipantSource:
         return Participants(train=consenting & ~self._held_out, held_out=consenting & self._held_out)
 
     def _now(self) -> int:
-        """Neither before the site's log nor before the latest decision on record: else it would not count yet."""
-        now, recorded = self._clock(), self._registry.latest_recorded()
+        """Neither before the site's log, nor before the latest decision on record or the latest snapshot: else what has
+        been decided would not count yet."""
+        now, recorded = self._clock(), max(self._registry.latest_recorded(), self._latest)
         if now < recorded - CLOCK_STEP:
             raise AuditError(
-                f"the clock is {(recorded - now) / 1e6:,.0f} s behind the latest event of the consent registry",
-                where="clock", hint="set the clock right (NTP) and start again",
+                f"the clock is {(recorded - now) / 1e6:,.0f} s behind the latest event of the consent registry, or the "
+                "latest snapshot", where="clock", hint="set the clock right (NTP) and start again",
             )  # fmt: skip
-        return max(now, recorded)
+        self._latest = max(now, recorded)
+        return self._latest
 
     def hold(self, used: Participants, charges: Mapping[Role, str]) -> None:
         """Note, durably, whom a round's charges hold, before anything computed under them leaves."""
