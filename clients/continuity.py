@@ -108,7 +108,11 @@ class Continuity:
         return pack_sightings([s for key in sorted(keys) if (s := self._store.sighting(manifest.federation, key))])
 
     def note(self, manifest: Manifest, statements: Sequence[Statement]) -> None:
-        """Keep the latest state of each neighbour's log among signed replies that were verified."""
+        """Keep the latest state of each neighbour's log among signed replies that were verified.
+
+        Only of those that have trained: they have been shown before what others keep of them. The log of one that was
+        put back, and has grown since, must not take the place of the state that it no longer has.
+        """
         watched = set(watched_by(manifest, self._identity.name))
         found: list[tuple[str, int, Sighting]] = []
         for statement in statements:

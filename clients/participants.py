@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confide.clients.data.records import SiteRecords
+from confide.errors import AuditError
+from confide.privacy.audit.log import CLOCK_STEP
 from confide.privacy.consent import Registry, SiteKey, Snapshot
 from confide.privacy.digest import digest
 from confide.privacy.dp import Ledger, PrivacyEvent, Role
@@ -65,7 +67,7 @@ class ParticipantSource:
         held_out: float,
         clock: Callable[[], int],
     ) -> None:
-        self._clock = clock
+        self._clock, self._latest = clock, 0
         self._registry, self._persons, self._purpose, self._personal = registry, records.persons, purpose, personal
         self._held_out: Mask = np.array([key.role_share(p) < held_out for p in records.persons], dtype=np.bool_)
         self._places = personal.enrol([key.locator(p) for p in records.persons])
@@ -82,12 +84,24 @@ class ParticipantSource:
             ConsentError: The registry cannot be read; the site then abstains.
             AuditError: The clock was set back.
         """
-        snapshot = self._registry.snapshot(self._purpose, self._clock())
+        snapshot = self._registry.snapshot(self._purpose, self._now())
         names = self._registry.pseudonyms(self._persons)
         consenting = np.array([names.get(p) in snapshot.participants for p in self._persons], dtype=np.bool_)
         if ledger is not None:
             consenting &= self._within_personal_limit(snapshot, names, ledger, upcoming)
         return Participants(train=consenting & ~self._held_out, held_out=consenting & self._held_out)
+
+    def _now(self) -> int:
+        """Neither before the site's log, nor before the latest decision on record or the latest snapshot: else what has
+        been decided would not count yet."""
+        now, recorded = self._clock(), max(self._registry.latest_recorded(), self._latest)
+        if now < recorded - CLOCK_STEP:
+            raise AuditError(
+                f"the clock is {(recorded - now) / 1e6:,.0f} s behind the latest event of the consent registry, or the "
+                "latest snapshot", where="clock", hint="set the clock right (NTP) and start again",
+            )  # fmt: skip
+        self._latest = max(now, recorded)
+        return self._latest
 
     def hold(self, used: Participants, charges: Mapping[Role, str]) -> None:
         """Note, durably, whom a round's charges hold, before anything computed under them leaves."""

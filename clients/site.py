@@ -123,6 +123,12 @@ class Site:
             ConfideError: The site does not take part; says why, to its operator.
         """
         self.policy.check(manifest, self.name)
+        if self.records.encoded_as not in (None, (manifest.schema_, manifest.label)):
+            # A label with one class less would fail at the first person of that class, and so tell of her.
+            raise PolicyError(
+                "the run's schema or label is not the one that this site's records are encoded with",
+                where=f"site {self.name}", hint="agree on one schema, then encode the table with it",
+            )  # fmt: skip
         run = self._run(manifest)
         if manifest.privacy.is_private:
             self.ledger.check(manifest.all_charges())
@@ -244,9 +250,9 @@ class Site:
             raise SealingError("a keys request holds a wrapped secret", where=f"site {self.name}")
         made = message.made
         place = run.address(0, "keys", epoch=header.key_epoch)
-        digest_ = run.keys.accept(place, message.statements, made, message.wraps, request.chunks[0])
+        # Before the secret is in force: a site whose state was put back never gets as far as training with it.
         self._continuity.check(run.manifest, message.statements, request.chunks[1:])
-        self._continuity.note(run.manifest, message.statements)
+        digest_ = run.keys.accept(place, message.statements, made, message.wraps, request.chunks[0])
         self.log.append(audit.KeysAgreed(run=run.manifest.run, epoch=header.key_epoch, maker=made.site, secret=digest_))
         return Answer(m.KeysReply(secret=digest_))
 

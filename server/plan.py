@@ -57,7 +57,7 @@ def make_manifest(
     privacy = experiment.privacy
     sigma, metrics_sigma = _noise(experiment)
     return Manifest(
-        run=f"{experiment.run.name}{'-statistics' if statistics else ''}-{secrets.token_hex(4)}",
+        run=_run_name(experiment, statistics),
         federation=federation,
         roster_version=1,
         purpose=experiment.run.purpose,
@@ -81,6 +81,13 @@ def make_manifest(
         sealing=experiment.sealing,
         statistics=statistics,
     )
+
+
+def _run_name(experiment: Experiment, statistics: bool) -> str:
+    """Charges are called after their run: so a ledger, too, tells which of them protected nobody."""
+    parts = ["UNSAFE"] if experiment.privacy.unsafe_noise_seed is not None else []
+    parts += [experiment.run.name, *(["statistics"] if statistics else []), secrets.token_hex(4)]
+    return "-".join(parts)
 
 
 def _noise(experiment: Experiment) -> tuple[float, float]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from confide.config import Experiment
 from confide.errors import ConfigError
+from confide.privacy.dp.statement import LEDGER
 from confide.privacy.files import write_atomically
 
 __all__ = ["fresh_folder", "run_folders", "write_json"]
@@ -43,7 +45,8 @@ def run_folders(
                 shutil.rmtree(folder / part, ignore_errors=True)
             _remove_new(ledgers, before)
             for path in made:
-                shutil.rmtree(path, ignore_errors=True)
+                if not any(path.rglob(LEDGER)):  # another run's, by now
+                    shutil.rmtree(path, ignore_errors=True)
         raise
 
 
@@ -55,9 +58,24 @@ def _topmost_missing(path: Path) -> Path:
 
 
 def _remove_new(folder: Path, before: set[Path]) -> None:
-    """A ledger made for a run that was refused would fix its limits for ever."""
-    for path in sorted(set(folder.rglob("*")) - before, reverse=True) if folder.is_dir() else ():
-        path.rmdir() if path.is_dir() else path.unlink()
+    """A ledger made for a run that was refused would fix its limits for ever; one that holds charges by now is
+    another run's, which came in between."""
+    new = sorted(set(folder.rglob("*")) - before, reverse=True) if folder.is_dir() else []
+    kept = {path.parent for path in new if path.name == LEDGER and not _abandoned(path)}
+    for path in new:
+        if path not in kept and path.parent not in kept:
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def _abandoned(ledger: Path) -> bool:
+    """Does a ledger hold no charge, and has nobody else got it open? SQLite leaves write-ahead mode for the only
+    connection that there is, and for no other."""
+    try:
+        with closing(sqlite3.connect(ledger, timeout=0, isolation_level=None)) as db:
+            (mode,) = db.execute("PRAGMA journal_mode=DELETE").fetchone()
+            return mode == "delete" and db.execute("SELECT 1 FROM entry").fetchone() is None
+    except sqlite3.Error:
+        return False
 
 
 def fresh_folder(parent: Path, name: str) -> Path:

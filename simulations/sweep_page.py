@@ -49,6 +49,7 @@ def write_sweep_page(sweep: Sweep) -> Path:
         "axes": [(key, ", ".join(map(show_value, values))) for key, values in sweep.axes.items()],
         "count": len(sweep.cells),
         "watermark": sweep.watermark,
+        "warnings": sweep.warnings,
         "best": describe_best(sweep),
         "image": image,
         "cost": describe_cost(sweep),

@@ -109,6 +109,11 @@ class Sweep:
         """What must stand wherever `best` is shown."""
         return WATERMARK
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What nobody may overlook in any of the cells."""
+        return tuple(dict.fromkeys(w for cell in self.cells for w in cell.result.warnings))
+
     def to_json(self) -> dict[str, Any]:
         """The object of `sweep.json` and `--json`."""
         return {
@@ -117,6 +122,7 @@ class Sweep:
             "quality": self.quality,
             "best": None if self.best is None else self._setting(self.best),
             "watermark": self.watermark,
+            "warnings": list(self.warnings),
             "settings": [self._setting(s) for s in self.settings],
             "cells": [self._cell(c) for c in self.cells],
             "seconds": self.seconds,

@@ -131,29 +131,33 @@ class World:
         self._registries: dict[str, Registry] = {}
         self._pseudonyms: dict[str, dict[str, bytes]] = {}
         self.sites: dict[str, Site] = {}
-        for name, records in sources.records.items():
-            self.sites[name] = self._make_site(name, records, run_folder / name, ledger_folder / name)
-        self._run_folder = run_folder
-        self.log = self.coordinator.open_log(run_folder / f"{COORDINATOR}.db", "coordinator", FEDERATION)
-        self.initial, layout = initial_model(
-            self.experiment.model,
-            encoded_width(sources.schema),
-            self.experiment.data.label.outputs,
-            self.experiment.run.seed,
-        )
-        self.manifest: Manifest = make_manifest(
-            self.experiment,
-            federation=FEDERATION,
-            coordinator_key=self.coordinator.public_key,
-            members=[
-                Member(site=n, public_key=s.identity.public_key.hex(), population=sources.population[n])
-                for n, s in self.sites.items()
-            ],
-            schema=sources.schema,
-            initial_model=self.initial,
-            layout=layout,
-            statistics=bool(sources.schema.unknown_bounds),
-        )
+        try:
+            for name, records in sources.records.items():
+                self.sites[name] = self._make_site(name, records, run_folder / name, ledger_folder / name)
+            self._run_folder = run_folder
+            self.log = self.coordinator.open_log(run_folder / f"{COORDINATOR}.db", "coordinator", FEDERATION)
+            self.initial, layout = initial_model(
+                self.experiment.model,
+                encoded_width(sources.schema),
+                self.experiment.data.label.outputs,
+                self.experiment.run.seed,
+            )
+            self.manifest: Manifest = make_manifest(
+                self.experiment,
+                federation=FEDERATION,
+                coordinator_key=self.coordinator.public_key,
+                members=[
+                    Member(site=n, public_key=s.identity.public_key.hex(), population=sources.population[n])
+                    for n, s in self.sites.items()
+                ],
+                schema=sources.schema,
+                initial_model=self.initial,
+                layout=layout,
+                statistics=bool(sources.schema.unknown_bounds),
+            )
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def statistics_charges(self) -> list[PrivacyEvent]:
@@ -198,7 +202,8 @@ class World:
 
     def close(self) -> None:
         """Release all files."""
-        self.log.close()
+        if hasattr(self, "log"):
+            self.log.close()
         for site in self.sites.values():
             site.close()
 

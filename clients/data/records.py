@@ -51,6 +51,7 @@ class SiteRecords:
         unit_of: Unit of each record, int64 [records], sorted ascending, without gaps.
         person_of: Person of each unit, int64 [units].
         persons: Identifier of each person.
+        encoded_as: Schema and label that features and labels were encoded with; a run must name the same ones.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class SiteRecords:
         unit_of: Ints,
         person_of: Ints,
         persons: list[str],
+        encoded_as: tuple[SchemaConfig, LabelConfig] | None = None,
     ) -> None:
+        self.encoded_as = encoded_as
         self._x, self._y = torch.from_numpy(x), torch.from_numpy(y)
         self._starts = np.searchsorted(unit_of, np.arange(len(person_of) + 1))
         self.person_of, self.persons = person_of, persons
@@ -92,10 +95,10 @@ class SiteRecords:
         person_of_record = codes[order].astype(np.int64)
         x = np.ascontiguousarray(features(table, schema, where)[order])
         y = np.ascontiguousarray(labels(table, label, where)[order])
+        persons, as_ = [str(u) for u in uniques], (schema, label)
         if unit == "subject":
-            return cls(x, y, person_of_record, np.arange(len(uniques), dtype=np.int64), [str(u) for u in uniques])
-        units = np.arange(len(order), dtype=np.int64)
-        return cls(x, y, units, person_of_record, [str(u) for u in uniques])
+            return cls(x, y, person_of_record, np.arange(len(uniques), dtype=np.int64), persons, as_)
+        return cls(x, y, np.arange(len(order), dtype=np.int64), person_of_record, persons, as_)
 
     @property
     def inputs(self) -> int:

@@ -28,12 +28,21 @@ from confide.privacy.audit.records import Record, decode, encode
 from confide.privacy.database import open_durable, open_read_only
 from confide.privacy.files import write_private
 
-__all__ = ["CHECKPOINT_SUFFIX", "LOG_SUFFIX", "Log", "export_log", "parse_line", "read_lines", "stored_entries"]
+__all__ = [
+    "CHECKPOINT_SUFFIX",
+    "CLOCK_STEP",
+    "LOG_SUFFIX",
+    "Log",
+    "export_log",
+    "parse_line",
+    "read_lines",
+    "stored_entries",
+]
 
 LOG_SUFFIX, CHECKPOINT_SUFFIX = ".log", ".checkpoint"
 _SALT_BYTES = 16
 #: Microseconds that a clock may be set back by (time services step by less); until it catches up, time stands still.
-_CLOCK_STEP = 5_000_000
+CLOCK_STEP = 5_000_000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entry (seq INTEGER PRIMARY KEY, salt BLOB NOT NULL, data BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS head (one INTEGER PRIMARY KEY CHECK (one = 1), note TEXT NOT NULL);
@@ -42,7 +51,7 @@ CREATE TRIGGER IF NOT EXISTS entry_no_delete BEFORE DELETE ON entry BEGIN SELECT
 CREATE TRIGGER IF NOT EXISTS entry_no_replace BEFORE INSERT ON entry
   WHEN EXISTS (SELECT 1 FROM entry WHERE seq = NEW.seq) BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
-_TABLES = {"entry", "head", "cosignature"}
+_TABLES = {"entry", "head"}
 #: Bytes of the smallest database; what is shorter, SQLite takes for an empty one.
 _SMALLEST = 512
 #: What the disk or its lock refuses; every other error of SQLite's says that the file is not what it should be.
@@ -143,7 +152,7 @@ class Log:
                 again.
         """
         now = time.time_ns() // 1000
-        if now < self._latest - _CLOCK_STEP:
+        if now < self._latest - CLOCK_STEP:
             raise AuditError(
                 f"the clock is {(self._latest - now) / 1e6:,.0f} s behind this log's last entry", where=str(self.path),
                 hint="set the clock right (NTP) and start again; if it was ahead when that entry was written, wait "

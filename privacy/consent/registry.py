@@ -36,13 +36,13 @@ from sqlalchemy import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from confide.errors import ConsentError
-from confide.privacy.consent.events import ConsentEvent, EventType
+from confide.privacy.consent.events import ConsentEvent, EventType, now_micros
 from confide.privacy.consent.pseudonyms import KEY_BYTES, SiteKey
 from confide.privacy.consent.state import Standing, decide
 
 __all__ = ["Registry", "Snapshot"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _metadata = MetaData()
 _events = Table(
@@ -60,6 +60,7 @@ _events = Table(
     Column("jurisdiction", String(50), nullable=False),
     Column("evidence_ref", String(500), nullable=False),
     Column("max_epsilon", Float),
+    Column("recorded_at", BigInteger, nullable=False),
     Index("consent_event_purpose", "purpose", "pseudonym", "seq"),
 )
 #: One key per person, found by locator. Erasure will delete a row here and nowhere else.
@@ -69,6 +70,8 @@ _subjects = Table(
     Column("locator", LargeBinary(32), primary_key=True),
     Column("personal_key", LargeBinary(32), nullable=False),
 )
+#: The event's own columns, after `seq`, in the order of its fields.
+_CONTENT = [column for column in _events.c if column.name != "recorded_at"]
 _schema = Table("consent_schema", _metadata, Column("version", Integer, primary_key=True))
 
 _TRIGGERS = (
@@ -150,7 +153,7 @@ class Registry:
             with self._engine.begin() as connection:
                 ids = list(fresh)
                 for start in range(0, len(ids), _CHUNK):
-                    query = select(*_events.c).where(_events.c.event_id.in_(ids[start : start + _CHUNK]))
+                    query = select(*_CONTENT).where(_events.c.event_id.in_(ids[start : start + _CHUNK]))
                     for _, *values in connection.execute(query):
                         known = _event(values)
                         if fresh.pop(known.event_id) != known:
@@ -169,6 +172,12 @@ class Registry:
         """The sequence number of the latest event; 0 where there is none."""
         with self._reading() as connection:
             return int(connection.scalar(select(func.max(_events.c.seq))) or 0)
+
+    def latest_recorded(self) -> int:
+        """When the latest event was put on record (microseconds UTC); 0 where there is none. No honest clock is behind
+        it."""
+        with self._reading() as connection:
+            return int(connection.scalar(select(func.max(_events.c.recorded_at))) or 0)
 
     def snapshot(self, purpose: str, as_of: int, sequence: int | None = None) -> Snapshot:
         """Who may participate for exactly this purpose.
@@ -230,7 +239,7 @@ class Registry:
         """A purpose's events by person. What was read once is kept: events never change, so only new ones are read."""
         read_to, by_person = self._read.get(purpose, (0, {}))
         if head > read_to:
-            query = select(*_events.c).where(
+            query = select(*_CONTENT).where(
                 _events.c.purpose == purpose, _events.c.seq > read_to, _events.c.seq <= head
             )
             with self._reading() as connection:
@@ -293,7 +302,8 @@ def _reused(item: ConsentEvent, path: Path) -> ConsentError:
 
 
 def _row(item: ConsentEvent) -> dict[str, object]:
-    return {name: getattr(item, name) for name in ConsentEvent.__slots__} | {"type": item.type.value}
+    content = {name: getattr(item, name) for name in ConsentEvent.__slots__}
+    return content | {"type": item.type.value, "recorded_at": now_micros()}
 
 
 def _event(values: Sequence[Any]) -> ConsentEvent:

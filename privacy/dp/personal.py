@@ -5,7 +5,8 @@ Invariants:
    Rényi divergence, this release included, fits the budget that her limit stands for, at the one order fixed by it.
 2. Whether a person takes part depends on her own events and on public parameters, never on anybody else; so nobody's
    limit changes σ, q or the number of steps.
-3. Who was held by a charge is durable before anything computed under that charge leaves. It stays at the site.
+3. Who was held by a charge is durable before anything computed under that charge leaves, in rows chained like the
+   ledger's. It stays at the site.
 4. A charge that nobody was noted for (this file is newer than the ledger, or was lost) counts for everybody of its
    role. Where the role matters and is not given, it is the one of the charges that held the person, which she holds
    for ever; for a person whom no charge held, or charges of both roles, it is whichever costs more.
@@ -16,6 +17,7 @@ persons for each kind of release, not for each charge.
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +37,8 @@ Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS person (place INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE);
-CREATE TABLE IF NOT EXISTS held (entry INTEGER PRIMARY KEY, charge TEXT NOT NULL, persons BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS held (
+  entry INTEGER PRIMARY KEY, charge TEXT NOT NULL, persons BLOB NOT NULL, chain BLOB NOT NULL);
 CREATE TRIGGER IF NOT EXISTS held_no_update BEFORE UPDATE ON held BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER IF NOT EXISTS held_no_delete BEFORE DELETE ON held BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
@@ -75,8 +78,8 @@ class PersonalLosses:
             self._counted: dict[str, PrivacyEvent] = {}
             self._places: dict[bytes, int] = {n: p for p, n in self._db.execute("SELECT place, name FROM person")}
             self._held: dict[str, Mask] = {}
-            for charge, data in self._db.execute("SELECT charge, persons FROM held ORDER BY entry"):
-                self._add(charge, np.unpackbits(np.frombuffer(data, dtype=np.uint8)).astype(np.bool_))
+            self._entry, self._tip = 0, b""
+            self._load_new()
         except (sqlite3.Error, FileNotFoundError) as error:
             raise BudgetError(
                 f"is not a readable record of personal losses ({type(error).__name__})", where=str(path),
@@ -109,10 +112,20 @@ class PersonalLosses:
         """
         mask = np.zeros(len(self._places), dtype=np.bool_)
         mask[places] = True
+        persons = np.packbits(mask).tobytes()
         try:
-            self._db.execute("INSERT INTO held (charge, persons) VALUES (?, ?)", (charge, np.packbits(mask).tobytes()))
-        except sqlite3.Error as error:
-            raise self._unwritable(error) from None
+            self._db.execute("BEGIN IMMEDIATE")
+            self._load_new()  # what another run on the same ledger noted
+            entry, chain = self._entry + 1, _link(self._tip, self._entry + 1, charge, persons)
+            self._db.execute("INSERT INTO held VALUES (?, ?, ?, ?)", (entry, charge, persons, chain))
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise self._unwritable(error) from None
+            raise
+        self._entry, self._tip = entry, chain
         self._add(charge, mask)
 
     def divergence(self, charges: Mapping[str, PrivacyEvent], order: float) -> Floats:
@@ -215,6 +228,17 @@ class PersonalLosses:
             found[event.role][: len(mask)] |= mask
         return found
 
+    def _load_new(self) -> None:
+        query = "SELECT entry, charge, persons, chain FROM held WHERE entry > ? ORDER BY entry"
+        for entry, charge, persons, chain in self._db.execute(query, (self._entry,)).fetchall():
+            if entry != self._entry + 1 or chain != _link(self._tip, entry, charge, persons):
+                raise BudgetError(
+                    f"entry {entry} does not follow from the one before: the record of who was held was edited",
+                    where=str(self._path), hint="restore the file from the site's backup",
+                )  # fmt: skip
+            self._entry, self._tip = entry, chain
+            self._add(charge, np.unpackbits(np.frombuffer(persons, dtype=np.uint8)).astype(np.bool_))
+
     def _unwritable(self, error: sqlite3.Error) -> BudgetError:
         return BudgetError(f"cannot be written ({type(error).__name__}): nothing may leave",
                            where=str(self._path), hint="check the disk")  # fmt: skip
@@ -246,3 +270,7 @@ class PersonalLosses:
             here = held[: len(counts)]
             counts[: len(here)] -= here * counted.steps
         self._held[charge] = both
+
+
+def _link(tip: bytes, entry: int, charge: str, persons: bytes) -> bytes:
+    return hashlib.sha256(tip + f"{entry}\n{charge}\n".encode() + persons).digest()

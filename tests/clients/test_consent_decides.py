@@ -235,7 +235,10 @@ def test_a_round_that_is_computed_again_is_charged_once(tmp_path: Path, control:
     observed = observe(tmp_path, "run", Watch(on_train=mark_first_attempt(withdrawing=True)))
     assert observed.watch.attempts[2, "ash"] == 2
     rows = ledger_rows(observed.out / "ledgers", "ash")
-    assert [row for row in rows if row[0].startswith("2/")] == [("2/train", "reserve", STEPS)]
+    assert [row for row in rows if row[0].startswith("2/")] == [
+        ("2/train", "reserve", STEPS),
+        ("2/train", "expire", STEPS),
+    ]
     assert rows == ledger_rows(control.out / "ledgers", "ash")  # nobody else can tell either
 
 

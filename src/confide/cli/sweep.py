@@ -106,6 +106,8 @@ class _CellDisplay:
 def _show(found: Sweep) -> None:
     from confide.simulations.sweep_page import describe_best, describe_cost, show_value
 
+    for warning in found.warnings:
+        out.print(f"[bold white on red] {warning} [/]")
     cells = Table(box=None, padding=(0, 2, 0, 0), title=f"Sweep of {found.name}", title_justify="left",
                   title_style="bold")  # fmt: skip
     cells.add_column("cell", justify="right")

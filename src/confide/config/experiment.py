@@ -269,7 +269,8 @@ class PrivacyConfig(_Section):
     epsilon: Annotated[float, Field(gt=0)]
     delta: Annotated[float, Field(gt=0, lt=0.1)] = 1e-5
     sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
-    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    #: Far from where float32 ends: there clipping rounds up, and the noise would be too small.
+    max_grad_norm: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     placement: Literal["site"] = "site"
     site_epsilon_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
     unsafe_noise_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None

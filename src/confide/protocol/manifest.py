@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from confide.config import (
     LabelConfig,
@@ -27,6 +27,16 @@ from confide.privacy.randomness import UNSAFE_NOISE
 __all__ = ["Hex32", "Layout", "Manifest", "Member"]
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _computable(sigma: float) -> float:
+    """What an accountant cannot work with would be a fault at every site, or keep it busy for ever."""
+    if sigma and not 1e-3 <= sigma <= 1e7:
+        raise ValueError("a noise multiplier is 0, or between 0.001 and 10 million")
+    return sigma
+
+
+NoiseMultiplier = Annotated[float, AfterValidator(_computable)]
 
 
 class _Part(BaseModel):
@@ -57,7 +67,8 @@ class Manifest(_Part):
     """One run."""
 
     version: int = 1
-    run: str
+    #: Charges are called `run/round/role`, and are found by that beginning: no name may be the beginning of another's.
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     federation: str
     roster_version: int
     purpose: str
@@ -77,8 +88,8 @@ class Manifest(_Part):
     strategy: StrategyConfig
     privacy: PrivacyConfig
     #: σ of the training steps and of the metric releases; 0 only for the ε = ∞ baseline on public data.
-    noise_multiplier: Annotated[float, Field(ge=0)]
-    metrics_noise_multiplier: Annotated[float, Field(ge=0)]
+    noise_multiplier: NoiseMultiplier
+    metrics_noise_multiplier: NoiseMultiplier
     sealing: SealingConfig
     #: A statistics run: its two rounds learn the bounds that the schema leaves out, and nothing is trained.
     statistics: bool = False
@@ -89,6 +100,12 @@ class Manifest(_Part):
             raise ValueError("bounds are learned in a run of its own, and before anything is trained")
         if self.statistics and (self.rounds, self.metric_rounds) != (1, (1, 2)):
             raise ValueError("a statistics run has two releases")
+        return self
+
+    @model_validator(mode="after")
+    def _says_unsafe(self) -> Manifest:
+        if self.privacy.unsafe_noise_seed is not None and not self.run.startswith("UNSAFE-"):
+            raise ValueError("a run whose noise comes from a seed is called UNSAFE-…, so that its charges are, too")
         return self
 
     @model_validator(mode="after")

@@ -53,7 +53,8 @@ def known(registry: Registry, names: list[str]) -> dict[str, bytes]:
         "DELETE FROM consent_event WHERE event_id = 'no'",
         # SQLite's REPLACE deletes the row that is in the way without asking a DELETE trigger.
         "REPLACE INTO consent_event SELECT seq, event_id, pseudonym, purpose, 'given', effective_at, valid_until, "
-        "notice_digest, lawful_basis, jurisdiction, evidence_ref, max_epsilon FROM consent_event WHERE event_id = 'no'",
+        "notice_digest, lawful_basis, jurisdiction, evidence_ref, max_epsilon, recorded_at FROM consent_event "
+        "WHERE event_id = 'no'",
         "UPDATE OR REPLACE consent_event SET seq = 1 WHERE seq = 2",
     ],
 )
@@ -255,7 +256,7 @@ def test_an_event_of_a_kind_this_version_does_not_know_is_a_consent_error(regist
     with closing(sqlite3.connect(path)) as db, db:
         db.execute(
             "INSERT INTO consent_event (event_id, pseudonym, purpose, type, effective_at, notice_digest, lawful_basis,"
-            " jurisdiction, evidence_ref) SELECT 'b', pseudonym, purpose, 'paused', 20, '', '', '', ''"
+            " jurisdiction, evidence_ref, recorded_at) SELECT 'b', pseudonym, purpose, 'paused', 20, '', '', '', '', 20"
             " FROM consent_event"
         )
     with pytest.raises(ConsentError):
