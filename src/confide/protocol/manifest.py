@@ -76,7 +76,7 @@ class Manifest(_Part):
     members: Annotated[tuple[Member, ...], FailFast()]
     min_sites: Annotated[int, Field(ge=3)]
     min_subjects: Annotated[int, Field(ge=1)]
-    rounds: Annotated[int, Field(ge=1)]
+    rounds: Annotated[int, Field(ge=1, le=10_000)]
     metric_rounds: Annotated[tuple[int, ...], FailFast()]
     held_out: float
     label: LabelConfig
