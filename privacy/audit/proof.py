@@ -109,7 +109,8 @@ def read_proof(path: Path) -> Proved:
             raise ValueError
         proof = EntryProof.model_validate_json(data)
     except (OSError, ValueError, ValidationError) as error:
-        raise AuditError(f"is not a proof that this version can read ({type(error).__name__})", where=where) from None
+        raise AuditError(f"is not a proof that this version can read ({type(error).__name__})", where=where,
+                         hint="give a file of confide audit prove, or a run's folder") from None  # fmt: skip
     key = bytes.fromhex(proof.public_key)
     checkpoint = parse_note(proof.checkpoint, proof.origin, proof.party, key)  # 1
     leaf, record, at = parse_line(f"{proof.salt} {proof.entry}".encode())  # 2

@@ -208,7 +208,7 @@ class Registry:
         pseudonym = self.pseudonyms([subject]).get(subject)
         if pseudonym is None:
             return []
-        query = select(*_events.c).where(_events.c.pseudonym == pseudonym).order_by(_events.c.seq)
+        query = select(*_CONTENT).where(_events.c.pseudonym == pseudonym).order_by(_events.c.seq)
         with self._reading() as connection:
             return [(seq, _event(values)) for seq, *values in connection.execute(query)]
 
