@@ -10,13 +10,13 @@ Three witnesses, from the nearest to the farthest:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from confide.clients.store import SiteStore
 from confide.errors import AuditError, BudgetError, ConfigError, SealingError
-from confide.privacy.audit.log import Log, read_lines
-from confide.privacy.audit.records import Charged, Settled
+from confide.privacy.audit.log import Log, read_lines, stored_entries
+from confide.privacy.audit.records import Charged, Record, Settled
 from confide.privacy.dp import Ledger
 from confide.privacy.dp.events import event_from_json
 from confide.privacy.dp.personal import PersonalLosses
@@ -28,6 +28,7 @@ from confide.protocol.sightings import Sighting, pack_sightings, unpack_sighting
 
 __all__ = ["Continuity", "check_ledger", "complete_ledger"]
 
+_DATABASE = b"SQLite format 3\0"
 _COMPLETE = (
     "restore the newest backup of the ledger, or add what it lacks from the site's log, which only ever raises ε: "
     "confide site recover LEDGER_FOLDER --log LOG"
@@ -69,7 +70,8 @@ def complete_ledger(ledger: Ledger, log: Path) -> list[str]:
 
     Args:
         ledger: The site's ledger.
-        log: A site's federated log; anybody's copy of it will do, as nothing but charges is taken from it.
+        log: A site's federated log, its own or an exported one; anybody's copy of it will do, as nothing but charges
+            is taken from it.
 
     Returns:
         The names of the charges that were added.
@@ -83,7 +85,12 @@ def complete_ledger(ledger: Ledger, log: Path) -> list[str]:
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=str(log), hint="name the site's log") from None
     added, known = [], ledger.reservations()
-    for record, _, _ in read_lines(data[: data.rfind(b"\n") + 1], str(log)):
+    records: Iterator[Record] = (
+        (record for record, _ in stored_entries(log))
+        if data.startswith(_DATABASE)
+        else (record for record, _, _ in read_lines(data[: data.rfind(b"\n") + 1], str(log)))
+    )
+    for record in records:
         if isinstance(record, Charged):
             ledger.restore(record.charge, event_from_json(record.event))
             added += [record.charge] if record.charge not in known else []

@@ -85,7 +85,6 @@ def simulate(
             if sources.learned:
                 world = _with_learned_bounds(world, loaded, base, folder, ledgers)
             result = _Run(world, folder, progress, started).execute()
-            world.export()
         except BaseException as error:
             with suppress(ConfideError, sqlite3.Error):  # the first error is the one to tell
                 world.export()
@@ -291,6 +290,7 @@ class _Run:
         write_figures(result, self._folder / "figures")
         result = replace(result, seconds=round(time.perf_counter() - self._started, 3))
         write_index(result, self._folder / "index.html")
+        world.export()  # before anything says that it is finished
         write_json(self._folder / "result.json", result.to_json())
         write_json(self._folder / "status.json", {"status": "finished", "run_id": manifest.run})
         return result

@@ -89,7 +89,8 @@ def load_evidence(folder: Path) -> Evidence:
     path = logs / f"{COORDINATOR}{LOG_SUFFIX}"
     if not path.is_file():
         raise AuditError("there is no coordinator's log here", where=str(folder),
-                         hint="give the output folder of a run, or a folder of exported logs")  # fmt: skip
+                         hint="give the output folder of a run, or a folder of exported logs; "
+                         "where the run was killed, confide audit export FOLDER writes them")  # fmt: skip
     findings: list[Finding] = []
     coordinator = _read(path, COORDINATOR, findings)
     first = coordinator.entries[0] if coordinator.entries else None

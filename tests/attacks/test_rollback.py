@@ -74,12 +74,13 @@ def forget(federation: Machines) -> None:
 
 def complete(federation: Machines) -> None:
     """What the refusal advises."""
-    folder, log = federation.place("ledgers", SITE), federation.folder / "copy.log"
-    export_log(federation.place("logs", SITE) / "federated.db", log)
+    folder, log = federation.place("ledgers", SITE), federation.place("logs", SITE) / "federated.db"
     done = confide("site", "recover", folder, "--log", log, "--json")
     assert done.code == 0, done.err
     assert done.last_line["added"], "something was missing"
-    assert confide("site", "recover", folder, "--log", log, "--json").last_line["added"] == [], "and now nothing is"
+    export_log(log, federation.folder / "copy.log")
+    again = confide("site", "recover", folder, "--log", federation.folder / "copy.log", "--json")
+    assert again.last_line["added"] == [], "and now nothing is, also by the exported log"
 
 
 # --- the ledger against the site's own log ----------------------------------------------------------------------------

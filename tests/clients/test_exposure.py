@@ -130,3 +130,15 @@ def test_missing_files_are_told_and_not_made(finished: Path, tmp_path: Path, mis
     assert missing in refused.err
     assert not (tmp_path / "run" / "ledgers" / "ash" / missing).exists()
     assert confide("audit", "exposure", "ash-3", tmp_path).code == 2
+
+
+def test_what_a_killed_run_left_is_exported_by_a_command(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "logs")
+    refused = confide("audit", "verify", tmp_path / "run")
+    assert refused.code == 7
+    assert "confide audit export" in refused.err
+    done = confide("audit", "export", tmp_path / "run", "--json")
+    assert done.last_line["parties"] == ["coordinator", "ash", "birch", "cedar", "doum"]
+    assert confide("audit", "verify", tmp_path / "run").code == 0
+    assert confide("audit", "export", tmp_path).code == 7
