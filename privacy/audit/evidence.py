@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from confide.errors import AuditError
 from confide.privacy.audit import records as r
@@ -28,11 +28,16 @@ _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that does not hold: whose log, which entry (None: the whole log), and what it means."""
+    """Something that does not hold: whose log, which entry (None: the whole log), what it means, and how bad it is.
+
+    *critical*: the evidence itself was changed, or is gone. *high*: what it tells breaks a rule of the run. *low*: it
+    cannot all be checked, or has an innocent explanation.
+    """
 
     party: str
     entry: int | None
     what: str
+    severity: Literal["critical", "high", "low"] = field(default="critical", compare=False)
 
     def __str__(self) -> str:
         place = f"log of {self.party}" + (f", entry {self.entry}" if self.entry is not None else "")
@@ -124,7 +129,7 @@ def load_evidence(folder: Path) -> Evidence:
             evidence.local.append(log)
     for extra in sorted(logs.glob(f"*{LOG_SUFFIX}")):
         if extra.stem != COORDINATOR and extra.stem not in keys:
-            findings.append(Finding(extra.stem, None, "is no site of this run's roster"))
+            findings.append(Finding(extra.stem, None, "is no site of this run's roster", "low"))
     return evidence
 
 
@@ -165,7 +170,7 @@ def _read(path: Path, party: str, findings: list[Finding]) -> PartyLog:
         log.complete = False
         return log
     if not data.endswith(b"\n") and data:
-        findings.append(Finding(party, data.count(b"\n"), "is not complete"))
+        findings.append(Finding(party, data.count(b"\n"), "is not complete", "low"))
     try:
         for record, leaf, at in read_lines(data, str(path)):
             log.tree.append(leaf)
@@ -197,7 +202,7 @@ def _check_signature(
     elif log.tree.root(checkpoint.size) != checkpoint.root:
         findings.append(Finding(log.party, _first_difference(log, checkpoint), "is not what was signed"))
     elif checkpoint.size < len(log.entries):
-        findings.append(Finding(log.party, checkpoint.size, "entries follow that no checkpoint covers"))
+        findings.append(Finding(log.party, checkpoint.size, "entries follow that no checkpoint covers", "low"))
 
 
 def _first_difference(log: PartyLog, checkpoint: Checkpoint) -> int | None:

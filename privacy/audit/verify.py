@@ -76,11 +76,16 @@ def verify(folder: Path, witnesses: Sequence[WitnessNotes] = ()) -> Evidence:
     return evidence
 
 
+def _broken(party: str, entry: int | None, what: str) -> Finding:
+    """What the evidence tells breaks a rule."""
+    return Finding(party, entry, what, "high")
+
+
 def _times(log: PartyLog) -> Iterator[Finding]:
     """Step 3."""
     for number in range(1, len(log.times)):
         if log.times[number] < log.times[number - 1]:
-            yield Finding(log.party, number, "the clock went backwards")
+            yield Finding(log.party, number, "the clock went backwards", "low")
 
 
 def _seen_checkpoints(evidence: Evidence) -> Iterator[Finding]:
@@ -131,12 +136,12 @@ def _cohorts(evidence: Evidence) -> Iterator[Finding]:
     for number, cohort in evidence.coordinator.of(r.Cohort):
         members = cohort.cohort
         if (cohort.round, cohort.attempt) in attempts or (cohort.attempt and not retries):
-            yield Finding(COORDINATOR, number, f"round {cohort.round} was sealed for a second cohort")
+            yield _broken(COORDINATOR, number, f"round {cohort.round} was sealed for a second cohort")
         attempts.add((cohort.round, cohort.attempt))
         if len(cohort.checkpoints) != len(members):
-            yield Finding(COORDINATOR, number, "a cohort without the state of every member's log")
+            yield _broken(COORDINATOR, number, "a cohort without the state of every member's log")
         if len(members) < manifest["min_sites"] or members != sorted(set(members)) or not set(members) <= roster:
-            yield Finding(COORDINATOR, number, "a cohort that the run does not allow")
+            yield _broken(COORDINATOR, number, "a cohort that the run does not allow")
         expected = transcript(
             evidence.manifest_digest,
             manifest["roster_version"],
@@ -146,7 +151,7 @@ def _cohorts(evidence: Evidence) -> Iterator[Finding]:
             cohort.attempt,
         )
         if cohort.transcript != expected:
-            yield Finding(COORDINATOR, number, "the transcript is not the hash of what was agreed")
+            yield _broken(COORDINATOR, number, "the transcript is not the hash of what was agreed")
         for site in members:
             log = evidence.sites.get(site)
             if log is None or not log.complete:
@@ -156,22 +161,22 @@ def _cohorts(evidence: Evidence) -> Iterator[Finding]:
                 continue  # abandoned, or interrupted on the way: nothing was counted
             agreed = [e.epoch for _, e in log.of(r.KeysAgreed)]
             if agreed and agreed[-1] != cohort.key_epoch:
-                yield Finding(site, None, f"agreed on other keys than those of round {cohort.round}'s cohort")
+                yield _broken(site, None, f"agreed on other keys than those of round {cohort.round}'s cohort")
             if not any(e.round == cohort.round for _, e in log.of(r.UpdateCommitted)):
-                yield Finding(site, None, f"no update was committed for round {cohort.round}, yet it was counted")
+                yield _broken(site, None, f"no update was committed for round {cohort.round}, yet it was counted")
             if not sealed:
-                yield Finding(site, None, f"nothing was sealed for round {cohort.round}, yet it was counted")
+                yield _broken(site, None, f"nothing was sealed for round {cohort.round}, yet it was counted")
             for n, entry in sealed:
                 if entry.transcript != cohort.transcript or entry.cohort != members:
-                    yield Finding(site, n, f"sealed round {cohort.round} for another cohort than the coordinator's")
+                    yield _broken(site, n, f"sealed round {cohort.round} for another cohort than the coordinator's")
     for site, log in evidence.sites.items():
         seen: set[tuple[int, int]] = set()
         for number, entry in log.of(r.Sealed):
             if (entry.round, entry.attempt) in seen or (entry.attempt and not retries):
-                yield Finding(site, number, f"sealed round {entry.round} twice")
+                yield _broken(site, number, f"sealed round {entry.round} twice")
             seen.add((entry.round, entry.attempt))
             if (entry.round, entry.attempt) not in attempts:
-                yield Finding(
+                yield _broken(
                     site, number, f"sealed round {entry.round}, of which the coordinator's log knows no cohort"
                 )
 
@@ -185,19 +190,19 @@ def _unlocked(evidence: Evidence) -> Iterator[Finding]:
         seen: set[int] = set()
         for number, entry in log.of(r.Unlocked):
             if entry.round in seen:
-                yield Finding(site, number, f"unlocked round {entry.round} twice")
+                yield _broken(site, number, f"unlocked round {entry.round} twice")
             seen.add(entry.round)
             if entry.transcript != opened.get(entry.round, entry.transcript):
-                yield Finding(site, number, f"unlocked another attempt of round {entry.round} than was opened")
+                yield _broken(site, number, f"unlocked another attempt of round {entry.round} than was opened")
             of = cohorts.get(entry.transcript)
             if not retries or of is None or (of.round, of.attempt) != (entry.round, entry.attempt):
-                yield Finding(
+                yield _broken(
                     site, number, f"unlocked in round {entry.round} what the coordinator's log knows nothing of"
                 )
         for transcript_ in opened.values() if retries and log.complete else ():
             of = cohorts.get(transcript_)
             if of is not None and site in of.cohort and of.round not in seen:
-                yield Finding(site, None, f"did not unlock round {of.round}, yet it was counted")
+                yield _broken(site, None, f"did not unlock round {of.round}, yet it was counted")
 
 
 def _charges(evidence: Evidence, site: str, log: PartyLog) -> Iterator[Finding]:
@@ -211,35 +216,35 @@ def _charges(evidence: Evidence, site: str, log: PartyLog) -> Iterator[Finding]:
         try:
             event = event_from_json(entry.event)
         except ConfideError:
-            yield Finding(site, number, "a charge that cannot be read")
+            yield _broken(site, number, "a charge that cannot be read")
             continue
         charged.setdefault(entry.round, []).append((number, event))
         if not _as_promised(event, evidence.manifest):
-            yield Finding(site, number, "a charge with other parameters than the manifest's")
+            yield _broken(site, number, "a charge with other parameters than the manifest's")
     sealed_rounds = {e.round for _, e in log.of(r.Sealed)}
     rounds = {e.charge: e.round for _, e in log.of(r.Charged)}
     for number, entry in log.of(r.Settled):
         if entry.steps or rounds.get(entry.charge) in sealed_rounds or entry.charge not in rounds:
-            yield Finding(site, number, "a charge was taken back though what it paid for has left")
+            yield _broken(site, number, "a charge was taken back though what it paid for has left")
     for _, _, event in standing_charges(log):
         by_role.setdefault(event.role.value, []).append(event)
     snapshots = {e.round: n for n, e in reversed(list(log.of(r.SnapshotTaken)))}
     for number, entry in log.of(r.UpdateCommitted):
         if snapshots.get(entry.round, number) >= number:
-            yield Finding(site, number, f"an update of round {entry.round} without a snapshot of who consents")
+            yield _broken(site, number, f"an update of round {entry.round} without a snapshot of who consents")
         before = {e.role.value for n, e in charged.get(entry.round, []) if n < number}
         trains = entry.round <= evidence.manifest["rounds"] and not evidence.manifest.get("statistics")
         needed = {"train"} if trains else set()
         needed |= {"held_out"} if entry.round in evidence.manifest["metric_rounds"] else set()
         if not needed <= before:
-            yield Finding(site, number, f"an update of round {entry.round} that was not charged first")
+            yield _broken(site, number, f"an update of round {entry.round} that was not charged first")
     limit = float(privacy["epsilon"])
     for role, events in by_role.items():
         merged = merge_events(events)
         if len(merged) == 1 and run_epsilon(merged[0], privacy["delta"]) > limit * (1 + 1e-6):
-            yield Finding(site, None, f"the charges for {role} cost more than the run's ε = {limit:g}")
+            yield _broken(site, None, f"the charges for {role} cost more than the run's ε = {limit:g}")
         if rdp_epsilon(merged, privacy["delta"]) > privacy["site_epsilon_limit"] * (1 + 1e-6):
-            yield Finding(site, None, f"the charges for {role} exceed the ledger's limit")
+            yield _broken(site, None, f"the charges for {role} exceed the ledger's limit")
 
 
 def standing_charges(log: PartyLog) -> list[tuple[int, int, PrivacyEvent]]:
@@ -275,31 +280,31 @@ def _models(evidence: Evidence, folder: Path) -> Iterator[Finding]:
     agreed = {e.round: e.transcript for _, e in evidence.coordinator.of(r.Cohort)}
     for site, log in evidence.sites.items():
         if log.entries and not isinstance(log.entries[0], r.Joined | r.Refused):
-            yield Finding(site, 0, "the log does not start with joining the run")
+            yield _broken(site, 0, "the log does not start with joining the run")
         for number, entry in log.of(r.Opened):
             opened.setdefault(entry.round, {})[site] = (number, entry)
             if entry.transcript != agreed.get(entry.round):
-                yield Finding(site, number, f"opened round {entry.round} under another transcript than its cohort's")
+                yield _broken(site, number, f"opened round {entry.round} under another transcript than its cohort's")
     last = evidence.manifest["initial_model"]
     for round_, found in sorted(opened.items()):
         last = Counter(e.model for _, e in found.values()).most_common(1)[0][0]
         for site, (number, entry) in found.items():
             if entry.model != last:
-                yield Finding(site, number, f"opened round {round_} to another model than most sites")
+                yield _broken(site, number, f"opened round {round_} to another model than most sites")
     released = list(evidence.coordinator.of(r.ModelReleased))
     for party, log in ((COORDINATOR, evidence.coordinator), *evidence.sites.items()):
         for number, entry in log.of(r.ModelReleased):
             if (_named(entry) if opened else entry.model) != last:
-                yield Finding(party, number, "released another model than the sites opened last")
+                yield _broken(party, number, "released another model than the sites opened last")
             if party != COORDINATOR and not released:
-                yield Finding(
+                yield _broken(
                     COORDINATOR, None, f"does not tell of the model that {party} released (its entry {number})"
                 )
     path = folder / "model.safetensors"
     if path.is_file() and not released:
-        yield Finding(COORDINATOR, None, "tells of no release, yet there is a model.safetensors")
+        yield _broken(COORDINATOR, None, "tells of no release, yet there is a model.safetensors")
     if path.is_file() and released and _weights_digest(path, evidence.manifest) != released[-1][1].model:
-        yield Finding(COORDINATOR, released[-1][0], "model.safetensors does not hold the released model")
+        yield _broken(COORDINATOR, released[-1][0], "model.safetensors does not hold the released model")
 
 
 def _named(entry: r.ModelReleased) -> str:
@@ -334,10 +339,10 @@ def _refusals(evidence: Evidence) -> Iterator[Finding]:
         for number, entry in log.of(r.Refused):
             sent.add((site, entry.round, entry.step, entry.reason))
             if ended and (site, entry.round, entry.step, entry.reason) not in received:
-                yield Finding(site, number, "a refusal that the coordinator's log does not hold")
+                yield _broken(site, number, "a refusal that the coordinator's log does not hold")
     for refusal, number in received.items():
         if refusal not in sent:
-            yield Finding(COORDINATOR, number, f"a refusal by {refusal[0]} that its own log does not hold")
+            yield _broken(COORDINATOR, number, f"a refusal by {refusal[0]} that its own log does not hold")
 
 
 def _witnessed(evidence: Evidence, witness: WitnessNotes) -> Iterator[Finding]:
@@ -351,7 +356,7 @@ def _witnessed(evidence: Evidence, witness: WitnessNotes) -> Iterator[Finding]:
             yield Finding(log.party, None, f"the note of witness {witness.name} {error.what}")
             continue
         if seen is None:
-            yield Finding(log.party, None, f"witness {witness.name} has never seen this log")
+            yield Finding(log.party, None, f"witness {witness.name} has never seen this log", "low")
         elif seen.checkpoint.size > log.tree.size or log.tree.root(seen.checkpoint.size) != seen.checkpoint.root:
             yield Finding(
                 log.party, None,

@@ -39,7 +39,7 @@ def verify(
         return
     evidence = check(folder, [WitnessNotes(w) for w in witness or ()])
     entries = len(evidence.coordinator.entries) + sum(len(s.entries) for s in evidence.sites.values())
-    findings = [{"party": f.party, "entry": f.entry, "what": f.what} for f in evidence.findings]
+    findings = [{"party": f.party, "entry": f.entry, "what": f.what, "severity": f.severity} for f in evidence.findings]
     if as_json:
         show_json({
             "run_id": evidence.run, "parties": 1 + len(evidence.sites), "entries": entries,
@@ -49,10 +49,11 @@ def verify(
         err.print(f"{folder}: {len(findings)} findings; first: {evidence.findings[0]}", markup=False, soft_wrap=True)
         raise typer.Exit(AuditError.exit_code)
     if findings:
+        first, count = evidence.findings[0], f"{len(findings)} finding{'s' if len(findings) > 1 else ''}"
         for finding in evidence.findings[1:20]:
-            err.print(f"also: {finding}", markup=False, soft_wrap=True)
+            err.print(f"also ({finding.severity}): {finding}", markup=False, soft_wrap=True)
         raise AuditError(
-            f"{len(findings)} finding{'s' if len(findings) > 1 else ''}; first: {evidence.findings[0]}",
+            f"{count}; first ({first.severity}): {first}",
             where=str(folder),
             hint="do not rely on this run's evidence; compare with copies that other parties keep",
         )

@@ -7,6 +7,7 @@ witness for is in docs/THREAT_MODEL.md, and is tested here both ways.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from confide.privacy.audit.checkpoint import Checkpoint, sign_note
 from confide.privacy.audit.evidence import load_evidence
 from confide.privacy.audit.verify import verify
 from confide.privacy.audit.witness import Witness
+from tests.privacy.audit.command import confide
 from tests.privacy.audit.logbook import COORDINATOR, Logbook, Run
 
 SITE = "birch"
@@ -138,3 +140,23 @@ def test_a_restored_ledger_charges_again_and_the_log_shows_it(run: Run) -> None:
         book.insert(SITE, place, record)
     book.write(SITE)
     assert found(run), "by what peers keep of its log"
+
+
+def test_a_finding_says_how_bad_it_is(run: Run, witness: Witness) -> None:
+    """Changed evidence is critical, a broken rule is high, and what has an innocent explanation is low."""
+    book = Logbook(run)
+    edit(book)
+    book.write(SITE)
+    assert {f.severity for f in verify(run.folder).findings} == {"critical"}
+    book.restore(SITE)
+    run.log(SITE).with_suffix(".checkpoint").write_bytes(witness.notes.path(
+        f"confide/simulation/{SITE}/federated").read_bytes().rsplit(b"\xe2\x80\x94", 1)[0])  # fmt: skip
+    assert verify(run.folder).findings == [], "the control: put back"
+    broken = Logbook(run)
+    del broken.logs[SITE][broken.index(SITE, r.SnapshotTaken, round=1)]
+    broken.conspire()
+    assert {f.severity for f in verify(run.folder).findings} == {"high"}
+    told = confide("audit", "verify", run.folder, "--json")
+    assert told.code == 7
+    assert {f["severity"] for f in json.loads(told.out)["findings"]} == {"high"}
+    assert "first (high)" in confide("audit", "verify", run.folder).err
