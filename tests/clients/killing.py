@@ -67,7 +67,7 @@ _PATIENCE = 180
 
 @dataclass(frozen=True)
 class Point:
-    """A moment: right before, in the middle of, or right after the n-th `action` of answering a request for `step`.
+    """A moment: right before or right after the n-th `action` of answering a request for `step`.
 
     `needs` names what a round must have for the moment to come at all.
     """
@@ -81,23 +81,18 @@ class Point:
     @property
     def after(self) -> list[str]:
         """What has become durable since the point before it: one thing at most."""
-        if self.moment == "after" and self.action in ("put model", "hold: INSERT held"):
-            return ["commit"]
-        made = {("before", "fsync"): "write", ("before", "replace"): "fsync", ("after", "append"): "replace"}
-        made["after", "COMMIT"] = "commit"
-        words = self.action.split()
-        return [made[self.moment, word] for word in (words[0], words[-1]) if (self.moment, word) in made]
+        committed = self.action == "put model" or self.action.endswith(": COMMIT")
+        return ["commit"] if self.moment == "after" and committed else []
 
 
-def _line(step: str, kind: str, what: str, nth: int = 1, needs: str = "") -> dict[str, Point]:
-    """The moments of one entry in a log: it is written, synced, and then the checkpoint is replaced."""
+def _entry(step: str, kind: str, what: str, nth: int = 1, needs: str = "") -> dict[str, Point]:
+    """The moments of one entry in a log: its row comes before the checkpoint over it, in one transaction."""
+    inside = f"append {kind}"
     return {
-        f"{step}: half of '{what}' is written": Point(step, "during", f"write {kind}", nth, needs),
-        f"{step}: '{what}' is written": Point(step, "before", f"fsync {kind}", nth, needs),
-        f"{step}: '{what}' is synced, its checkpoint is not there": Point(
-            step, "before", f"replace {kind}", nth, needs
-        ),
-        f"{step}: '{what}' is in the log": Point(step, "after", f"append {kind}", nth, needs),
+        f"{step}: about to append '{what}'": Point(step, "before", inside, nth, needs),
+        f"{step}: appending '{what}' has begun": Point(step, "after", f"{inside}: BEGIN", nth, needs),
+        f"{step}: '{what}' is written": Point(step, "after", f"{inside}: INSERT entry", nth, needs),
+        f"{step}: '{what}' is committed": Point(step, "after", f"{inside}: COMMIT", nth, needs),
     }
 
 
@@ -109,7 +104,16 @@ def _charge(role: str, nth: int, needs: str = "") -> dict[str, Point]:
         f"train: charging {role} has begun": Point("train", "after", f"{inside}: BEGIN", 1, needs),
         f"train: the charge for {role} is written": Point("train", "after", f"{inside}: INSERT entry", 1, needs),
         f"train: the charge for {role} is committed": Point("train", "after", f"{inside}: COMMIT", 1, needs),
-        **_line("train", "charged", f"charged {role}", nth, needs),
+        **_entry("train", "charged", f"charged {role}", nth, needs),
+    }
+
+
+def _hold(which: str, nth: int, needs: str = "") -> dict[str, Point]:
+    """The moments of noting whom one charge holds."""
+    return {
+        f"train: noting whom the {which} charge holds has begun": Point("train", "after", "hold: BEGIN", nth, needs),
+        f"train: whom the {which} charge holds is written": Point("train", "after", "hold: INSERT held", nth, needs),
+        f"train: whom the {which} charge holds is committed": Point("train", "after", "hold: COMMIT", nth, needs),
     }
 
 
@@ -139,9 +143,9 @@ def _reply(step: str, effect: str = "") -> dict[str, Point]:
 #: Every point, in the order in which a round comes by.
 POINTS: dict[str, Point] = {
     "train: the request has arrived": Point("train", "before", "handle"),
-    **_line("train", "opened", "opened", needs="a sum before it"),
+    **_entry("train", "opened", "opened", needs="a sum before it"),
     "train: the model is replaced": Point("train", "after", "put model", 1, "a sum before it"),
-    **_line("train", "settled", "settled", needs="an unsent update"),
+    **_entry("train", "settled", "settled", needs="an unsent update"),
     "train: about to give an unsent charge back": Point("train", "before", "settle", 1, "an unsent update"),
     "train: giving back has begun": Point("train", "after", "settle: BEGIN", 1, "an unsent update"),
     "train: what is given back is written": Point("train", "after", "settle: INSERT entry", 1, "an unsent update"),
@@ -153,28 +157,28 @@ POINTS: dict[str, Point] = {
     "train: the update is computed": Point("train", "after", "compute"),
     "train: consent was looked at again": Point("train", "after", "take", 2),
     "train: about to note whom the charges hold": Point("train", "before", "hold"),
-    "train: whom the first charge holds is noted": Point("train", "after", "hold: INSERT held"),
-    "train: whom the second charge holds is noted": Point("train", "after", "hold: INSERT held", 2, "metrics"),
-    **_line("train", "local_snapshot", "local snapshot"),
-    **_line("train", "snapshot_taken", "snapshot taken"),
-    **_line("train", "update_committed", "update committed"),
+    **_hold("first", 1),
+    **_hold("second", 2, "metrics"),
+    **_entry("train", "local_snapshot", "local snapshot"),
+    **_entry("train", "snapshot_taken", "snapshot taken"),
+    **_entry("train", "update_committed", "update committed"),
     **_reply("train"),
     "seal: the request has arrived": Point("seal", "before", "handle"),
     **_peers("seal"),
     "seal: about to be sealed": Point("seal", "before", "session seal"),
     "seal: sealed in memory": Point("seal", "after", "session seal"),
-    **_line("seal", "sealed", "sealed"),
+    **_entry("seal", "sealed", "sealed"),
     **_reply("seal", "sealed"),
     "unlock: the request has arrived": Point("unlock", "before", "handle", 1, "retries"),
     "unlock: about to be unlocked": Point("unlock", "before", "session unlock", 1, "retries"),
     "unlock: unlocked in memory": Point("unlock", "after", "session unlock", 1, "retries"),
-    **_line("unlock", "unlocked", "unlocked", needs="retries"),
+    **_entry("unlock", "unlocked", "unlocked", needs="retries"),
     **{name: Point(**{**asdict(p), "needs": "retries"}) for name, p in _reply("unlock", "unlocked").items()},
     "release: the request has arrived": Point("release", "before", "handle"),
-    **_line("release", "opened", "opened"),
+    **_entry("release", "opened", "opened"),
     "release: the model is replaced": Point("release", "after", "put model"),
     **_peers("release"),
-    **_line("release", "model_released", "model released"),
+    **_entry("release", "model_released", "model released"),
     **{name: p for name, p in _reply("release").items() if "hand over" not in p.action},
     "release: about to let the charges expire": Point("release", "before", "expire"),
     "release: expiring has begun": Point("release", "after", "expire: BEGIN"),
@@ -288,7 +292,7 @@ class Machines(Federation):
             "ledger": Ledger(ledgers / "ledger.db", old.ledger.budget, held_out=self.manifest.held_out),
             "store": SiteStore(folder / "state.db"),
             "log": old.identity.open_log(old.log.path, "federated", self.manifest.federation),
-            "local_log": old.identity.open_log(old._local_log.path, "local", self.manifest.federation),
+            "local_log": old.identity.open_log(old.local_log.path, "local", self.manifest.federation),
             "vault": Vault(self.folder / "vaults" / site, PASSPHRASE),
         }
         kept = {
@@ -355,7 +359,7 @@ class Harness:
             changed = sorted(f for f in files.keys() | self._files.keys() if files.get(f) != self._files.get(f))
             self.trace.append(["point", name, sorted({f.removesuffix("-wal") for f in changed})])
             self._files = files
-        if name and name == self.point and moment != "during":
+        if name and name == self.point:
             os.kill(os.getpid(), signal.SIGKILL)
         return name
 
@@ -389,11 +393,7 @@ class Harness:
         """A digest of every file of the victim's."""
         roots = [*self.victim, *(self.folder / "logs").glob(f"{VICTIM}.*")]
         files = [f for root in roots for f in ([root] if root.is_file() else sorted(root.rglob("*"))) if f.is_file()]
-        return {
-            self.mine(f): hashlib.sha256(f.read_bytes()).hexdigest()
-            for f in files
-            if not f.name.endswith("-shm") and not re.fullmatch(r"\..+\.checkpoint", f.name)
-        }
+        return {self.mine(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if not f.name.endswith("-shm")}
 
     # --- the wrapping ---------------------------------------------------------------------------------------------
 
@@ -489,32 +489,20 @@ class Harness:
         return self._in("compute", real, run, round_, model, *units)
 
     def _os_write(self, real: Callable[..., int], descriptor: int, data: Any) -> int:
-        kind = self._kind("write")
-        file = self._file(descriptor)
-        if kind and file and self.reach("during", kind) == self.point and self.point:
-            real(descriptor, bytes(data)[: len(data) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
         done = real(descriptor, data)
-        if file:
+        if file := self._file(descriptor):
             self.durable("write", file)
         return done
 
     def _os_fsync(self, real: Callable[..., None], descriptor: int) -> None:
-        self.reach("before", self._kind("fsync"))
         real(descriptor)
         if file := self._file(descriptor):
             self.durable("fsync", file)
 
     def _os_replace(self, real: Callable[..., None], source: Any, target: Any) -> None:
-        self.reach("before", self._kind("replace"))
         real(source, target)
         if file := self.mine(target):
             self.durable("replace", file)
-
-    def _kind(self, what: str) -> str:
-        """Names a file operation by the log entry that it is for."""
-        within = self.inside[-1] if self.inside else ""
-        return f"{what} {within.removeprefix('append ')}" if within.startswith("append ") else ""
 
     def _file(self, descriptor: int) -> str:
         return self.mine(os.readlink(f"/proc/self/fd/{descriptor}")) if self.step else ""
@@ -573,7 +561,7 @@ def _log_first(_: Harness) -> None:
     wrap(Log, "append", append)
 
 
-def _give_back_first(_: Harness) -> None:
+def _give_back_first(harness: Harness) -> None:
     """A charge is given back before that is logged."""
     settle = Ledger.settle
     Ledger.settle = lambda *_args: None  # type: ignore[method-assign]
@@ -582,7 +570,8 @@ def _give_back_first(_: Harness) -> None:
 
     def append(real: Callable[..., None], log: Log, *entries: audit.Record) -> None:
         if isinstance(entries[0], audit.Settled):
-            settle(ledgers[-1], entries[0].charge, entries[0].steps)
+            with harness.around("settle"):
+                settle(ledgers[-1], entries[0].charge, entries[0].steps)
         real(log, *entries)
 
     wrap(Log, "append", append)
@@ -601,6 +590,17 @@ def _note_no_peers(_: Harness) -> None:
 def _log_nothing_sealed(_: Harness) -> None:
     """What is sealed is not logged."""
     wrap(Log, "append", lambda real, log, *e: None if isinstance(e[0], audit.Sealed) else real(log, *e))
+
+
+def _log_in_two_transactions(_: Harness) -> None:
+    """An entry is committed before the checkpoint over it."""
+
+    def signed(real: Callable[..., str], log: Log) -> str:
+        log._db.execute("COMMIT")
+        log._db.execute("BEGIN IMMEDIATE")
+        return real(log)
+
+    wrap(Log, "_signed", signed)
 
 
 def _give_back_what_left(_: Harness) -> None:
@@ -644,6 +644,22 @@ def _commit_twice(_: Harness) -> None:
     wrap(Ledger, "reserve", reserve)
 
 
+def _log_twice(_: Harness) -> None:
+    """One more entry."""
+
+    def append(real: Callable[..., None], log: Log, *entries: audit.Record) -> None:
+        real(log, *entries)
+        if isinstance(entries[0], audit.SnapshotTaken):
+            real(log, *entries)
+
+    wrap(Log, "append", append)
+
+
+def _hold_twice(_: Harness) -> None:
+    """Whom a charge holds is noted once more."""
+    wrap(PersonalLosses, "hold", lambda real, *args: [real(*args), real(*args)][1])
+
+
 #: The folder of the job in this process.
 _HERE: list[Path] = []
 BROKEN: dict[str, Callable[[Harness], None]] = {
@@ -654,10 +670,13 @@ BROKEN: dict[str, Callable[[Harness], None]] = {
     "gives nothing back": _give_nothing_back,
     "notes no peers": _note_no_peers,
     "logs nothing sealed": _log_nothing_sealed,
+    "logs in two transactions": _log_in_two_transactions,
     "gives back what left": _give_back_what_left,
     "writes something more": _write_something_more,
     "writes something more, unsynced": _write_something_more_unsynced,
     "commits twice": _commit_twice,
+    "logs twice": _log_twice,
+    "holds twice": _hold_twice,
     # These are broken after the kill.
     "computes again": lambda _: None,
     "lets nothing expire": lambda _: None,
@@ -931,7 +950,6 @@ def _copy(machines: Machines, to: Path) -> None:
     """What the victim keeps, as it is now."""
     shutil.copytree(machines.folder / "ledgers" / VICTIM, to / "ledger")
     shutil.copytree(machines.folder / "sites" / VICTIM, to / "site")
-    shutil.copytree(machines.folder / "logs", to / "logs")
     shutil.copy(machines.folder / "wire.jsonl", to)
 
 
