@@ -310,10 +310,18 @@ class Site:
         return min(MAX_BODY, _REQUEST_BODY + _STATEMENT * len(manifest.members) * (manifest.rounds + 2))
 
     def _forget_ended_runs(self) -> None:
-        """Destroy what a process left in the vault that died between the end of a run and the end of its keys."""
+        """Destroy what a process left in the vault that died between the end of a run and the end of its keys, and say
+        so: what was in its memory has gone with it."""
+        ended = [Manifest.from_bytes(data) for data in self._store.ended_runs()]
         if self._vault is not None:
-            for data in self._store.ended_runs():
-                self._vault.destroy(vault_entry(Manifest.from_bytes(data)))
+            for manifest in ended:
+                self._vault.destroy(vault_entry(manifest))
+        entries = list(self.log.entries()) if ended else []
+        secrets = {e.run: e.secret for e in entries if isinstance(e, audit.KeysAgreed)}
+        told = {e.run for e in entries if isinstance(e, audit.KeysDestroyed | audit.RunStopped)}
+        for run in [manifest.run for manifest in ended]:
+            if run in secrets and run not in told:
+                self.log.append(audit.KeysDestroyed(run=run, secret=secrets[run]))
 
     def _joining(self, header: Header, request: Envelope) -> SiteRun:
         if len(request.chunks) != 2:

@@ -16,6 +16,7 @@ import pytest
 from confide.clients.rounds import RoundSteps
 from confide.clients.run import SiteRun
 from confide.errors import SealingError
+from confide.privacy.audit.records import KeysDestroyed, RunStopped
 from confide.privacy.sealing import vault
 from confide.protocol import messages as m
 from confide.protocol.envelope import Envelope
@@ -243,9 +244,13 @@ def test_keys_do_not_outlive_a_process_that_died_just_before_it_destroyed_them(
         with pytest.raises(Killed):
             kept.ask(SITE, step, round_, body, chunks)
     assert kept.entry(SITE) is not None, "the control: it was killed before"
+    told = [e for e in kept.sites[SITE].log.entries() if isinstance(e, KeysDestroyed | RunStopped)]
+    assert told == [], "the control: nor has it said so"
     kept.restart(SITE)
     kept.ask(SITE, step, round_, body, chunks)
     assert kept.entry(SITE) is None
+    told = [e for e in kept.restart(SITE).log.entries() if isinstance(e, KeysDestroyed | RunStopped)]
+    assert len(told) == 1, "and it says so, once"
 
 
 # --- copies of everything, put back -----------------------------------------------------------------------------------
