@@ -231,10 +231,10 @@ class Log:
         self._db.execute("COMMIT")
 
     def _check_head(self) -> None:
-        row = self._db.execute("SELECT note FROM head").fetchone()
-        if row is None or type(row[0]) is not str:
+        found = self._db.execute("SELECT note FROM head").fetchall()
+        if len(found) != 1 or type(found[0][0]) is not str:
             raise self._damaged()
-        if parse_note(row[0], self.origin, self._name, self._public_key) != self.checkpoint():
+        if parse_note(found[0][0], self.origin, self._name, self._public_key) != self.checkpoint():
             raise self._damaged()
 
     def _damaged(self) -> AuditError:
@@ -313,7 +313,7 @@ def _export(db: sqlite3.Connection, path: Path) -> None:
 
 
 def _note(db: sqlite3.Connection) -> str:
-    (note,) = db.execute("SELECT note FROM head").fetchone()
+    ((note,),) = db.execute("SELECT note FROM head").fetchall()
     return str(note)
 
 

@@ -15,7 +15,7 @@ from confide.simulations.frontier import WATERMARK
 from tests.cli.command import confide, files_under, spawn, to_toml
 
 SHORT = ("--set", "run.rounds=1", "--set", "training.local_steps=2")
-KEYS = ["name", "axes", "quality", "best", "watermark", "settings", "cells", "seconds", "out"]
+KEYS = ["name", "axes", "quality", "best", "watermark", "warnings", "settings", "cells", "seconds", "out"]
 
 
 @pytest.fixture

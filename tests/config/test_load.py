@@ -214,7 +214,7 @@ NOT_ALLOWED = [
     ("privacy.delta=nan", "privacy.delta = nan: input should be less than 0.1"),
     ("privacy.sample_rate=0", "privacy.sample_rate = 0: input should be greater than 0"),
     ("privacy.sample_rate=1.01", "privacy.sample_rate = 1.01: input should be less than or equal to 1"),
-    ("privacy.max_grad_norm=inf", "privacy.max_grad_norm = inf: input should be a finite number"),
+    ("privacy.max_grad_norm=inf", "privacy.max_grad_norm = inf: input should be less than or equal to 1000000"),
     ("privacy.unit='household'", "privacy.unit = 'household': input should be 'subject' or 'record'"),
     ("privacy.site_epsilon_limit=inf", "privacy.site_epsilon_limit = inf: input should be a finite number"),
     ("sealing.bits=7", "sealing.bits = 7: input should be greater than or equal to 8"),

@@ -982,7 +982,7 @@ def test_the_command_names_findings_in_json_and_exits_with_7(run: Run) -> None:
     found = json.loads(answer.out.splitlines()[0])
     assert found["verified"] is False
     assert "doum" in {f["party"] for f in found["findings"]}
-    assert all(set(f) == {"party", "entry", "what"} for f in found["findings"])
+    assert all(set(f) == {"party", "entry", "what", "severity"} for f in found["findings"])
 
 
 def test_json_is_one_object_also_where_something_is_found(run: Run) -> None:
