@@ -275,7 +275,7 @@ def export_log(database: Path, path: Path) -> None:
             _export(db, path)
         finally:
             db.close()
-    except (sqlite3.Error, FileNotFoundError, TypeError, AttributeError, UnicodeDecodeError):
+    except (sqlite3.Error, FileNotFoundError, AttributeError, TypeError, ValueError):
         raise _no_log(database) from None
 
 
