@@ -35,6 +35,8 @@ class PrivacyEvent:
         sample_rate: q in (0, 1].
         steps: Number of releases, ≥ 0.
         max_grad_norm: The L2 sensitivity before noise (documentation; σ is relative to it).
+        mechanism: How it was released.
+        neighbours: Which data sets count as neighbours; substituting a unit would be about twice as far.
     """
 
     role: Role
@@ -44,10 +46,13 @@ class PrivacyEvent:
     steps: int
     max_grad_norm: float
     mechanism: Literal["poisson_gaussian"] = "poisson_gaussian"
+    neighbours: Literal["add_or_remove_one"] = "add_or_remove_one"
 
     def __post_init__(self) -> None:
         if self.mechanism != "poisson_gaussian" or self.unit not in ("subject", "record"):
             raise BudgetError(f"unknown privacy event {self.mechanism!r} per {self.unit!r}", hint="update confide")
+        if self.neighbours != "add_or_remove_one":
+            raise BudgetError(f"unknown neighbours {self.neighbours!r}", hint="update confide")
         positive = self.noise_multiplier > 0 and 0 < self.sample_rate <= 1 and self.max_grad_norm > 0
         if not (positive and type(self.steps) is int and self.steps >= 0):
             raise BudgetError("a privacy event needs σ > 0, 0 < q ≤ 1, a whole number of steps ≥ 0, clip > 0")
@@ -80,6 +85,8 @@ def event_from_json(text: str) -> PrivacyEvent:
     """
     try:
         fields = json.loads(text)
+        if set(fields) != set(PrivacyEvent.__slots__):
+            raise ValueError  # nothing is taken for granted about what was released
         return PrivacyEvent(
             role=Role(fields.pop("role")),
             noise_multiplier=float(fields.pop("noise_multiplier")),

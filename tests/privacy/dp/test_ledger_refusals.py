@@ -87,6 +87,8 @@ def all_rows(path: Path) -> list[tuple[Any, ...]]:
         ("reserve", event_to_json(event()).replace("poisson_gaussian", "laplace")),
         ("reserve", event_to_json(event()).replace('"subject"', '"record"')),
         ("reserve", event_to_json(event())[:-1] + ',"tau":1}'),
+        ("reserve", event_to_json(event()).replace("add_or_remove_one", "substitute_one")),
+        ("reserve", event_to_json(event()).replace('"neighbours":"add_or_remove_one",', "")),
         ("reserve", '{"mechanism":"of tomorrow"}'),
         ("settle", event_to_json(event(1, sigma=4.0))),  # less noise was reserved than is settled
         ("settle", event_to_json(event(11))),
