@@ -125,7 +125,7 @@ def _show(s: Statement) -> None:
         cells = _role(r.role), number(r.epsilon), f"{r.used:.1%}", f"{r.charges:,}", f"{r.open_charges:,}"
         roles.add_row(*map(Text, cells))
     out.print(roles)
-    out.print("open: never given back, so it counts whole", style="dim")
+    out.print("open: may still be given back, and counts whole until then", style="dim")
     _heading("Runs, oldest first", RUN_LABEL)
     _show_runs(s.runs)
     _heading("Each person's own ε", f"RDP filter, over the charges that held the person; δ = {s.delta:g}")
