@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -185,17 +184,6 @@ def test_a_ledger_does_not_go_on_under_another_site_key(federation: Machines) ->
 
 
 # --- the clock --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Set the clock by so many seconds."""
-    real = time.time_ns
-
-    def by(seconds: float) -> None:
-        monkeypatch.setattr(time, "time_ns", lambda: real() + int(seconds * 1e9))
-
-    return by
 
 
 def test_a_clock_that_was_set_back_stops_a_running_site_before_it_charges(

@@ -6,18 +6,48 @@ import dataclasses
 import json
 import math
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from confide.errors import ConfideError
 
-__all__ = ["err", "number", "out", "plain", "show_error", "show_json", "table", "when"]
+__all__ = ["Display", "err", "number", "out", "plain", "show_error", "show_json", "table", "when"]
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+
+class Display:
+    """What shows that long work goes on: a bar on stderr while the block lasts, where stderr is a terminal.
+
+    Args:
+        doing: What is done first.
+    """
+
+    def __init__(self, doing: str) -> None:
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+            console=err,
+            transient=True,
+        )
+        self._task = self._bar.add_task(doing, total=None, note="", visible=err.is_terminal)
+
+    def __enter__(self) -> Self:
+        if err.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if err.is_terminal:
+            self._bar.stop()
 
 
 def plain(value: Any) -> Any:

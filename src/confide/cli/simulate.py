@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from confide.cli.render import err, number, out, show_json, table
+from confide.cli.render import Display, err, number, out, show_json, table
 from confide.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -91,29 +90,11 @@ class _Quiet:
     def __exit__(self, *_: object) -> None: ...
 
 
-class _RoundDisplay:
+class _RoundDisplay(Display):
     """A progress bar on a terminal, a line a round elsewhere; both on stderr."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[note]}", markup=False),
-            TimeElapsedColumn(),
-            console=err,
-            transient=True,
-        )
-        self._task = self._bar.add_task("preparing", total=None, note="", visible=err.is_terminal)
-
-    def __enter__(self) -> _RoundDisplay:
-        if err.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if err.is_terminal:
-            self._bar.stop()
+        super().__init__("preparing")
 
     def update(self, progress: RoundProgress) -> None:
         note = f"ε (PRV) {number(progress.epsilon, 2)}"

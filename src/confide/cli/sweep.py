@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from confide.cli.render import err, number, out, show_json
+from confide.cli.render import Display, err, number, out, show_json
 from confide.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,29 +62,11 @@ def sweep(
         _show(found)
 
 
-class _CellDisplay:
+class _CellDisplay(Display):
     """A bar over all cells on a terminal, a line a finished cell elsewhere; both on stderr."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[note]}", markup=False),
-            TimeElapsedColumn(),
-            console=err,
-            transient=True,
-        )
-        self._task = self._bar.add_task("checking", total=None, note="", visible=err.is_terminal)
-
-    def __enter__(self) -> _CellDisplay:
-        if err.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if err.is_terminal:
-            self._bar.stop()
+        super().__init__("checking")
 
     def update(self, progress: SweepProgress) -> None:
         doing, share = "checking", 0.0
