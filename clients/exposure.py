@@ -43,7 +43,8 @@ HOW_TO_WITHDRAW = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteFiles:
-    """Where a site keeps what the answer is made from. `state` and `log` may be missing: older runs lie elsewhere."""
+    """Where a site keeps what the answer is made from. What is of single runs (`state`, `log`, `snapshots`) may be
+    missing: older runs lie elsewhere."""
 
     site: str
     registry: Path
@@ -52,6 +53,16 @@ class SiteFiles:
     personal: Path
     state: Path
     log: Path
+    snapshots: Path
+
+    @classmethod
+    def of(cls, site: str, folder: Path, ledger: Path) -> SiteFiles:
+        """The files of a site whose run files lie in one folder, and what outlives runs in another."""
+        return cls(
+            site=site, registry=folder / "consent.db", key=ledger / "site.key", ledger=ledger / "ledger.db",
+            personal=ledger / "personal.db", state=folder / "state.db", log=folder / "federated.db",
+            snapshots=folder / "snapshots.db",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,6 @@ is decided here for one person never depends on another.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,6 @@ from confide.clients.data.records import SiteRecords
 from confide.errors import AuditError
 from confide.privacy.audit.log import CLOCK_STEP
 from confide.privacy.consent import Registry, SiteKey, Snapshot
-from confide.privacy.digest import digest
 from confide.privacy.dp import Ledger, PrivacyEvent, Role
 from confide.privacy.dp.personal import PersonalLosses
 
@@ -32,11 +30,6 @@ class Participants:
 
     train: Mask
     held_out: Mask
-
-    def commitment(self) -> str:
-        """A salted digest of constant size; tells nothing of anybody."""
-        marks = np.packbits(np.concatenate([self.train, self.held_out])).tobytes()
-        return digest("snapshot", secrets.token_bytes(32), marks).hex()
 
     def still_covers(self, later: Participants) -> bool:
         """Does everybody who was used may still be used?"""
@@ -70,6 +63,9 @@ class ParticipantSource:
         self._clock, self._latest = clock, 0
         self._registry, self._persons, self._purpose, self._personal = registry, records.persons, purpose, personal
         self._held_out: Mask = np.array([key.role_share(p) < held_out for p in records.persons], dtype=np.bool_)
+        # Everybody in the table gets a pseudonym, whether or not she was ever asked: so that it can be shown of anybody
+        # that she was in no snapshot.
+        registry.enrol(records.persons)
         self._places = personal.enrol([key.locator(p) for p in records.persons])
 
     def take(self, ledger: Ledger | None, upcoming: Sequence[PrivacyEvent] = ()) -> Participants:
@@ -108,6 +104,11 @@ class ParticipantSource:
         for role, charge in charges.items():
             mask = used.train if role is Role.TRAIN else used.held_out
             self._personal.hold(charge, self._places[mask])
+
+    def members(self, used: Participants) -> dict[Role, list[bytes]]:
+        """Pseudonyms of those who take part, by role."""
+        names, masks = self._registry.pseudonyms(self._persons), {Role.TRAIN: used.train, Role.HELD_OUT: used.held_out}
+        return {role: [names[self._persons[i]] for i in np.flatnonzero(mask)] for role, mask in masks.items()}
 
     def _within_personal_limit(
         self, snapshot: Snapshot, names: dict[str, bytes], ledger: Ledger, upcoming: Sequence[PrivacyEvent]

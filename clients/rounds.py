@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from confide.clients.agreement import agree, agree_to_release, agree_to_unlock
@@ -13,10 +13,12 @@ from confide.clients.data.records import SiteRecords
 from confide.clients.participants import Participants, ParticipantSource
 from confide.clients.policy import SitePolicy
 from confide.clients.run import SiteRun, model_digest
+from confide.clients.snapshots import SnapshotStore
 from confide.clients.store import ModelState, SiteStore
 from confide.errors import PolicyError, SealingError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
+from confide.privacy.consent import RoundKeys
 from confide.privacy.digest import digest
 from confide.privacy.dp import Ledger, Role
 from confide.privacy.dp.events import event_to_json
@@ -52,6 +54,8 @@ class RoundSteps:
         log: Its federated log.
         local_log: Its local log.
         continuity: What it keeps of its peers' logs.
+        snapshots: Where it keeps who was in each round.
+        round_keys: Keys of the commitment to a round's snapshot, by run and round.
     """
 
     def __init__(
@@ -65,8 +69,10 @@ class RoundSteps:
         log: Log,
         local_log: Log,
         continuity: Continuity,
+        snapshots: SnapshotStore,
+        round_keys: Callable[[str, int], RoundKeys],
     ) -> None:
-        self._continuity = continuity
+        self._continuity, self._snapshots, self._round_keys = continuity, snapshots, round_keys
         self._policy, self._records, self._participants = policy, records, participants
         self._ledger, self._store, self._log, self._local_log = ledger, store, log, local_log
 
@@ -92,7 +98,7 @@ class RoundSteps:
         source, ledger = self._participants(run.manifest), self._ledger if events else None
         vector, used, attempts = compute_until_cut_off(run, round_, model, self._records, lambda: source.take(ledger))
         source.hold(used, charges)
-        self._log_snapshot(run, round_, used, attempts)
+        self._log_snapshot(run, round_, used, source.members(used), attempts)
         commitment = digest("commitment", secrets.token_bytes(32), vector.tobytes()).hex()
         reply = m.TrainReply(
             commitment=commitment, model=run.model_tag(model), state=run.state_tag(model),
@@ -170,15 +176,21 @@ class RoundSteps:
         self._log.append(audit.ModelReleased(run=run.manifest.run, model=named, key=key, sites=[], checkpoints=[]))
         return Answer(m.ReleaseReply(model=named, key=key), (weights, *model.metric_chunks))
 
-    def _log_snapshot(self, run: SiteRun, round_: int, used: Participants, attempts: int) -> None:
-        """A commitment of constant size in the federated log, the numbers in the local one."""
+    def _log_snapshot(
+        self, run: SiteRun, round_: int, used: Participants, members: Mapping[Role, Sequence[bytes]], attempts: int
+    ) -> None:
+        """A commitment of constant size in the federated log; what opens it, and the numbers, stay here."""
+        member = run.manifest.member(run.site)
+        population = member.population if member is not None else 0
+        keys = self._round_keys(run.manifest.run, round_)
+        root = self._snapshots.put(run.manifest.run, round_, members, population, keys)
         self._local_log.append(
             audit.LocalSnapshot(
                 run=run.manifest.run, round=round_, persons=len(self._records.persons), attempts=attempts,
                 training=int(used.train.sum()), held_out=int(used.held_out.sum()),
             )
         )  # fmt: skip
-        self._log.append(audit.SnapshotTaken(run=run.manifest.run, round=round_, commitment=used.commitment()))
+        self._log.append(audit.SnapshotTaken(run=run.manifest.run, round=round_, commitment=root))
 
     def _apply(
         self, run: SiteRun, sums: tuple[m.SumReference, ...], chunks: tuple[bytes, ...], *, before: int

@@ -28,6 +28,7 @@ from confide.clients.participants import Participants, ParticipantSource
 from confide.clients.policy import SitePolicy
 from confide.clients.rounds import NOT_AUTHENTIC, Answer, RoundSteps
 from confide.clients.run import SiteRun, model_digest
+from confide.clients.snapshots import SnapshotStore
 from confide.clients.store import ModelState, SiteStore
 from confide.errors import AuditError, ConfideError, DataError, PolicyError, SealingError, StorageError
 from confide.privacy.audit import records as audit
@@ -99,9 +100,11 @@ class Site:
             ledger.expire(f"{run}/")
         log.now()  # refuses a clock that was set back
         self._continuity = Continuity(identity, log, store)
+        self._snapshots = SnapshotStore(store.path.with_name("snapshots.db"))
         self._rounds = RoundSteps(
             policy=lambda: self.policy, records=records, participants=self.source, ledger=ledger, store=store,
-            log=log, local_log=local_log, continuity=self._continuity,
+            log=log, local_log=local_log, continuity=self._continuity, snapshots=self._snapshots,
+            round_keys=key.round_keys,
         )  # fmt: skip
         self._steps: dict[str, Callable[[SiteRun, Header, Envelope], Answer]] = {
             "join": self._join, "secret": self._secret, "keys": self._keys, "train": self._rounds.train,
@@ -170,6 +173,7 @@ class Site:
         self.ledger.close()
         self._personal.close()
         self._store.close()
+        self._snapshots.close()
         self.log.close()
         self.local_log.close()
 

@@ -101,6 +101,7 @@ class SiteStore:
     """See the module. One writer: a site's agent is one process."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
         self._db.executescript(_SCHEMA)
 

@@ -8,6 +8,7 @@ number (RFC 9162 §2.1.3.2).
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,9 +22,21 @@ from confide.privacy.audit.log import parse_line
 from confide.privacy.audit.merkle import verify_inclusion
 from confide.privacy.audit.records import Charged, Record
 
-__all__ = ["EntryProof", "Proved", "find_charge", "fingerprint", "make_proof", "read_proof"]
+__all__ = [
+    "EntryProof",
+    "Hash",
+    "Proved",
+    "check_entry",
+    "find_charge",
+    "fingerprint",
+    "kind_of",
+    "make_entry_proof",
+    "make_proof",
+    "read_file",
+    "read_proof",
+]
 
-_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _LARGEST = 2**20
 
 
@@ -36,12 +49,12 @@ class EntryProof(BaseModel):
     version: Literal[1] = 1
     party: str
     origin: str
-    public_key: _Hash
+    public_key: Hash
     checkpoint: str
     number: Annotated[int, Field(ge=0)]
     salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     entry: str
-    path: Annotated[list[_Hash], Field(max_length=64)]
+    path: Annotated[list[Hash], Field(max_length=64)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +70,12 @@ class Proved:
 
 
 def make_proof(evidence: Evidence, party: str, number: int) -> bytes:
-    """The file that proves one entry of a party's exported log.
+    """The file that proves one entry of a party's exported log; raises as `make_entry_proof`."""
+    return make_entry_proof(evidence, party, number).model_dump_json(indent=1).encode() + b"\n"
+
+
+def make_entry_proof(evidence: Evidence, party: str, number: int) -> EntryProof:
+    """The proof of one entry of a party's exported log.
 
     Raises:
         AuditError: There is no such log or entry, or the log does not hold together.
@@ -74,12 +92,11 @@ def make_proof(evidence: Evidence, party: str, number: int) -> bytes:
         raise AuditError(f"there is no entry {number}", where=f"log of {party}", hint=f"it has {log.checkpoint.size}")
     line = log.path.read_bytes().split(b"\n")[number] if log.path is not None else b""
     salt, _, entry = line.partition(b" ")
-    proof = EntryProof(
+    return EntryProof(
         party=party, origin=log.checkpoint.origin, public_key=log.public_key.hex(), checkpoint=log.note, number=number,
         salt=salt.decode(), entry=entry.decode(),
         path=[part.hex() for part in log.tree.inclusion_proof(number, log.checkpoint.size)],
     )  # fmt: skip
-    return proof.model_dump_json(indent=1).encode() + b"\n"
 
 
 def find_charge(evidence: Evidence, party: str, charge: str) -> int:
@@ -102,15 +119,45 @@ def read_proof(path: Path) -> Proved:
     Raises:
         AuditError: It is no proof, or does not hold.
     """
-    where = str(path)
     try:
-        data = path.read_bytes()
-        if len(data) > _LARGEST:
-            raise ValueError
-        proof = EntryProof.model_validate_json(data)
-    except (OSError, ValueError, ValidationError) as error:
-        raise AuditError(f"is not a proof that this version can read ({type(error).__name__})", where=where,
+        proof = EntryProof.model_validate_json(read_file(path))
+    except (ValueError, ValidationError) as error:
+        raise AuditError(f"is not a proof that this version can read ({type(error).__name__})", where=str(path),
                          hint="give a file of confide audit prove, or a run's folder") from None  # fmt: skip
+    return check_entry(proof, str(path))
+
+
+def read_file(path: Path) -> bytes:
+    """A proof file's bytes.
+
+    Raises:
+        ValueError: It cannot be read, or is far too large for a proof.
+    """
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(_LARGEST + 1)
+    except OSError as error:
+        raise ValueError(str(error)) from None
+    if len(data) > _LARGEST:
+        raise ValueError("too large")
+    return data
+
+
+def kind_of(path: Path) -> str:
+    """What kind of proof a file says that it is; empty where it says nothing."""
+    try:
+        found = json.loads(read_file(path))
+    except (ValueError, RecursionError):
+        return ""
+    return str(found.get("kind", "")) if isinstance(found, dict) else ""
+
+
+def check_entry(proof: EntryProof, where: str) -> Proved:
+    """The steps above.
+
+    Raises:
+        AuditError: It does not hold.
+    """
     key = bytes.fromhex(proof.public_key)
     checkpoint = parse_note(proof.checkpoint, proof.origin, proof.party, key)  # 1
     leaf, record, at = parse_line(f"{proof.salt} {proof.entry}".encode())  # 2

@@ -1,5 +1,13 @@
 """Consent: events, whose consent stands, the registry, imports."""
 
+from confide.privacy.consent.commitment import (
+    MembershipProof,
+    RoundKeys,
+    SnapshotCommitment,
+    member_name,
+    slots_for,
+    verify_membership,
+)
 from confide.privacy.consent.events import ConsentEvent, EventType, from_micros, now_micros, to_micros
 from confide.privacy.consent.importer import ImportedEvent, Rejection, parse_csv, read_csv
 from confide.privacy.consent.pseudonyms import SiteKey, canonical_subject
@@ -10,17 +18,23 @@ __all__ = [
     "ConsentEvent",
     "EventType",
     "ImportedEvent",
+    "MembershipProof",
     "Registry",
     "Rejection",
+    "RoundKeys",
     "SiteKey",
     "Snapshot",
+    "SnapshotCommitment",
     "Standing",
     "Status",
     "canonical_subject",
     "decide",
     "from_micros",
+    "member_name",
     "now_micros",
     "parse_csv",
     "read_csv",
+    "slots_for",
     "to_micros",
+    "verify_membership",
 ]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from confide.errors import ConsentError
+from confide.privacy.consent.commitment import RoundKeys
 from confide.privacy.files import write_private
 
 __all__ = ["KEY_BYTES", "SiteKey", "canonical_subject"]
@@ -67,6 +68,11 @@ class SiteKey:
     def role_share(self, subject: str) -> float:
         """A fixed number in [0, 1) per person, uniform without the key: decides the role, for ever."""
         return int.from_bytes(self._mac(b"role", subject.encode())[:6], "big") / 2**48
+
+    def round_keys(self, run: str, round_: int) -> RoundKeys:
+        """Keys of the commitment to a round's snapshot; other ones for every round, made again whenever asked for."""
+        place = f"{run}/{round_}".encode()
+        return RoundKeys(self._mac(b"snapshot-opening", place), self._mac(b"snapshot-filling", place))
 
     def _mac(self, label: bytes, message: bytes) -> bytes:
         return hmac.digest(self.secret, b"confide/1/" + label + b"\0" + message, hashlib.sha256)

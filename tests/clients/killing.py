@@ -39,6 +39,7 @@ from confide.clients.participants import ParticipantSource
 from confide.clients.rounds import RoundSteps
 from confide.clients.run import SiteRun
 from confide.clients.site import Site
+from confide.clients.snapshots import SnapshotStore
 from confide.clients.store import SiteStore
 from confide.errors import BudgetError, ConfideError
 from confide.privacy.audit import records as audit
@@ -159,6 +160,10 @@ POINTS: dict[str, Point] = {
     "train: about to note whom the charges hold": Point("train", "before", "hold"),
     **_hold("first", 1),
     **_hold("second", 2, "metrics"),
+    "train: about to keep the snapshot": Point("train", "before", "keep"),
+    "train: keeping the snapshot has begun": Point("train", "after", "keep: BEGIN"),
+    "train: the snapshot is written": Point("train", "after", "keep: INSERT snapshot"),
+    "train: the snapshot is kept": Point("train", "after", "keep: COMMIT"),
     **_entry("train", "local_snapshot", "local snapshot"),
     **_entry("train", "snapshot_taken", "snapshot taken"),
     **_entry("train", "update_committed", "update committed"),
@@ -408,6 +413,7 @@ class Harness:
         wrap(Log, "append", lambda real, log, *entries: self._in(f"append {entries[0].KIND}", real, log, *entries))
         wrap(ParticipantSource, "take", lambda real, *rest: self._in("take", real, *rest))
         wrap(ParticipantSource, "hold", lambda real, *rest: self._in("hold", real, *rest))
+        wrap(SnapshotStore, "put", lambda real, *rest: self._in("keep", real, *rest))
         wrap(SiteRun, "compute", self._compute)
         wrap(SiteStore, "put_model", lambda real, *rest: self._in("put model", real, *rest))
         wrap(SiteStore, "note_sightings", lambda real, *rest: self._in("note sightings", real, *rest))

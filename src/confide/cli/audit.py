@@ -64,17 +64,26 @@ def verify(
 def _show_proof(path: Path, *, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from confide.privacy.audit.proof import read_proof
+    from confide.privacy.audit.participation import KIND, read_participation
+    from confide.privacy.audit.proof import kind_of, read_proof
 
-    proved = read_proof(path)
+    part = read_participation(path) if kind_of(path) == KIND else None
+    proved = part.entry if part is not None else read_proof(path)
     record = {"kind": proved.record.KIND, **asdict(proved.record)}
     if as_json:
+        person = part and {"pseudonym": part.pseudonym, "run": part.run, "round": part.round, "role": part.role}
         show_json({
-            "verified": True, "party": proved.party, "log": proved.checkpoint.origin, "entry": proved.number,
-            "entries": proved.checkpoint.size, "at": when(proved.at), "key_fingerprint": proved.fingerprint,
-            "record": record,
+            "verified": True, "person": person, "party": proved.party, "log": proved.checkpoint.origin,
+            "entry": proved.number, "entries": proved.checkpoint.size, "at": when(proved.at),
+            "key_fingerprint": proved.fingerprint, "record": record,
         })  # fmt: skip
         return
+    if part is not None:
+        role = {"train": "in the snapshot, to train on", "held_out": "in the snapshot, to evaluate on"}
+        out.print(table(f"Proved: one person's part in round {part.round} of run {part.run}", [
+            ("person", f"{role.get(str(part.role), 'not in the snapshot')}, at site {proved.party}"),
+            ("pseudonym", f"{part.pseudonym} (compare it with the one on her consent receipt)"),
+        ]))  # fmt: skip
     out.print(table(f"Proved: entry {proved.number} of the log of {proved.party}", [
         ("log", f"{proved.checkpoint.origin}, when it had {proved.checkpoint.size:,} entries"),
         ("written", when(proved.at)),
@@ -89,19 +98,37 @@ def prove(
     party: Annotated[str, typer.Option(help="Whose log: a site, or the coordinator.")],
     entry: Annotated[int | None, typer.Option(help="The entry's number, counted from 0.")] = None,
     charge: Annotated[str | None, typer.Option(help="Or a charge: RUN/ROUND/train or RUN/ROUND/held_out.")] = None,
+    person: Annotated[
+        str | None, typer.Option(help="Or a person's part in --round, by identifier. Run at the site.")
+    ] = None,
+    round_: Annotated[int | None, typer.Option("--round", help="The round that --person is about.")] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="The sites' ledger folder. Default: ledgers/ in the folder.")
+    ] = None,
     out_file: Annotated[Path, typer.Option("--out", help="The proof file.")] = Path("proof.json"),
     as_json: _Json = False,
 ) -> None:
-    """Write a small file that proves one entry of a log by itself. `confide audit verify FILE` checks it."""
+    """Write a small file that proves one entry of a log, or one person's part in a round, by itself.
+
+    `confide audit verify FILE` checks it.
+    """
+    from confide.clients.attest import attest
+    from confide.clients.exposure import SiteFiles
+    from confide.privacy.audit.participation import find_snapshot
     from confide.privacy.audit.proof import find_charge, make_proof
     from confide.privacy.audit.verify import verify as check
 
-    if (entry is None) == (charge is None):
-        raise ConfigError("name exactly one of --entry, --charge", where="confide audit prove",
-                          hint="--entry 12, or --charge RUN/ROUND/train")  # fmt: skip
+    if sum(given is not None for given in (entry, charge, person)) != 1 or (person is None) != (round_ is None):
+        raise ConfigError("name exactly one of --entry, --charge, --person with --round", where="confide audit prove",
+                          hint="--entry 12, or --charge RUN/ROUND/train, or --person ID --round 3")  # fmt: skip
     evidence = check(folder)
-    number = entry if entry is not None else find_charge(evidence, party, charge or "")
-    data = make_proof(evidence, party, number)
+    if person is not None and round_ is not None:
+        number = find_snapshot(evidence, party, round_)
+        files = SiteFiles.of(party, folder / "sites" / party, (ledger or folder / "ledgers") / party)
+        data = attest(person, round_, evidence, files)
+    else:
+        number = entry if entry is not None else find_charge(evidence, party, charge or "")
+        data = make_proof(evidence, party, number)
     try:
         out_file.write_bytes(data)
     except OSError as error:
@@ -111,7 +138,8 @@ def prove(
     if as_json:
         show_json({"proof": str(out_file), "party": party, "entry": number, "bytes": len(data)})
     else:
-        out.print(f"{out_file}: entry {number} of the log of {party}, {len(data):,} bytes", soft_wrap=True)
+        what = f"a person's part in round {round_}, by entry {number}" if person is not None else f"entry {number}"
+        out.print(f"{out_file}: {what} of the log of {party}, {len(data):,} bytes", soft_wrap=True)
 
 
 @app.command("export")
@@ -153,14 +181,7 @@ def exposure(
     if not sites:
         raise ConfigError("holds no site (sites/NAME/consent.db)", where=str(folder),
                           hint="give the output folder of a run, at the site")  # fmt: skip
-    answers = [
-        describe_person(subject, SiteFiles(
-            site=p.name, registry=p / "consent.db", key=ledgers / p.name / "site.key",
-            ledger=ledgers / p.name / "ledger.db", personal=ledgers / p.name / "personal.db",
-            state=p / "state.db", log=p / "federated.db",
-        ))
-        for p in sites
-    ]  # fmt: skip
+    answers = [describe_person(subject, SiteFiles.of(p.name, p, ledgers / p.name)) for p in sites]
     answer = next((a for a in answers if a.known), answers[0])
     if out_file is not None:
         try:
