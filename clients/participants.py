@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confide.clients.data.records import SiteRecords
-from confide.errors import AuditError
+from confide.errors import AuditError, ConfideError
 from confide.privacy.audit.log import CLOCK_STEP
 from confide.privacy.consent import Registry, SiteKey, Snapshot
 from confide.privacy.dp import Ledger, PrivacyEvent, Role
 from confide.privacy.dp.personal import PersonalLosses
 
-__all__ = ["ParticipantSource", "Participants"]
+__all__ = ["ParticipantSource", "Participants", "Read"]
 
 Mask = NDArray[np.bool_]
 
@@ -35,6 +35,15 @@ class Participants:
         """Does everybody who was used may still be used?"""
         lost = (self.train & ~later.train) | (self.held_out & ~later.held_out)
         return not bool(lost.any())
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """The registry was asked: as of which instant, up to which event (0: it did not say), and with what outcome."""
+
+    as_of: int
+    sequence: int
+    outcome: str
 
 
 class ParticipantSource:
@@ -60,7 +69,7 @@ class ParticipantSource:
         held_out: float,
         clock: Callable[[], int],
     ) -> None:
-        self._clock, self._latest = clock, 0
+        self._clock, self._latest, self._reads = clock, 0, list[Read]()
         self._registry, self._persons, self._purpose, self._personal = registry, records.persons, purpose, personal
         self._held_out: Mask = np.array([key.role_share(p) < held_out for p in records.persons], dtype=np.bool_)
         # Everybody in the table gets a pseudonym, whether or not she was ever asked: so that it can be shown of anybody
@@ -80,12 +89,24 @@ class ParticipantSource:
             ConsentError: The registry cannot be read; the site then abstains.
             AuditError: The clock was set back.
         """
-        snapshot = self._registry.snapshot(self._purpose, self._now())
+        now = 0
+        try:
+            now = self._now()
+            snapshot = self._registry.snapshot(self._purpose, now)
+        except ConfideError as error:
+            self._reads.append(Read(now, 0, error.kind))
+            raise
+        self._reads.append(Read(now, snapshot.sequence, "answered"))
         names = self._registry.pseudonyms(self._persons)
         consenting = np.array([names.get(p) in snapshot.participants for p in self._persons], dtype=np.bool_)
         if ledger is not None:
             consenting &= self._within_personal_limit(snapshot, names, ledger, upcoming)
         return Participants(train=consenting & ~self._held_out, held_out=consenting & self._held_out)
+
+    def reads(self) -> list[Read]:
+        """How the registry was asked since the last call of this."""
+        found, self._reads = self._reads, []
+        return found
 
     def _now(self) -> int:
         """Neither before the site's log, nor before the latest decision on record or the latest snapshot: else what has

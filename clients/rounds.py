@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from confide.clients.agreement import agree, agree_to_release, agree_to_unlock
 from confide.clients.continuity import Continuity
@@ -15,7 +16,7 @@ from confide.clients.policy import SitePolicy
 from confide.clients.run import SiteRun, model_digest
 from confide.clients.snapshots import SnapshotStore
 from confide.clients.store import ModelState, SiteStore
-from confide.errors import PolicyError, SealingError
+from confide.errors import ConfideError, PolicyError, SealingError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.consent import RoundKeys
@@ -96,9 +97,15 @@ class RoundSteps:
                 audit.Charged(run=run.manifest.run, round=round_, charge=charge, event=event_to_json(event))
             )
         source, ledger = self._participants(run.manifest), self._ledger if events else None
-        vector, used, attempts = compute_until_cut_off(run, round_, model, self._records, lambda: source.take(ledger))
+        source.reads()  # from here on they are this round's
+        try:
+            take = partial(source.take, ledger)
+            vector, used, attempts = compute_until_cut_off(run, round_, model, self._records, take)
+        except ConfideError:
+            self._local_log.append(*_reads(run, round_, source))
+            raise
         source.hold(used, charges)
-        self._log_snapshot(run, round_, used, source.members(used), attempts)
+        self._log_snapshot(run, round_, used, source, attempts)
         commitment = digest("commitment", secrets.token_bytes(32), vector.tobytes()).hex()
         reply = m.TrainReply(
             commitment=commitment, model=run.model_tag(model), state=run.state_tag(model),
@@ -177,18 +184,19 @@ class RoundSteps:
         return Answer(m.ReleaseReply(model=named, key=key), (weights, *model.metric_chunks))
 
     def _log_snapshot(
-        self, run: SiteRun, round_: int, used: Participants, members: Mapping[Role, Sequence[bytes]], attempts: int
+        self, run: SiteRun, round_: int, used: Participants, source: ParticipantSource, attempts: int
     ) -> None:
         """A commitment of constant size in the federated log; what opens it, and the numbers, stay here."""
         member = run.manifest.member(run.site)
         population = member.population if member is not None else 0
         keys = self._round_keys(run.manifest.run, round_)
-        root = self._snapshots.put(run.manifest.run, round_, members, population, keys)
+        root = self._snapshots.put(run.manifest.run, round_, source.members(used), population, keys)
         self._local_log.append(
             audit.LocalSnapshot(
                 run=run.manifest.run, round=round_, persons=len(self._records.persons), attempts=attempts,
                 training=int(used.train.sum()), held_out=int(used.held_out.sum()),
-            )
+            ),
+            *_reads(run, round_, source),
         )  # fmt: skip
         self._log.append(audit.SnapshotTaken(run=run.manifest.run, round=round_, commitment=root))
 
@@ -262,3 +270,14 @@ class RoundSteps:
 
     def _model(self, run: SiteRun) -> ModelState:
         return self._store.model(run.manifest.run, run.keys.storage)
+
+
+def _reads(run: SiteRun, round_: int, source: ParticipantSource) -> list[audit.Record]:
+    """How the registry was asked for a round: for the local log."""
+    name, purpose = run.manifest.run, run.manifest.purpose
+    return [
+        audit.ConsentRead(
+            run=name, round=round_, purpose=purpose, as_of=read.as_of, sequence=read.sequence, outcome=read.outcome
+        )
+        for read in source.reads()
+    ]  # fmt: skip

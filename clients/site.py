@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 from pydantic import ValidationError
@@ -226,6 +227,13 @@ class Site:
             lost = StorageError(f"does not take this site's state ({type(error).__name__})", where="disk",
                                 hint="free space, then start again: what was durable is kept")  # fmt: skip
             return self._refuse(header, request, lost)
+        except Exception as error:
+            # Its text may hold data, and whether it happens may hang on one person: by type only, and here only.
+            with suppress(ConfideError):
+                self.local_log.append(
+                    audit.LocalFault(run=header.run, round=header.round, step=step, error=type(error).__name__)
+                )
+            raise
 
     # --- steps -------------------------------------------------------------------------------------------------
 

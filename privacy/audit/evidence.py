@@ -1,4 +1,4 @@
-"""Reading a run's logs from files: what each party's log holds, and everything that keeps it from being read.
+"""Reading the logs of one run or more from files: what each party's log holds, and what keeps it from being read.
 
 Nothing here trusts a file: a log parses in one canonical form or not at all, names from a manifest are checked before
 they become paths, and whatever cannot be read is a finding.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from confide.privacy.audit.log import CHECKPOINT_SUFFIX, LOG_SUFFIX, read_lines
 from confide.privacy.audit.merkle import Tree
 from confide.privacy.digest import digest
 
-__all__ = ["COORDINATOR", "Evidence", "Finding", "PartyLog", "load_evidence"]
+__all__ = ["COORDINATOR", "Evidence", "Finding", "PartyLog", "load_evidence", "load_runs"]
 
 COORDINATOR = "coordinator"
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
@@ -57,12 +57,18 @@ class PartyLog:
     checkpoint: Checkpoint | None = None
     note: str = ""
     public_key: bytes = b""
+    #: The run that is looked at; None: all of them.
+    run: str | None = None
     #: False where reading stopped at a bad entry: what follows from missing entries then needs no finding of its own.
     complete: bool = True
 
     def of(self, kind: type[r.Record]) -> Iterator[tuple[int, Any]]:
-        """(entry number, record) of a kind."""
-        return ((i, e) for i, e in enumerate(self.entries) if isinstance(e, kind))
+        """(entry number, record) of a kind, of the run that is looked at."""
+        return ((i, e) for i, e in self.of_run() if isinstance(e, kind))
+
+    def of_run(self) -> Iterator[tuple[int, r.Record]]:
+        """(entry number, record) of the run that is looked at."""
+        return ((i, e) for i, e in enumerate(self.entries) if self.run in (None, e.run))
 
 
 @dataclass(slots=True)
@@ -84,8 +90,32 @@ class Evidence:
         return str(self.manifest["run"])
 
 
-def load_evidence(folder: Path) -> Evidence:
-    """Steps 1 and 2.
+def load_evidence(folder: Path, run: str | None = None) -> Evidence:
+    """Steps 1 and 2, for one run.
+
+    Args:
+        folder: The logs.
+        run: Its name; None where the logs hold one run only.
+
+    Raises:
+        AuditError: There is no readable coordinator's log that starts with a run, no such run in it, or several and
+            none was named.
+    """
+    found = load_runs(folder)
+    if run is None and len(found) == 1:
+        return found[0]
+    names = [evidence.run for evidence in found]
+    if run is None:
+        raise AuditError(f"the logs hold {len(names)} runs", where=str(folder),
+                         hint=f"name one with --run: {', '.join(names[-10:])}")  # fmt: skip
+    if run not in names:
+        raise AuditError(f"the logs hold no run {run[:128]!r}", where=str(folder),
+                         hint=f"they hold {', '.join(names[-10:])}")  # fmt: skip
+    return found[names.index(run)]
+
+
+def load_runs(folder: Path) -> list[Evidence]:
+    """Every run in the logs under a folder, oldest first. What is wrong with a log as a whole is a finding of each.
 
     Raises:
         AuditError: There is no readable coordinator's log that starts with a run.
@@ -98,59 +128,102 @@ def load_evidence(folder: Path) -> Evidence:
                          "where the run was killed, confide audit export FOLDER writes them")  # fmt: skip
     findings: list[Finding] = []
     coordinator = _read(path, COORDINATOR, findings)
-    first = coordinator.entries[0] if coordinator.entries else None
-    if not isinstance(first, r.RunCreated):
+    if not coordinator.entries or not isinstance(coordinator.entries[0], r.RunCreated):
         why = f" ({findings[0]})" if findings else ""
         raise AuditError(f"the first entry is not a run{why}", where=str(path),
                          hint="the log is damaged from its start, or is no coordinator's log")  # fmt: skip
-    try:
-        manifest = json.loads(first.manifest)
-        keys = {_name(m["site"]): bytes.fromhex(m["public_key"]) for m in manifest["members"]}
-        coordinator_key = bytes.fromhex(manifest["coordinator_key"])
-        federation, _ = str(manifest["federation"]), manifest["run"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise AuditError(f"the run's manifest cannot be read ({type(error).__name__})", where=str(path)) from None
-    evidence = Evidence(
-        manifest, digest("manifest", first.manifest.encode()).hex(), first.software, coordinator, {}, findings
-    )
+    manifests: dict[str, _Created] = {}
     for number, entry in enumerate(coordinator.entries):
-        if entry.run != evidence.run or (number and isinstance(entry, r.RunCreated)):
+        if isinstance(entry, r.RunCreated) and entry.run not in manifests:
+            manifests[entry.run] = _parse(entry, path, number)
+        elif isinstance(entry, r.RunCreated) or entry.run not in manifests:
             findings.append(Finding(COORDINATOR, number, f"belongs to another run ({entry.run[:80]})"))
             break
-    _check_signature(path, coordinator, f"confide/{federation}/{COORDINATOR}/coordinator", coordinator_key, findings)
-    for site, key in keys.items():
-        evidence.sites[site] = _site_log(logs / f"{site}{LOG_SUFFIX}", site, federation, key, evidence)
-        local = folder / "sites" / site / f"local{LOG_SUFFIX}"
-        if local.is_file():
-            # A local log is there only when its own site verifies; it never travels.
-            log = _read(local, f"{site} (local)", findings)
-            _check_signature(local, log, f"confide/{federation}/{site}/local", key, findings, name=site)
-            _check_run(log, evidence)
-            evidence.local.append(log)
+    return _by_run(folder, logs, path, coordinator, manifests, findings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Created:
+    """A run as the coordinator's log begins it, and what is needed to read the logs of its members."""
+
+    entry: r.RunCreated
+    manifest: dict[str, Any]
+    federation: str
+    coordinator_key: bytes
+    keys: dict[str, bytes]
+
+
+def _parse(entry: r.RunCreated, path: Path, number: int) -> _Created:
+    try:
+        manifest = json.loads(entry.manifest)
+        keys = {_name(m["site"]): bytes.fromhex(m["public_key"]) for m in manifest["members"]}
+        if manifest["run"] != entry.run:
+            raise ValueError("the manifest of another run")
+        return _Created(entry, manifest, str(manifest["federation"]), bytes.fromhex(manifest["coordinator_key"]), keys)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise AuditError(f"the run's manifest cannot be read ({type(error).__name__})",
+                         where=f"{path}, entry {number}") from None  # fmt: skip
+
+
+def _by_run(
+    folder: Path, logs: Path, path: Path, coordinator: PartyLog, runs: Mapping[str, _Created], findings: list[Finding]
+) -> list[Evidence]:
+    # A log is signed with the key that its party held last, so with the one that the latest run names.
+    latest = list(runs.values())[-1]
+    if any((c.federation, c.coordinator_key) != (latest.federation, latest.coordinator_key) for c in runs.values()):
+        findings.append(Finding(COORDINATOR, None, "runs of several federations, or coordinators, in one log"))
+    origin = f"confide/{latest.federation}"
+    _check_signature(path, coordinator, f"{origin}/{COORDINATOR}/coordinator", latest.coordinator_key, findings)
+    keys = {site: key for created in runs.values() for site, key in created.keys.items()}
+    federated = {
+        site: _party(logs / f"{site}{LOG_SUFFIX}", site, f"{origin}/{site}/federated", key, runs, findings)
+        for site, key in keys.items()
+    }
+    local = {
+        # A local log is there only when its own site verifies; it never travels.
+        site: _party(file, f"{site} (local)", f"{origin}/{site}/local", key, runs, findings, name=site)
+        for site, key in keys.items()
+        if (file := folder / "sites" / site / f"local{LOG_SUFFIX}").is_file()
+    }
     for extra in sorted(logs.glob(f"*{LOG_SUFFIX}")):
         if extra.stem != COORDINATOR and extra.stem not in keys:
             findings.append(Finding(extra.stem, None, "is no site of this run's roster", "low"))
-    return evidence
+    found = []
+    for run, created in runs.items():
+        evidence = Evidence(
+            created.manifest, digest("manifest", created.entry.manifest.encode()).hex(), created.entry.software,
+            replace(coordinator, run=run), {s: replace(federated[s], run=run) for s in created.keys}, list(findings),
+            [replace(local[s], run=run) for s in created.keys if s in local],
+        )  # fmt: skip
+        for site, log in evidence.sites.items():
+            for number, joined in log.of(r.Joined):
+                if joined.manifest != evidence.manifest_digest:
+                    evidence.findings.append(
+                        Finding(site, number, "joined another manifest than the coordinator's")
+                    )  # fmt: skip
+        found.append(evidence)
+    return found
 
 
-def _site_log(path: Path, site: str, federation: str, key: bytes, evidence: Evidence) -> PartyLog:
+def _party(
+    path: Path,
+    party: str,
+    origin: str,
+    key: bytes,
+    runs: Mapping[str, _Created],
+    findings: list[Finding],
+    name: str = "",
+) -> PartyLog:
     if not path.is_file():
-        evidence.findings.append(Finding(site, None, "the log is missing"))
-        return PartyLog(site)
-    log = _read(path, site, evidence.findings)
-    _check_signature(path, log, f"confide/{federation}/{site}/federated", key, evidence.findings)
-    _check_run(log, evidence)
-    for number, joined in log.of(r.Joined):
-        if joined.manifest != evidence.manifest_digest:
-            evidence.findings.append(Finding(site, number, "joined another manifest than the coordinator's"))
-    return log
-
-
-def _check_run(log: PartyLog, evidence: Evidence) -> None:
+        findings.append(Finding(party, None, "the log is missing"))
+        return PartyLog(party)
+    log = _read(path, party, findings)
+    _check_signature(path, log, origin, key, findings, name=name or party)
     for number, entry in enumerate(log.entries):
-        if entry.run != evidence.run:
-            evidence.findings.append(Finding(log.party, number, f"belongs to another run ({entry.run[:80]})"))
+        if entry.run not in runs:
+            findings.append(Finding(party, number, f"belongs to another run ({entry.run[:80]})"))
             break
+    return log
 
 
 def _name(site: object) -> str:
@@ -183,11 +256,11 @@ def _read(path: Path, party: str, findings: list[Finding]) -> PartyLog:
 
 
 def _check_signature(
-    path: Path, log: PartyLog, origin: str, key: bytes, findings: list[Finding], name: str | None = None
+    path: Path, log: PartyLog, origin: str, key: bytes, findings: list[Finding], name: str = COORDINATOR
 ) -> None:
     try:
         note = path.with_suffix(CHECKPOINT_SUFFIX).read_bytes().decode("utf-8")
-        checkpoint = parse_note(note, origin, name or log.party, key)
+        checkpoint = parse_note(note, origin, name, key)
         log.checkpoint, log.note, log.public_key = checkpoint, note, key
     except (OSError, UnicodeDecodeError):
         findings.append(Finding(log.party, None, "there is no readable checkpoint"))

@@ -16,9 +16,12 @@ from confide.errors import AuditError
 __all__ = [
     "Charged",
     "Cohort",
+    "ConsentRead",
+    "Fault",
     "Joined",
     "KeysAgreed",
     "KeysDestroyed",
+    "LocalFault",
     "LocalRefusal",
     "LocalSnapshot",
     "MetricsReleased",
@@ -245,8 +248,42 @@ class RunEnded(Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Fault(Record):
+    """Coordinator: a party that gave no answer, or whose program failed. What failed is known at that party only."""
+
+    KIND = "fault"
+    round: int
+    step: str
+    party: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalFault(Record):
+    """Local: a step of this site that failed though nothing refused it, by the type of the error only."""
+
+    KIND = "local_fault"
+    round: int
+    step: str
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConsentRead(Record):
+    """Local: the registry was asked who may take part, as of an instant (microseconds UTC) and a sequence number;
+    `outcome` is `answered`, or the kind of the error after which the site abstained."""
+
+    KIND = "consent_read"
+    round: int
+    purpose: str
+    as_of: int
+    sequence: int
+    outcome: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LocalSnapshot(Record):
-    """Local: the exact numbers behind a snapshot, and the registry's sequence number."""
+    """Local: the exact numbers behind a snapshot."""
 
     KIND = "local_snapshot"
     round: int

@@ -40,8 +40,13 @@ _LAW = (
 )
 
 
-def write_report(folder: Path, path: Path) -> dict[str, Any]:
+def write_report(folder: Path, path: Path, run: str | None = None) -> dict[str, Any]:
     """Verify a run's folder and write its page.
+
+    Args:
+        folder: The run's folder, or a folder of exported logs.
+        path: Where the page goes.
+        run: The run's name; None where the logs hold one run only.
 
     Returns:
         `verified`, `findings` (how many), `interrupted`.
@@ -50,7 +55,7 @@ def write_report(folder: Path, path: Path) -> dict[str, Any]:
         AuditError: There is no run to report on.
         OSError: The page cannot be written.
     """
-    evidence = verify(folder)
+    evidence = verify(folder, run=run)
     try:
         context = _context(evidence, folder)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:

@@ -23,7 +23,8 @@ def story(evidence: Evidence, rounds: list[dict[str, Any]], epsilon: float | Non
         ended: Did it come to its end?
     """
     manifest = evidence.manifest
-    times = [t for log in (evidence.coordinator, *evidence.sites.values()) for t in log.times]
+    logs = (evidence.coordinator, *evidence.sites.values())
+    times = [log.times[number] for log in logs for number, _ in log.of_run()]
     start, end = when(min(times)), when(max(times))
     opened = sum(1 for x in rounds if x["outcome"] == "sum opened")
     abandoned = sum(1 for x in rounds if x["outcome"].startswith("abandoned"))

@@ -30,30 +30,43 @@ from typing import Any
 
 from confide.errors import ConfideError
 from confide.privacy.audit import records as r
-from confide.privacy.audit.evidence import COORDINATOR, Evidence, Finding, PartyLog, load_evidence
+from confide.privacy.audit.evidence import COORDINATOR, Evidence, Finding, PartyLog, load_evidence, load_runs
 from confide.privacy.audit.witness import WitnessNotes
 from confide.privacy.digest import digest
 from confide.privacy.dp.accounting import rdp_epsilon, run_epsilon
 from confide.privacy.dp.events import PrivacyEvent, event_from_json, merge_events
 from confide.privacy.sealing.transcript import transcript
 
-__all__ = ["COORDINATOR", "Evidence", "Finding", "PartyLog", "standing_charges", "verify"]
+__all__ = ["COORDINATOR", "Evidence", "Finding", "PartyLog", "standing_charges", "verify", "verify_runs"]
 
 
-def verify(folder: Path, witnesses: Sequence[WitnessNotes] = ()) -> Evidence:
-    """Check everything under `folder` (a run's output folder, or a folder of exported logs).
+def verify(folder: Path, witnesses: Sequence[WitnessNotes] = (), run: str | None = None) -> Evidence:
+    """Check everything about one run under `folder` (a run's output folder, or a folder of exported logs).
 
     Args:
         folder: The logs.
         witnesses: What independent witnesses have cosigned of them.
+        run: Its name; None where the logs hold one run only.
 
     Returns:
         The evidence with its findings; no finding means that it holds together.
 
     Raises:
+        AuditError: There is no run to verify, none of this name, or its first log cannot be read at all.
+    """
+    return _check(load_evidence(folder, run), folder, witnesses)
+
+
+def verify_runs(folder: Path, witnesses: Sequence[WitnessNotes] = ()) -> list[Evidence]:
+    """The same for every run in the logs, oldest first; the logs are read once.
+
+    Raises:
         AuditError: There is no run to verify, or its first log cannot be read at all.
     """
-    evidence = load_evidence(folder)
+    return [_check(evidence, folder, witnesses) for evidence in load_runs(folder)]
+
+
+def _check(evidence: Evidence, folder: Path, witnesses: Sequence[WitnessNotes]) -> Evidence:
     found = evidence.findings
     steps: list[Callable[[], Iterator[Finding]]] = [
         *(partial(_times, log) for log in (evidence.coordinator, *evidence.sites.values(), *evidence.local)),
@@ -279,8 +292,9 @@ def _models(evidence: Evidence, folder: Path) -> Iterator[Finding]:
     opened: dict[int, dict[str, tuple[int, r.Opened]]] = {}
     agreed = {e.round: e.transcript for _, e in evidence.coordinator.of(r.Cohort)}
     for site, log in evidence.sites.items():
-        if log.entries and not isinstance(log.entries[0], r.Joined | r.Refused):
-            yield _broken(site, 0, "the log does not start with joining the run")
+        start = next(log.of_run(), None)
+        if start is not None and not isinstance(start[1], r.Joined | r.Refused):
+            yield _broken(site, start[0], "the log does not start with joining the run")
         for number, entry in log.of(r.Opened):
             opened.setdefault(entry.round, {})[site] = (number, entry)
             if entry.transcript != agreed.get(entry.round):

@@ -14,6 +14,7 @@ __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Evidence that a stranger can verify offline.")
 _Folder = Annotated[Path, typer.Argument(help="A run's output folder, or a folder of exported logs.")]
+_Run = Annotated[str | None, typer.Option("--run", help="The run, where the logs hold several.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -28,37 +29,46 @@ def verify(
     witness: Annotated[
         list[Path] | None, typer.Option("--witness", help="A folder of an independent witness's notes.")
     ] = None,
+    run: _Run = None,
     as_json: _Json = False,
 ) -> None:
-    """Check signatures, trees, agreement between the parties, charges and ε. Exit 0, or 7 with what does not hold."""
+    """Check signatures, trees, agreement between the parties, charges and ε. Exit 0, or 7 with what does not hold.
+
+    Logs of several runs are checked run by run.
+    """
     from confide.privacy.audit.verify import verify as check
+    from confide.privacy.audit.verify import verify_runs
     from confide.privacy.audit.witness import WitnessNotes
 
     if folder.is_file():
         _show_proof(folder, as_json=as_json)
         return
-    evidence = check(folder, [WitnessNotes(w) for w in witness or ()])
-    entries = len(evidence.coordinator.entries) + sum(len(s.entries) for s in evidence.sites.values())
-    findings = [{"party": f.party, "entry": f.entry, "what": f.what, "severity": f.severity} for f in evidence.findings]
+    notes = [WitnessNotes(w) for w in witness or ()]
+    runs = verify_runs(folder, notes) if run is None else [check(folder, notes, run)]
+    found = list(dict.fromkeys(finding for evidence in runs for finding in evidence.findings))
+    logs = {
+        log.party: len(log.entries) for evidence in runs for log in (evidence.coordinator, *evidence.sites.values())
+    }
+    entries = sum(logs.values())
     if as_json:
         show_json({
-            "run_id": evidence.run, "parties": 1 + len(evidence.sites), "entries": entries,
-            "verified": not findings, "findings": findings,
+            "run_id": runs[-1].run, "runs": [evidence.run for evidence in runs], "parties": len(logs),
+            "entries": entries, "verified": not found, "findings": [plain(finding) for finding in found],
         })  # fmt: skip
-    if findings and as_json:
-        err.print(f"{folder}: {len(findings)} findings; first: {evidence.findings[0]}", markup=False, soft_wrap=True)
+    if found and as_json:
+        err.print(f"{folder}: {len(found)} findings; first: {found[0]}", markup=False, soft_wrap=True)
         raise typer.Exit(AuditError.exit_code)
-    if findings:
-        first, count = evidence.findings[0], f"{len(findings)} finding{'s' if len(findings) > 1 else ''}"
-        for finding in evidence.findings[1:20]:
+    if found:
+        for finding in found[1:20]:
             err.print(f"also ({finding.severity}): {finding}", markup=False, soft_wrap=True)
         raise AuditError(
-            f"{count}; first ({first.severity}): {first}",
+            f"{len(found)} finding{'s' if len(found) > 1 else ''}; first ({found[0].severity}): {found[0]}",
             where=str(folder),
             hint="do not rely on this run's evidence; compare with copies that other parties keep",
         )
     if not as_json:
-        out.print(f"verified: run {evidence.run}, {1 + len(evidence.sites)} logs, {entries:,} entries, no finding")
+        names = f"run {runs[0].run}" if len(runs) == 1 else f"{len(runs)} runs, the last {runs[-1].run}"
+        out.print(f"verified: {names}, {len(logs)} logs, {entries:,} entries, no finding")
 
 
 def _show_proof(path: Path, *, as_json: bool) -> None:
@@ -105,6 +115,7 @@ def prove(
     ledger: Annotated[
         Path | None, typer.Option(help="The sites' ledger folder. Default: ledgers/ in the folder.")
     ] = None,
+    run: _Run = None,
     out_file: Annotated[Path, typer.Option("--out", help="The proof file.")] = Path("proof.json"),
     as_json: _Json = False,
 ) -> None:
@@ -121,7 +132,7 @@ def prove(
     if sum(given is not None for given in (entry, charge, person)) != 1 or (person is None) != (round_ is None):
         raise ConfigError("name exactly one of --entry, --charge, --person with --round", where="confide audit prove",
                           hint="--entry 12, or --charge RUN/ROUND/train, or --person ID --round 3")  # fmt: skip
-    evidence = check(folder)
+    evidence = check(folder, run=run)
     if person is not None and round_ is not None:
         number = find_snapshot(evidence, party, round_)
         files = SiteFiles.of(party, folder / "sites" / party, (ledger or folder / "ledgers") / party)
@@ -238,27 +249,29 @@ def cosign(
     as_json: _Json = False,
 ) -> None:
     """Look at every log of a run, and sign those states that only grew since the last time. Exit 7 if one did not."""
-    from confide.privacy.audit.evidence import load_evidence
+    from confide.privacy.audit.evidence import load_runs
     from confide.privacy.audit.witness import Witness
 
-    witness, evidence = Witness(folder), load_evidence(run)
+    witness, runs = Witness(folder), load_runs(run)
+    logs = {log.party: log for evidence in runs for log in (evidence.coordinator, *evidence.sites.values())}
     done = []
-    for log in (evidence.coordinator, *evidence.sites.values()):
+    for log in logs.values():
         if log.checkpoint is None or log.path is None:
             raise AuditError("there is no log with a checkpoint that holds", where=f"log of {log.party}",
                              hint="see confide audit verify")  # fmt: skip
         seen = witness.cosign(log.path, log.checkpoint.origin, log.party, log.public_key)
         done.append({"party": log.party, "entries": seen.checkpoint.size, "at": when(seen.at * 10**6)})
     if as_json:
-        show_json({"witness": witness.name, "run_id": evidence.run, "logs": done})
+        show_json({"witness": witness.name, "run_id": runs[-1].run, "logs": done})
     else:
-        out.print(f"{witness.name} cosigned {len(done)} logs of run {evidence.run}", soft_wrap=True)
+        out.print(f"{witness.name} cosigned {len(done)} logs, the last run {runs[-1].run}", soft_wrap=True)
 
 
 @app.command("report")
 def report(
     folder: _Folder,
     out_file: Annotated[Path | None, typer.Option("--out", help="Default: report.html in the folder.")] = None,
+    run: _Run = None,
     as_json: _Json = False,
 ) -> None:
     """Write one self-contained HTML page: what was trained, for what, at what privacy loss, who could see what."""
@@ -266,7 +279,7 @@ def report(
 
     path = out_file or folder / "report.html"
     try:
-        summary = write_report(folder, path)
+        summary = write_report(folder, path, run)
     except OSError as error:
         raise ConfigError(
             f"cannot be written: {error.strerror}", where=str(path), hint="name a place you may write to"

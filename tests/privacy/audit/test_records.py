@@ -26,7 +26,7 @@ KINDS: list[type[r.Record]] = [
     for kind in map(vars(r).get, r.__all__)
     if isinstance(kind, type) and issubclass(kind, r.Record) and kind is not r.Record
 ]
-LOCAL = {"local_snapshot", "local_refusal"}
+LOCAL = {"local_snapshot", "local_refusal", "local_fault", "consent_read"}
 TEXT = st.text()
 VALUES: dict[Any, st.SearchStrategy[Any]] = {
     str: TEXT,
@@ -41,6 +41,7 @@ FEDERATED_FIELDS = {
     "charged": {"run", "round", "charge", "event"},
     # attempt, key_epoch: how often the coordinator had to ask again; that hangs on which sites answered, not on people.
     "cohort": {"run", "round", "attempt", "key_epoch", "cohort", "statements", "checkpoints", "transcript"},
+    "fault": {"run", "round", "step", "party", "reason"},
     "joined": {"run", "manifest", "coordinator"},
     "keys_agreed": {"run", "epoch", "maker", "secret"},  # epoch: as a cohort's
     "keys_destroyed": {"run", "secret"},  # secret: the digest that stands in keys_agreed already
