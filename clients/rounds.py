@@ -109,7 +109,7 @@ class RoundSteps:
         commitment = digest("commitment", secrets.token_bytes(32), vector.tobytes()).hex()
         reply = m.TrainReply(
             commitment=commitment, model=run.model_tag(model), state=run.state_tag(model),
-            secret=secret,
+            secret=secret, coordinator=header.checkpoint,
         )  # fmt: skip
         self._log.append(
             audit.UpdateCommitted(

@@ -32,7 +32,7 @@ FIELDS: dict[type[m.Message], set[str]] = {
     # unlocked: signed `unlock` replies, see below; the coordinator has them, and sites check them.
     m.SumReference: {"round", "cohort", "statements", "transcript", "attempt", "chunks", "tags", "unlocked"},
     m.TrainRequest: {"sums"},
-    m.TrainReply: {"commitment", "model", "state", "secret"},
+    m.TrainReply: {"commitment", "model", "state", "secret", "coordinator"},
     m.SealRequest: {"cohort", "statements"},
     m.SealReply: {"transcript", "tags"},
     m.UnlockRequest: {"statements"},  # signed `seal` replies without their bulk: a transcript and tags
@@ -52,7 +52,7 @@ EXAMPLES: list[m.Message] = [
     m.KeysReply(secret=H),
     SUM,
     m.TrainRequest(sums=(SUM,)),
-    m.TrainReply(commitment=H, model=H, state=H, secret=H),
+    m.TrainReply(commitment=H, model=H, state=H, secret=H, coordinator=f"7:{H}"),
     m.SealRequest(cohort=("ash",), statements=(STATEMENT,)),
     m.SealReply(transcript=H, tags=("0", "ffffffffffffffff")),
     m.UnlockRequest(statements=(STATEMENT,)),

@@ -432,7 +432,9 @@ def _refusing(federation: Federation, reply: Envelope) -> Envelope:
 
 def _as_train(federation: Federation, reply: Envelope) -> Envelope:
     header = header_of(reply)
-    body = m.TrainReply(commitment="00" * 32, model="00" * 32, state="00" * 32, secret="00" * 32)
+    body = m.TrainReply(
+        commitment="00" * 32, model="00" * 32, state="00" * 32, secret="00" * 32, coordinator="1:" + "00" * 32
+    )
     return federation.sign(
         header.step, header.round, "coordinator", body,
         identity=federation.sites["birch"].identity, request=header.request,

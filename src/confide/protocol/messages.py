@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from confide.errors import SealingError
-from confide.protocol.envelope import Envelope
+from confide.protocol.envelope import Envelope, LogState
 from confide.protocol.manifest import Hex32
 
 __all__ = [
@@ -171,6 +171,8 @@ class TrainReply(Message):
     state: Hex32
     #: Digest of the run secret that the site holds.
     secret: Hex32
+    #: The state of the coordinator's log that came with the request: the site cosigns it, as it signs this reply.
+    coordinator: LogState
 
 
 class SealRequest(Message):

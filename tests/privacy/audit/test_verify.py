@@ -287,7 +287,7 @@ def test_the_coordinators_log_of_another_run_is_found(run: Run, another: Run) ->
         shutil.copy(another.log(COORDINATOR).with_suffix(suffix), run.log(COORDINATOR).with_suffix(suffix))
     found = findings(run)
     assert set(run.sites) <= parties(found)
-    assert any("joined another manifest" in f.what for f in found)
+    assert all(any("belongs to another run" in f.what for f in found if f.party == site) for site in run.sites)
 
 
 def test_a_run_by_others_under_the_same_names_is_found(run: Run) -> None:
@@ -959,7 +959,7 @@ def test_the_command_gives_one_object_as_json(finished: Run) -> None:
     assert finished.result is not None
     assert answer.code == 0
     assert found == {
-        "run_id": finished.result.run_id, "parties": 5, "verified": True, "findings": [],
+        "run_id": (run := finished.result.run_id), "runs": [run], "parties": 5, "verified": True, "findings": [],
         "entries": len(evidence.coordinator.entries) + sum(len(s.entries) for s in evidence.sites.values()),
     }  # fmt: skip
 
