@@ -2,14 +2,18 @@
 
 from confide.privacy.consent.events import ConsentEvent, EventType, from_micros, now_micros, to_micros
 from confide.privacy.consent.importer import ImportedEvent, Rejection, parse_csv, read_csv
+from confide.privacy.consent.notices import Notice, lineage, notice_digest
+from confide.privacy.consent.projection import Difference
 from confide.privacy.consent.pseudonyms import SiteKey, canonical_subject
 from confide.privacy.consent.registry import Registry, Snapshot
 from confide.privacy.consent.state import Standing, Status, decide
 
 __all__ = [
     "ConsentEvent",
+    "Difference",
     "EventType",
     "ImportedEvent",
+    "Notice",
     "Registry",
     "Rejection",
     "SiteKey",
@@ -19,6 +23,8 @@ __all__ = [
     "canonical_subject",
     "decide",
     "from_micros",
+    "lineage",
+    "notice_digest",
     "now_micros",
     "parse_csv",
     "read_csv",
