@@ -86,7 +86,9 @@ def changes(registry: Registry, subjects: int, draw: random.Random) -> list[Cons
     people = [f"person-{draw.randrange(subjects):08d}" for _ in range(CHANGES)]
     names, kinds = registry.enrol(people), (EventType.GIVEN, EventType.WITHDRAWN)
     return [
-        ConsentEvent(event_id=f"new-{i}", pseudonym=names[p], purpose=PURPOSE, type=kinds[i % 2], effective_at=now_micros())
+        ConsentEvent(
+            event_id=f"new-{i}", pseudonym=names[p], purpose=PURPOSE, type=kinds[i % 2], effective_at=now_micros()
+        )
         for i, p in enumerate(people)
     ]  # fmt: skip
 

@@ -14,22 +14,24 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, update
 
 from confide.errors import ConsentError
 from confide.privacy.consent import projection
+from confide.privacy.consent.bulk import insert_rows, rows_with
 from confide.privacy.consent.erasure import DEFAULT_GROUND, closing_events, destroy_key, forget_bytes
 from confide.privacy.consent.events import ConsentEvent, now_micros
 from confide.privacy.consent.notices import EVERYTHING, Notice
 from confide.privacy.consent.projection import Difference
 from confide.privacy.consent.pseudonyms import KEY_BYTES, SiteKey
+from confide.privacy.consent.queries import Heads, erased_among, events_of, heads, keys_of, notices_at
 from confide.privacy.consent.state import Standing, Status, decide
-from confide.privacy.consent.storage import Storage, insert_rows
+from confide.privacy.consent.storage import Storage
 from confide.privacy.consent.tables import (
     CLOCK,
     CONTENT,
@@ -37,7 +39,6 @@ from confide.privacy.consent.tables import (
     NOTICES,
     PROJECTION,
     SUBJECTS,
-    TOMBSTONES,
     event_from_row,
     event_row,
 )
@@ -46,7 +47,6 @@ from confide.privacy.consent.view import View, participants_of_events, standing_
 __all__ = ["Registry", "Snapshot"]
 
 _BATCH = 50_000
-_CHUNK = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,7 @@ class Registry:
         self._key = key
         self._storage = Storage(path)
         self._views: dict[str, View] = {}
+        self._noticed: tuple[int, dict[str, Notice]] = (0, {})
         self._one_view = threading.Lock()
 
     # --- persons ---
@@ -90,12 +91,12 @@ class Registry:
         if len(known) < len(by_locator):
             with self._storage.writing() as connection:
                 missing = [locator for locator in by_locator if locator not in known]
-                if _erased(connection, missing):
+                if erased_among(connection, missing):
                     raise ConsentError(
                         "a person who is to be enrolled was erased, and stays so", where=self._storage.where,
                         hint="leave her out; her consent cannot be recorded under this identifier again",
                     )  # fmt: skip
-                known |= _keys_of(connection, missing)  # another process may have been faster
+                known |= keys_of(connection, missing)  # another process may have been faster
                 new = {loc: secrets.token_bytes(KEY_BYTES) for loc in missing if loc not in known}
                 insert_rows(connection, SUBJECTS, list(new.items()))
                 known |= new
@@ -111,7 +112,7 @@ class Registry:
         """Those of these identifiers that were erased and are not enrolled again."""
         by_locator = {self._key.locator(s): s for s in subjects}
         with self._storage.reading() as connection:
-            return {by_locator[loc] for loc in _erased(connection, list(by_locator))}
+            return {by_locator[loc] for loc in erased_among(connection, by_locator)}
 
     def erase(self, subject: str, ground: str = DEFAULT_GROUND) -> int:
         """Close everything that is on record of a person and destroy the key to it; see `erasure`. Asked again, it only
@@ -130,8 +131,8 @@ class Registry:
         """
         locator, added = self._key.locator(subject), 0
         with self._storage.writing() as connection:
-            if not _erased(connection, [locator]):
-                personal_key = _keys_of(connection, [locator]).get(locator)
+            if not erased_among(connection, [locator]):
+                personal_key = keys_of(connection, [locator]).get(locator)
                 if personal_key is None:
                     raise ConsentError("nobody of this identifier is on record", where=self._storage.where,
                                        hint="check how the registry's imports spell it")  # fmt: skip
@@ -193,7 +194,7 @@ class Registry:
             raise ConsentError("a notice has a digest and was written for a purpose", where=self._storage.where,
                                hint="name both")  # fmt: skip
         with self._storage.writing() as connection:
-            known = _notices(connection).get(digest)
+            known = notices_at(connection).get(digest)
             if known is not None:
                 if replace(known, sequence=0, registered_at=0) != notice:
                     raise ConsentError(
@@ -201,7 +202,7 @@ class Registry:
                         hint="a new version of a notice has a digest of its own",
                     )  # fmt: skip
                 return known
-            fresh = replace(notice, sequence=_head(connection) + 1, registered_at=self.now())
+            fresh = replace(notice, sequence=heads(connection).sequence + 1, registered_at=self.now())
             row = (fresh.sequence, digest, json.dumps(sorted(fresh.purposes)), covers_beneath, fresh.registered_at)
             insert_rows(connection, NOTICES, [row])
             return fresh
@@ -209,12 +210,12 @@ class Registry:
     def notices(self, sequence: int | None = None) -> dict[str, Notice]:
         """The notices on record, by digest, as of a sequence number; None is the latest."""
         with self._storage.reading() as connection:
-            return _notices(connection, sequence)
+            return notices_at(connection, sequence)
 
     def head(self) -> int:
         """The sequence number of the latest event or notice; 0 where there is none."""
         with self._storage.reading() as connection:
-            return _head(connection)
+            return heads(connection).sequence
 
     # --- the present ---
 
@@ -222,7 +223,7 @@ class Registry:
         """When the latest event was put on record, or as of when the latest snapshot was taken (microseconds UTC); 0
         where there is neither. No honest clock is behind it."""
         with self._storage.reading() as connection:
-            return _latest(connection)
+            return heads(connection).recorded
 
     def now(self) -> int:
         """The present as answers about it are given: the clock, or `latest_recorded` where the clock is behind."""
@@ -247,13 +248,13 @@ class Registry:
         if sequence is None:
             self._put_forward(min(as_of, now_micros()))
         with self._one_view, self._storage.reading() as connection:
-            latest = _head(connection)
-            head = latest if sequence is None else sequence
-            notices = _notices(connection, head)
-            if head < latest:
+            latest = heads(connection)
+            head = latest.sequence if sequence is None else sequence
+            if head < latest.sequence or not latest.projected:
+                notices = notices_at(connection, head)
                 found = participants_of_events(connection, purpose, as_of, head, notices)
             else:
-                found = self._present(connection, purpose, as_of, latest, notices)
+                found = self._present(connection, purpose, as_of, latest)
         return Snapshot(purpose, as_of, head, found)
 
     def state(self, subject: str, purpose: str, at: int | None = None, sequence: int | None = None) -> Standing:
@@ -270,17 +271,18 @@ class Registry:
         """
         locator = self._key.locator(subject)
         with self._storage.reading() as connection:
-            at = max(now_micros(), _latest(connection)) if at is None else at
-            personal_key = _keys_of(connection, [locator]).get(locator)
+            latest = heads(connection)
+            at = max(now_micros(), latest.recorded) if at is None else at
+            personal_key = keys_of(connection, [locator]).get(locator)
             if personal_key is None:
-                gone = _erased(connection, [locator])
+                gone = erased_among(connection, [locator])
                 return Standing(Status.REFUSED if gone else Status.UNKNOWN)
-            pseudonym, latest = self._key.pseudonym(subject, personal_key), _head(connection)
-            notices = _notices(connection, sequence)
-            if sequence is None or sequence >= latest:
-                self._check_projection(connection)
-                return standing_of(connection, pseudonym, purpose, at, notices)
-            return decide((e for _, e in _events_of(connection, pseudonym, sequence)), at, purpose, notices)
+            pseudonym = self._key.pseudonym(subject, personal_key)
+            if latest.projected and (sequence is None or sequence >= latest.sequence):
+                self._check_projection(latest)
+                return standing_of(connection, pseudonym, purpose, at, self._notices(connection, latest))
+            notices = notices_at(connection, sequence)
+            return decide((e for _, e in events_of(connection, pseudonym, sequence)), at, purpose, notices)
 
     def history(self, subject: str) -> list[tuple[int, ConsentEvent]]:
         """(sequence number, event) of everything that is on record of a person, oldest first.
@@ -292,7 +294,7 @@ class Registry:
         if pseudonym is None:
             return []
         with self._storage.reading() as connection:
-            return list(_events_of(connection, pseudonym))
+            return list(events_of(connection, pseudonym))
 
     # --- the projection ---
 
@@ -324,16 +326,14 @@ class Registry:
         for item in events:
             if fresh.setdefault(item.event_id, item) != item:
                 raise self._reused(item)
-        ids = list(fresh)
-        for start in range(0, len(ids), _CHUNK):
-            query = select(*CONTENT).where(EVENTS.c.event_id.in_(ids[start : start + _CHUNK]))
-            for _, *values in connection.execute(query).all():
-                known = event_from_row(values)
-                if fresh.pop(known.event_id) != known:
-                    raise self._reused(known)
-        numbered = list(enumerate(fresh.values(), _head(connection) + 1))
+        for _, *values in rows_with(connection, EVENTS, [column.name for column in CONTENT], "event_id", list(fresh)):
+            known = event_from_row(values)
+            if fresh.pop(known.event_id) != known:
+                raise self._reused(known)
+        latest = heads(connection)
+        numbered = list(enumerate(fresh.values(), latest.sequence + 1))
         if numbered:
-            recorded_at = max(now_micros(), _latest(connection))
+            recorded_at = max(now_micros(), latest.recorded)
             insert_rows(connection, EVENTS, [event_row(seq, event, recorded_at) for seq, event in numbered])
             projection.apply(connection, numbered)
         return len(numbered)
@@ -346,32 +346,37 @@ class Registry:
     def _put_forward(self, at: int) -> None:
         """Note durably that a snapshot was taken as of this instant."""
         with self._storage.reading() as connection:
-            if _latest(connection) >= at:
+            if heads(connection).recorded >= at:
                 return
         with self._storage.writing() as connection:
             connection.execute(update(CLOCK).where(CLOCK.c.latest < at).values(latest=at))
 
-    def _present(
-        self, connection: Connection, purpose: str, at: int, latest: int, notices: Mapping[str, Notice]
-    ) -> dict[bytes, float | None]:
-        self._check_projection(connection)
-        view = self._views.get(purpose)
-        if view is not None and view.sequence <= latest and view.notices == notices:
+    def _present(self, connection: Connection, purpose: str, at: int, latest: Heads) -> dict[bytes, float | None]:
+        self._check_projection(latest)
+        view, notices = self._views.get(purpose), self._notices(connection, latest)
+        if view is not None and view.sequence <= latest.sequence and view.notices == notices:
             if at < view.at:
-                return participants_of_events(connection, purpose, at, latest, notices)
+                return participants_of_events(connection, purpose, at, latest.sequence, notices)
             try:
-                view.move_on(connection, at, latest)
+                view.move_on(connection, at, latest.sequence)
             except BaseException:
                 del self._views[purpose]  # half moved, it would answer wrongly
                 raise
         else:
             self._views.pop(purpose, None)
-            view = self._views[purpose] = View(connection, purpose, at, latest, notices)
+            view = self._views[purpose] = View(connection, purpose, at, latest.sequence, notices)
         return dict(view.participants)
 
-    def _check_projection(self, connection: Connection) -> None:
-        seq, damaged = connection.execute(select(PROJECTION.c.seq, PROJECTION.c.damaged)).one()
-        if damaged or seq != (connection.scalar(select(func.max(EVENTS.c.seq))) or 0):
+    def _notices(self, connection: Connection, latest: Heads) -> dict[str, Notice]:
+        """All notices; they never change, so they are read again only where there are new ones."""
+        read_to, notices = self._noticed
+        if read_to != latest.notice:
+            notices = notices_at(connection)
+            self._noticed = latest.notice, notices
+        return notices
+
+    def _check_projection(self, latest: Heads) -> None:
+        if latest.damaged:
             raise ConsentError(
                 "what is kept for speed does not agree with the events", where=self._storage.where,
                 hint="find out who wrote to the database, then rebuild it from the events (Registry.rebuild)",
@@ -379,51 +384,4 @@ class Registry:
 
     def _personal_keys(self, locators: Iterable[bytes]) -> dict[bytes, bytes]:
         with self._storage.reading() as connection:
-            return _keys_of(connection, list(locators))
-
-
-def _head(connection: Connection) -> int:
-    query = select(select(func.max(EVENTS.c.seq)).scalar_subquery(), select(func.max(NOTICES.c.seq)).scalar_subquery())
-    return max(found or 0 for found in connection.execute(query).one())
-
-
-def _latest(connection: Connection) -> int:
-    last = select(EVENTS.c.recorded_at).order_by(EVENTS.c.seq.desc()).limit(1).scalar_subquery()
-    return max(found or 0 for found in connection.execute(select(CLOCK.c.latest, last)).one())
-
-
-def _notices(connection: Connection, sequence: int | None = None) -> dict[str, Notice]:
-    query = select(NOTICES) if sequence is None else select(NOTICES).where(NOTICES.c.seq <= sequence)
-    return {
-        digest: Notice(
-            digest=digest, purposes=frozenset(json.loads(purposes)), covers_beneath=beneath, sequence=seq,
-            registered_at=at,
-        )
-        for seq, digest, purposes, beneath, at in connection.execute(query)
-    }  # fmt: skip
-
-
-def _events_of(
-    connection: Connection, pseudonym: bytes, sequence: int | None = None
-) -> Iterator[tuple[int, ConsentEvent]]:
-    query = select(*CONTENT).where(EVENTS.c.pseudonym == pseudonym).order_by(EVENTS.c.seq)
-    if sequence is not None:
-        query = query.where(EVENTS.c.seq <= sequence)
-    return ((seq, event_from_row(values)) for seq, *values in connection.execute(query))
-
-
-def _keys_of(connection: Connection, locators: Sequence[bytes]) -> dict[bytes, bytes]:
-    found: dict[bytes, bytes] = {}
-    for start in range(0, len(locators), _CHUNK):
-        part = select(SUBJECTS).where(SUBJECTS.c.locator.in_(locators[start : start + _CHUNK]))
-        found.update({bytes(locator): bytes(key) for locator, key in connection.execute(part)})
-    return found
-
-
-def _erased(connection: Connection, wanted: Sequence[bytes]) -> set[bytes]:
-    """Those of the wanted locators that have a tombstone."""
-    found: set[bytes] = set()
-    for start in range(0, len(wanted), _CHUNK):
-        part = select(TOMBSTONES.c.locator).where(TOMBSTONES.c.locator.in_(wanted[start : start + _CHUNK]))
-        found.update(map(bytes, connection.scalars(part)))
-    return found
+            return keys_of(connection, locators)

@@ -13,19 +13,18 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, inspect, make_url, select, text, update
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, text, update
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from confide.errors import ConsentError
 from confide.privacy.consent import projection, triggers
 from confide.privacy.consent.tables import PROJECTION, SCHEMA
 
-__all__ = ["SCHEMA_VERSION", "Storage", "insert_rows"]
+__all__ = ["SCHEMA_VERSION", "Storage"]
 
 SCHEMA_VERSION = 3
 _REVISIONS = {1: "0001", 2: "0002"}
@@ -164,21 +163,6 @@ class Storage:
             if connection.scalar(select(PROJECTION.c.seq)) == -1:
                 projection.rebuild(connection)
         triggers.install(connection)
-
-
-def insert_rows(connection: Connection, table: Table, rows: Sequence[Sequence[object]]) -> None:
-    """Add many rows, values in the order of the table's columns."""
-    if not rows:
-        return
-    names = ", ".join(column.name for column in table.c)
-    if connection.dialect.name == "sqlite":
-        marks = ", ".join("?" * len(table.c))
-        connection.exec_driver_sql(f"INSERT INTO {table.name} ({names}) VALUES ({marks})", list(map(tuple, rows)))  # noqa: S608  # names of ours
-        return
-    raw: Any = connection.connection.cursor()
-    with raw, raw.copy(f"COPY {table.name} ({names}) FROM STDIN") as copy:
-        for row in rows:
-            copy.write_row(row)
 
 
 def _url(address: Path | str) -> URL:

@@ -118,7 +118,7 @@ CONTENT = [column for column in EVENTS.c if column.name != "recorded_at"]
 def event_row(seq: int, event: ConsentEvent, recorded_at: int) -> tuple[object, ...]:
     """In the order of the table's columns."""
     return (
-        seq, event.event_id, event.pseudonym, event.purpose, event.type.value, event.effective_at, event.valid_until,
+        seq, event.event_id, event.pseudonym, event.purpose, event.type._value_, event.effective_at, event.valid_until,
         event.notice_digest, event.lawful_basis, event.jurisdiction, event.evidence_ref, event.max_epsilon, recorded_at,
     )  # fmt: skip
 

@@ -42,7 +42,7 @@ def _sqlite() -> Iterator[tuple[str, str, str]]:
         yield refuse(table, "DELETE", reason)
     for table, clash in _IN_THE_WAY.items():
         reason = _APPEND_ONLY.get(table, _KEYS if table == "consent_subject" else _CLOCK)
-        yield refuse(table, "INSERT", reason, f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {clash})", "replace")
+        yield refuse(table, "INSERT", reason, f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {clash})", "replace")  # noqa: S608  # names of ours
     buried = "SELECT 1 FROM consent_tombstone WHERE locator"
     yield refuse("consent_subject", "UPDATE", _KEYS)
     yield refuse("consent_subject", "DELETE", _KEYS, f"WHEN NOT EXISTS ({buried} = OLD.locator)")
@@ -77,12 +77,12 @@ _FUNCTIONS = (
     _function("consent_refuse", "RAISE EXCEPTION '%', TG_ARGV[0] USING ERRCODE = 'integrity_constraint_violation';"),
     _function(
         "consent_subject_delete",
-        "IF NOT EXISTS (SELECT 1 FROM consent_tombstone WHERE locator = OLD.locator) THEN "
+        "IF NOT EXISTS (SELECT 1 FROM consent_tombstone WHERE locator = OLD.locator) THEN "  # noqa: S608
         f"RAISE EXCEPTION '{_KEYS}' USING ERRCODE = 'integrity_constraint_violation'; END IF; RETURN OLD;",
     ),
     _function(
         "consent_subject_return",
-        "IF EXISTS (SELECT 1 FROM consent_tombstone WHERE locator = NEW.locator) THEN "
+        "IF EXISTS (SELECT 1 FROM consent_tombstone WHERE locator = NEW.locator) THEN "  # noqa: S608
         f"RAISE EXCEPTION '{_ERASED}' USING ERRCODE = 'integrity_constraint_violation'; END IF; RETURN NEW;",
     ),
 )
