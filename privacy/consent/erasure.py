@@ -15,13 +15,13 @@ from __future__ import annotations
 import secrets
 import time
 
-from sqlalchemy import delete, select, text
+from sqlalchemy import delete, select
 
 from confide.errors import ConsentError
 from confide.privacy.consent.events import ConsentEvent, EventType
 from confide.privacy.consent.notices import EVERYTHING
 from confide.privacy.consent.storage import Storage
-from confide.privacy.consent.tables import EVENTS, SUBJECTS
+from confide.privacy.consent.tables import EVENTS, SUBJECTS, TOMBSTONES
 
 __all__ = ["DEFAULT_GROUND", "closing_events", "destroy_key", "forget_bytes"]
 
@@ -47,10 +47,7 @@ def closing_events(storage: Storage, pseudonym: bytes, at: int) -> list[ConsentE
 def destroy_key(storage: Storage, locator: bytes, ground: str) -> None:
     """Put the tombstone, which alone allows it, and delete the personal key."""
     with storage.writing() as connection:
-        connection.execute(
-            text("INSERT INTO consent_tombstone (locator, ground) VALUES (:locator, :ground)"),
-            {"locator": locator, "ground": ground},
-        )
+        connection.execute(TOMBSTONES.insert().values(locator=locator, ground=ground))
         connection.execute(delete(SUBJECTS).where(SUBJECTS.c.locator == locator))
 
 
@@ -62,14 +59,7 @@ def forget_bytes(storage: Storage) -> None:
         ConsentError: Another program is in the way. The erasure stands; asking again finishes it.
     """
     deadline = time.monotonic() + _PATIENCE
-    while True:
-        with storage.maintaining() as connection:
-            if not storage.is_sqlite:
-                connection.execute(text("VACUUM consent_subject"))
-                return
-            busy = connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)")).one()[0]
-        if not busy:
-            return
+    while not storage.tidy():
         if time.monotonic() > deadline:
             raise ConsentError("the person is erased, but a copy of her key may still lie in the write-ahead log",
                                where=storage.where,

@@ -42,7 +42,9 @@ def apply(connection: Connection, events: Sequence[tuple[int, ConsentEvent]]) ->
     for _, event in events:
         by_purpose.setdefault(event.purpose, []).append(event)
     for purpose, concerning in by_purpose.items():
-        persons = sorted({event.pseudonym for event in concerning})  # in the order of the table: fewer pages are touched
+        persons = sorted(
+            {event.pseudonym for event in concerning}
+        )  # in the order of the table: fewer pages are touched
         known = {pseudonym: found[purpose] for pseudonym, found in load(connection, [purpose], persons)}
         for event in concerning:
             summary = known.get(event.pseudonym)

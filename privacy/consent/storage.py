@@ -107,15 +107,29 @@ class Storage:
                     hint="nothing was added; check the disk, the permissions, and that no other program is importing",
                 ) from None
 
-    @contextmanager
-    def maintaining(self) -> Iterator[Connection]:
-        """A connection of its own without a transaction, for VACUUM and checkpoints."""
+    def tidy(self) -> bool:
+        """Drop what the database keeps of deleted rows: empty SQLite's write-ahead log, or vacuum PostgreSQL's table of
+        personal keys. False: another program is in the way.
+
+        Raises:
+            ConsentError: The database refused.
+        """
         try:
-            with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                yield connection
+            if not self.is_sqlite:
+                with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                    connection.execute(text("VACUUM consent_subject"))
+                return True
+            raw = self._engine.raw_connection()  # outside any transaction
+            try:
+                busy, _, _ = raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:
+                raw.close()
+            return not busy
         except self._errors as error:
-            raise ConsentError(f"cannot be tidied ({type(error).__name__})", where=self.where,
-                               hint="try again when no other program uses the registry") from None  # fmt: skip
+            raise ConsentError(
+                f"cannot be tidied ({type(error).__name__})", where=self.where,
+                hint="erase again to finish when no other program uses the registry",
+            ) from None  # fmt: skip
 
     def close(self) -> None:
         """Release the file or the connections."""

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, false, func, or_, select
 
+from confide.privacy.consent.bulk import BATCH
 from confide.privacy.consent.events import ConsentEvent
 from confide.privacy.consent.notices import Notice, lineage
-from confide.privacy.consent.projection import BATCH, Found, load
+from confide.privacy.consent.projection import Found, load
 from confide.privacy.consent.state import Standing, Summary, decide, standing
 from confide.privacy.consent.tables import CONTENT, CURRENT, EVENTS, event_from_row
 

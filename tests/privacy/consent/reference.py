@@ -20,7 +20,9 @@ def written_for(says: Says, purpose: str) -> bool:
     return purpose in says[0] or (says[1] and any(beneath(purpose, p) for p in says[0]))
 
 
-def may(events: Sequence[ConsentEvent], notices: Mapping[str, Says], purpose: str, at: int) -> tuple[bool, float | None]:
+def may(
+    events: Sequence[ConsentEvent], notices: Mapping[str, Says], purpose: str, at: int
+) -> tuple[bool, float | None]:
     """One person's events in the order they were learnt: may she take part, and with which limit of her own?"""
     here = [e for e in events if e.effective_at <= at and (e.purpose == purpose or beneath(purpose, e.purpose))]
     verdicts = [(e.effective_at, False, None) for e in here if e.type in DENIALS]

@@ -75,7 +75,11 @@ class Machine(RuleBasedStateMachine):
         assert self.registry.append(events) == size
         self.learnt += events
 
-    @rule(digest=st.sampled_from(DIGESTS[1:]), purposes=st.sets(st.sampled_from(PURPOSES), min_size=1), below=st.booleans())
+    @rule(
+        digest=st.sampled_from(DIGESTS[1:]),
+        purposes=st.sets(st.sampled_from(PURPOSES), min_size=1),
+        below=st.booleans(),
+    )
     def notice(self, digest: str, purposes: set[str], below: bool) -> None:
         if not any(isinstance(item, tuple) and item[0] == digest for item in self.learnt):
             self.registry.register_notice(digest, purposes, below)
@@ -108,7 +112,12 @@ class Machine(RuleBasedStateMachine):
         answers = {pseudonym: self.answer(pseudonym, known, purpose, at) for pseudonym in self.names.values()}
         assert found.participants == {pseudonym: limit for pseudonym, (yes, limit) in answers.items() if yes}
 
-    @rule(person=st.sampled_from(PEOPLE), purpose=st.sampled_from(ASKED), at=INSTANTS, back=st.none() | st.integers(-1, 12))
+    @rule(
+        person=st.sampled_from(PEOPLE),
+        purpose=st.sampled_from(ASKED),
+        at=INSTANTS,
+        back=st.none() | st.integers(-1, 12),
+    )
     def ask_of_one(self, person: str, purpose: str, at: int, back: int | None) -> None:
         sequence = None if back is None else max(0, len(self.learnt) - back)
         found = self.registry.state(person, purpose, at, sequence)

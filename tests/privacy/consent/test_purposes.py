@@ -142,7 +142,9 @@ def test_a_notice_is_registered_once_and_never_changed(registry: Registry) -> No
 
 
 @pytest.mark.parametrize(("digest", "purposes"), [("", ["a"]), ("d", []), ("d", ["a", ""])])
-def test_a_notice_without_a_digest_or_a_purpose_is_refused(registry: Registry, digest: str, purposes: list[str]) -> None:
+def test_a_notice_without_a_digest_or_a_purpose_is_refused(
+    registry: Registry, digest: str, purposes: list[str]
+) -> None:
     with pytest.raises(ConsentError, match="a notice has a digest"):
         registry.register_notice(digest, purposes)
 

@@ -40,7 +40,7 @@ def fill(registry: Registry) -> bytes:
 def dump(address: Path | str) -> list[Any]:
     tables = ("consent_event", "consent_notice", "consent_subject", "consent_tombstone", "consent_clock")
     with raw(address) as db:
-        return [sorted(map(repr, db.execute(f"SELECT * FROM {table}").fetchall())) for table in tables]
+        return [sorted(map(repr, db.execute(f"SELECT * FROM {table}").fetchall())) for table in tables]  # noqa: S608
 
 
 FORBIDDEN = [
@@ -68,12 +68,10 @@ def test_the_database_itself_refuses_to_change_what_is_on_record(
 
 
 @pytest.mark.parametrize("table", KEPT)
-def test_a_way_around_that_one_database_has_is_refused_too(
-    registry: Registry, address: Path | str, table: str
-) -> None:
+def test_a_way_around_that_one_database_has_is_refused_too(registry: Registry, address: Path | str, table: str) -> None:
     """SQLite's REPLACE deletes the row that is in the way without asking a DELETE trigger; nor does TRUNCATE."""
     name = f"consent_{table}"
-    around = f"REPLACE INTO {name} SELECT * FROM {name}" if isinstance(address, Path) else f"TRUNCATE {name} CASCADE"
+    around = f"REPLACE INTO {name} SELECT * FROM {name}" if isinstance(address, Path) else f"TRUNCATE {name} CASCADE"  # noqa: S608
     refuses(registry, address, around)
 
 
@@ -106,7 +104,9 @@ def test_without_its_triggers_it_would_change_it(registry: Registry, address: Pa
     assert dump(address) != before
 
 
-def test_a_trigger_that_was_dropped_is_back_when_the_registry_is_opened(registry: Registry, address: Path | str) -> None:
+def test_a_trigger_that_was_dropped_is_back_when_the_registry_is_opened(
+    registry: Registry, address: Path | str
+) -> None:
     fill(registry)
     with raw(address) as db:
         name = "consent_event_no_delete" if isinstance(address, Path) else "consent_event_no_change ON consent_event"
@@ -147,7 +147,9 @@ def test_an_import_that_fails_late_leaves_nothing_not_even_a_person(registry: Re
 
     def events() -> Any:
         for i in range(120_000):
-            yield make(f"e{i}", registry.enrol([f"p{i % 7}"])[f"p{i % 7}"]) if i % 1000 == 0 else make(f"e{i}", b"x" * 32)
+            yield (
+                make(f"e{i}", registry.enrol([f"p{i % 7}"])[f"p{i % 7}"]) if i % 1000 == 0 else make(f"e{i}", b"x" * 32)
+            )
         raise ConsentError("line 120001 is broken")
 
     with pytest.raises(ConsentError, match="line 120001"):
@@ -196,10 +198,8 @@ address, me, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
 registry = Registry(address if "://" in address else Path(address), SiteKey(b"k" * 32))
 for i in range(rounds):
     names = registry.enrol([f"p{i}", f"{me}-{i}"])
-    registry.append([
-        ConsentEvent(event_id=f"{me}-{i}-{p}", pseudonym=n, purpose="research/test", type=EventType.GIVEN, effective_at=i)
-        for p, n in names.items()
-    ])
+    given = {"purpose": "research/test", "type": EventType.GIVEN, "effective_at": i}
+    registry.append([ConsentEvent(event_id=f"{me}-{i}-{p}", pseudonym=n, **given) for p, n in names.items()])
 print(json.dumps({p: n.hex() for p, n in registry.pseudonyms([f"p{i}" for i in range(rounds)]).items()}))
 registry.close()
 """
@@ -273,7 +273,9 @@ def test_a_registry_of_an_older_version_becomes_one_of_the_newest(tmp_path: Path
     path = tmp_path / "consent.db"
     old(path, version)
     with closing(sqlite3.connect(path)) as db:
-        before = db.execute("SELECT seq, event_id, pseudonym, purpose, type, effective_at FROM consent_event").fetchall()
+        before = db.execute(
+            "SELECT seq, event_id, pseudonym, purpose, type, effective_at FROM consent_event"
+        ).fetchall()
         keys = db.execute("SELECT * FROM consent_subject").fetchall()
     with closing(Registry(path, KEY)) as registry:
         assert registry.state("ann", PURPOSE, 15) == Standing(Status.GIVEN, 2.5)
@@ -299,7 +301,9 @@ def test_a_migrated_registry_has_the_tables_that_a_new_one_has(tmp_path: Path, v
 
     def shape(name: str) -> dict[str, Any]:
         with closing(sqlite3.connect(tmp_path / name)) as db:
-            kinds = db.execute("SELECT type, name FROM sqlite_master WHERE name LIKE 'consent%' ORDER BY name").fetchall()
+            kinds = db.execute(
+                "SELECT type, name FROM sqlite_master WHERE name LIKE 'consent%' ORDER BY name"
+            ).fetchall()
             tables = [n for kind, n in kinds if kind == "table"]
             # whether a default is there (of a column that an old table got later) changes nothing
             columns = {t: [c[1:4] + c[5:] for c in db.execute(f"PRAGMA table_info({t})")] for t in tables}
