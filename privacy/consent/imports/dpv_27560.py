@@ -42,6 +42,11 @@ _STATUS = (
     MAX_EPSILON,
 )  # fmt: skip
 _SUBJECT = (*_ABOUT, "dct:identifier", "dpv:hasIdentifier", "skos:broader")
+#: What only a record or a wrapper around records has: a node that has it and is none may be a record misread.
+_DECIDES = frozenset(
+    ("@graph", "dpv:hasConsentStatus", "dpv:hasDataSubject", "dpv:hasProcess", "dpv:hasRecordOfActivity",
+     "dpv:isIndicatedAtTime")
+)  # fmt: skip
 _GRANTS = ("given", "renewed")  # names of `EventType`, which are text
 
 
@@ -81,6 +86,8 @@ def _find_in(tree: Any) -> Iterator[tuple[str, Any]]:
         if {"dpv:ConsentRecord", "dpv:ConsentReceipt"} & set(_types(node)):
             found = True
             yield from _unwrap(node, f"/@graph/{place}", known)
+        elif "@id" not in node or not _DECIDES.isdisjoint(node):
+            raise DoubtError(f"@graph[{place}]", "is no dpv:ConsentRecord, and nothing that a record could point to")
     if not found:
         raise DoubtError("@graph", "holds no dpv:ConsentRecord")
 

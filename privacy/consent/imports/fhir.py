@@ -33,6 +33,10 @@ _RESOURCE = (
     "category", "patient", "dateTime", "performer", "organization", "sourceAttachment", "sourceReference", "policy",
     "policyRule", "verification", "provision",
 )  # fmt: skip
+_BUNDLE = (
+    "resourceType", "id", "meta", "language", "identifier", "type", "timestamp", "total", "link", "entry", "signature",
+)  # fmt: skip
+_ENTRY = ("id", "extension", "link", "fullUrl", "resource", "search", "request", "response")
 _SCOPES = ("research", "patient-privacy")
 _SCOPE_SYSTEM = "http://terminology.hl7.org/CodeSystem/consentscope"
 _PEOPLE = ("Patient", "Organization", "Practitioner", "PractitionerRole", "RelatedPerson")
@@ -49,25 +53,22 @@ def _find(tree: Any) -> Iterator[tuple[str, Any]]:
     if tree.get("resourceType") != "Bundle":
         yield "", tree
         return
-    entries = tree.get("entry", [])
-    if not isinstance(entries, list) or tree.get("implicitRules") is not None:
-        raise DoubtError("Bundle.entry", "is not a list, or stands under implicit rules")
+    only_keys(tree, _BUNDLE, "Bundle")
+    _refuse_labels(tree.get("meta"))
+    entries = tree.get("entry", [] if tree.get("total") == 0 else None)
+    if not isinstance(entries, list):
+        raise DoubtError("Bundle.entry", "is missing, or not a list")
     for place, entry in enumerate(entries):
-        resource = entry.get("resource") if isinstance(entry, dict) else None
+        only_keys(entry, _ENTRY, f"Bundle.entry[{place}]")
+        resource, request = entry.get("resource"), entry.get("request")
         if isinstance(resource, dict) and resource.get("resourceType") in _PEOPLE:
             continue  # who is meant, not what was decided
-        pointer = f"/entry/{place}/resource"
-        if isinstance(entry, dict) and isinstance(entry.get("request"), dict):
-            if entry["request"].get("method") not in ("POST", "PUT"):
-                resource = DoubtError("request.method", "is neither POST nor PUT: what it leaves is not said")
-        elif isinstance(entry, dict) and entry.get("request") is not None:
-            resource = DoubtError("request", "is not an object")
-        yield pointer, resource
+        if request is not None and (not isinstance(request, dict) or request.get("method") not in ("POST", "PUT")):
+            raise DoubtError(f"Bundle.entry[{place}].request", "is neither POST nor PUT: what it leaves is not said")
+        yield f"/entry/{place}/resource", resource
 
 
 def _interpret(node: Any, builder: EventBuilder, options: Options) -> Iterator[Draft]:
-    if isinstance(node, DoubtError):
-        raise node
     if not isinstance(node, dict) or node.get("resourceType") != "Consent":
         raise DoubtError("resourceType", "is not Consent")
     only_keys(node, _RESOURCE, "Consent")
