@@ -110,8 +110,10 @@ def _kantara(tree: Any) -> Iterator[Said]:
             for p in service["purposes"]:
                 ends = p["termination"].strip()
                 purpose = p["purpose"] if "purpose" in p else p["purposeCategory"][0]
-                yield Said(r["piiPrincipalId"].strip(), purpose.strip(), p["consentType"] == "EXPLICIT",
-                           int(Fraction(r["consentTimestamp"]) * 10**6), None if ends == "none" else _instant(ends))  # fmt: skip
+                yield Said(
+                    r["piiPrincipalId"].strip(), purpose.strip(), p["consentType"] == "EXPLICIT",
+                    int(Fraction(r["consentTimestamp"]) * 10**6), None if ends == "none" else _instant(ends),
+                )  # fmt: skip
 
 
 def _dpv(tree: Any) -> Iterator[Said]:
@@ -132,7 +134,7 @@ def _dpv(tree: Any) -> Iterator[Said]:
                 duration = status.get("dpv:hasDuration")
                 end = None
                 if grants and duration is not None:
-                    end = _instant(_one(duration["rdf:value"] if "rdf:value" in duration else duration))
+                    end = _instant(_one(duration.get("rdf:value") if isinstance(duration, dict) else duration))
                 yield Said(person.strip(), purpose.strip(), grants, _instant(at), end)
 
 

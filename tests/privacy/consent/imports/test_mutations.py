@@ -36,7 +36,8 @@ KEYS = ["provision", "actor", "data", "@context", "@type", "@id", "@graph", "dct
         "dpv:hasDuration", "modifierExtension", "extension", "period", "type", "purpose", "status", "services",
         "event_id", "valid_until", "max_epsilon", "consentType", "security"]  # fmt: skip
 BITS = [b",", b";", b'"', b"\n", b"\r", b"\0", b"\xff", b"\xc3", b"{", b"}", b"[", b"]", b"[" * 200, b":", b"\\ud800",
-        b"NaN", b"Infinity", b"1e999", b"9" * 60, b"\xef\xbb\xbf", b"given", b"opt in", b"Z", b"+01:00", b"null"]  # fmt: skip
+        b"NaN", b"Infinity", b"1e999", b"9" * 60, b"\xef\xbb\xbf", b"given", b"opt in", b"Z", b"+01:00",
+        b"null"]  # fmt: skip
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
