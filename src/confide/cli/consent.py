@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -30,12 +30,9 @@ from confide.cli.consent_inputs import (
     refuse_existing,
     unwritable,
 )
-from confide.cli.render import Display, err, number, out, show_json, table, when
+from confide.cli.consent_output import FileDisplay, plain_event, refuse_import, show, show_import, show_recorded
+from confide.cli.render import err, number, out, show_json, when
 from confide.errors import ConfigError, ConsentError
-
-if TYPE_CHECKING:
-    from confide.privacy.consent.events import ConsentEvent
-    from confide.privacy.consent.imports import Checked, ImportedEvent
 
 __all__ = ["app"]
 
@@ -48,7 +45,6 @@ _Key = Annotated[
 _Subject = Annotated[str, typer.Argument(help="The person's identifier, as in the site's table.")]
 _Purpose = Annotated[str, typer.Option("--purpose", help="What the consent is for, e.g. research/cardiology.")]
 _HERE = Path()
-_LISTED = 20
 
 
 @app.callback()
@@ -69,12 +65,12 @@ def init(
         show_json({"folder": str(folder), "registry": str(folder / REGISTRY), "key": str(folder / KEY),
                    "key_fingerprint": fingerprint})  # fmt: skip
         return
-    out.print(table("A new consent registry", [
+    show("A new consent registry", [
         ("registry", str(folder / REGISTRY)),
         ("site key", f"{folder / KEY} (for ever: who loses it cannot find anybody again)"),
         ("key fingerprint", fingerprint),
         ("next", f"confide consent import FILE --registry {folder}"),
-    ]))  # fmt: skip
+    ])  # fmt: skip
 
 
 @app.command("import")
@@ -101,7 +97,7 @@ def import_(
 
     options = Options(purposes=None if purposes is None else purpose_list(purposes))
     declared = load_mapping(mapping) if mapping is not None else None
-    with ConsentDesk(registry, key) as desk, _FileDisplay() as display:
+    with ConsentDesk(registry, key) as desk, FileDisplay() as display:
         display.doing("checking")
         checked = check_file(file, options, mapping=declared, name=form, progress=display.update)
         added = None
@@ -119,34 +115,9 @@ def import_(
             "dry_run": dry_run, "added": added or 0, "known": 0 if added is None else checked.events - added,
         })  # fmt: skip
     if checked.rejected:
-        _refuse(checked, as_json=as_json)
+        refuse_import(checked, as_json=as_json)
     if not as_json:
-        _show_import(checked, added)
-
-
-def _refuse(checked: Checked, *, as_json: bool) -> None:
-    for rejection in checked.rejections[:_LISTED]:
-        err.print(str(rejection), markup=False, soft_wrap=True)
-    if checked.rejected > _LISTED:
-        err.print(f"and {checked.rejected - _LISTED:,} more (--json lists the first 10,000)", markup=False)
-    count = f"{checked.rejected:,} {'fault' if checked.rejected == 1 else 'faults'}"
-    what = ConsentError(f"{count} in a file read as {checked.format.name}; nothing was imported",
-                        where=str(checked.path), hint="mend the records named above, and import again")  # fmt: skip
-    if not as_json:
-        raise what
-    err.print(str(what), markup=False, soft_wrap=True)
-    raise typer.Exit(ConsentError.exit_code)
-
-
-def _show_import(checked: Checked, added: int | None) -> None:
-    kinds = ", ".join(f"{count:,} {name}" for name, count in sorted(checked.types.items())) or "none"
-    rows = [("file", str(checked.path)), ("read as", checked.format.title), ("events", f"{checked.events:,} ({kinds})")]
-    if added is None:
-        rows.append(("applied", "nothing: a dry run"))
-    else:
-        rows.append(("added", f"{added:,}"))
-        rows.append(("known already", f"{checked.events - added:,}"))
-    out.print(table("The file holds nothing that leaves a doubt", rows))
+        show_import(checked, added)
 
 
 @app.command("grant")
@@ -183,9 +154,10 @@ def grant(
         desk.apply([event])
         sequence = desk.sequence()
     if near:
-        err.print(f"[yellow]Note[/] the first event for {event.purpose!r}; there are others for {near[0]!r}",
+        err.print("[yellow]Note[/] ", end="")
+        err.print(f"the first event for {event.purpose!r}; there are others for {near[0]!r}", markup=False,
                   soft_wrap=True)  # fmt: skip
-    _show_recorded(event, 1, sequence, as_json=as_json)
+    show_recorded(event, 1, sequence, as_json=as_json)
 
 
 @app.command("withdraw")
@@ -216,7 +188,7 @@ def withdraw(
         events = desk.withdrawals(event)
         desk.apply(events)
         sequence = desk.sequence()
-    _show_recorded(event, len(events), sequence, as_json=as_json)
+    show_recorded(event, len(events), sequence, as_json=as_json)
 
 
 @app.command("status")
@@ -232,7 +204,7 @@ def status(subject: _Subject, registry: _Registry = _HERE, key: _Key = None, as_
         show_json({
             "subject": subject, "known": bool(history), "pseudonym": pseudonym.hex() if pseudonym else None,
             "standings": {p: {"status": s.status.value, "max_epsilon": s.max_epsilon} for p, s in standings.items()},
-            "history": [{"sequence": seq, **_plain_event(e)} for seq, e in history], "sequence": sequence,
+            "history": [{"sequence": seq, **plain_event(e)} for seq, e in history], "sequence": sequence,
         })  # fmt: skip
     if not history:
         if as_json:
@@ -243,7 +215,7 @@ def status(subject: _Subject, registry: _Registry = _HERE, key: _Key = None, as_
         return
     now = [(purpose, s.status.value + (f", at most ε = {number(s.max_epsilon, 2)}" if s.max_epsilon else ""))
            for purpose, s in standings.items()]  # fmt: skip
-    out.print(table(f"Consent of {subject} now: for the site only", now))
+    show(f"Consent of {subject} now: for the site only", now)
     shown = Table(box=None, padding=(0, 2, 0, 0), title="On record, as it was learnt", title_justify="left",
                   title_style="bold")  # fmt: skip
     for name in ("number", "effective", "decision", "purpose", "until", "own ε"):
@@ -282,9 +254,9 @@ def snapshot(
                    "threshold": threshold, "participants": found.participants})  # fmt: skip
         return
     people = f"fewer than {threshold}" if found.participants is None else f"{found.participants:,}"
-    out.print(table(f"Who may participate in {purpose}: for the site only", [
+    show(f"Who may participate in {purpose}: for the site only", [
         ("as of", when(as_of)), ("registry sequence", f"{found.sequence:,}"), ("participants", people),
-    ]))  # fmt: skip
+    ])  # fmt: skip
 
 
 @app.command("export")
@@ -323,10 +295,10 @@ def export(
         show_json({"out": str(out_file), "format": form, "events": found.events, "named": found.named,
                    "by_pseudonym": found.by_pseudonym, "left_out": found.left_out})  # fmt: skip
         return
-    out.print(table(f"{found.events:,} events written to {out_file}", [
+    show(f"{found.events:,} events written to {out_file}", [
         ("persons by identifier", f"{found.named:,}"), ("by pseudonym", f"{found.by_pseudonym:,}"),
         ("left out", f"{found.left_out:,}"),
-    ]))  # fmt: skip
+    ])  # fmt: skip
     if found.by_pseudonym:
         err.print("[yellow]Note[/] persons by pseudonym cannot be imported again: name them with --subjects, or leave "
                   "them out with --named-only", soft_wrap=True)  # fmt: skip
@@ -365,52 +337,7 @@ def receipt(
         show_json({"json": str(file), "page": str(page), "pseudonym": made.pseudonym,
                    "signed_by": made.public_key or None})  # fmt: skip
         return
-    out.print(table(f"A receipt for {subject}", [
+    show(f"A receipt for {subject}", [
         ("to read", str(page)), ("for machines", str(file)), ("pseudonym", made.pseudonym),
         ("signed by", made.public_key or "nobody (--signing-key)"),
-    ]))  # fmt: skip
-
-
-class _FileDisplay(Display):
-    """How far a file is read, on a terminal."""
-
-    def __init__(self) -> None:
-        super().__init__("checking")
-
-    def doing(self, what: str) -> None:
-        self._bar.update(self._task, description=what, completed=0)
-
-    def update(self, position: int, size: int, records: int) -> None:
-        self._bar.update(self._task, completed=position, total=size or 1, note=f"{records:,} records")
-
-
-def _show_recorded(event: ImportedEvent, count: int, sequence: int, *, as_json: bool) -> None:
-    from confide.privacy.consent.events import from_micros
-
-    until = from_micros(event.valid_until).isoformat() if event.valid_until is not None else None
-    if as_json:
-        show_json({
-            "purpose": event.purpose, "type": event.type.value,
-            "effective_at": from_micros(event.effective_at).isoformat(), "valid_until": until,
-            "notice_digest": event.notice_digest or None, "events": count, "sequence": sequence,
-        })  # fmt: skip
-        return
-    rows = [("purpose", event.purpose), ("from", when(event.effective_at)), ("registry sequence", f"{sequence:,}")]
-    if event.type.value == "given":
-        rows[2:2] = [("until", when(event.valid_until) if event.valid_until is not None else "withdrawn"),
-                     ("notice", event.notice_digest or "none")]  # fmt: skip
-    if count > 1:
-        rows.append(("also ended", f"{count - 1} consent that was to begin later"))
-    out.print(table(f"On record: {event.type.value} by {event.subject}", rows))
-
-
-def _plain_event(event: ConsentEvent) -> dict[str, object]:
-    from confide.privacy.consent.events import from_micros
-
-    return {
-        "event_id": event.event_id, "purpose": event.purpose, "type": event.type.value,
-        "effective_at": from_micros(event.effective_at).isoformat(),
-        "valid_until": from_micros(event.valid_until).isoformat() if event.valid_until is not None else None,
-        "notice_digest": event.notice_digest, "lawful_basis": event.lawful_basis, "jurisdiction": event.jurisdiction,
-        "evidence_ref": event.evidence_ref, "max_epsilon": event.max_epsilon,
-    }  # fmt: skip
+    ])  # fmt: skip

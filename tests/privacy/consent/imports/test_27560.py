@@ -88,7 +88,7 @@ def test_a_reference_is_followed_inside_the_document() -> None:
         ({"dpv:isIndicatedAtTime": "2026-01-31"}, "dpv:isIndicatedAtTime"),
         ({"dpv:hasDuration": {"@type": "dpv:UntilEventDuration", "rdf:value": "Closure"}}, "dpv:hasDuration"),
         ({"dpv:hasDuration": {"@type": "dpv:FixedOccurrencesDuration", "rdf:value": "1"}}, "dpv:hasDuration"),
-        ({"dpv:hasDuration": {"@type": "dpv:UntilTimeDuration", "rdf:value": "2027-12-31T23:59:59"}}, "dpv:hasDuration"),
+        ({"dpv:hasDuration": {"@type": "dpv:UntilTimeDuration", "rdf:value": "2027-12-31"}}, "dpv:hasDuration"),
         ({"dpv:hasDuration": 63115200}, "dpv:hasDuration"), ({"dpv:hasDuration": "none"}, "dpv:hasDuration"),
         ({"dpv:hasRule": "ex:only-mondays"}, "status.dpv:hasRule"),
         ({"urn:confide:consent:maxEpsilon": "-1"}, "max_epsilon"),

@@ -131,7 +131,8 @@ def test_a_row_that_comes_twice_is_one_event() -> None:
      ("[format]\ntime_format='%Y-%m-%d %H:%M %Z'", "time_format"), ("[format]\ntime_format='%Q'", "time_format"),
      ("[format]\ndelimiter=';;'", "delimiter"), ("[format]\nignore='x'", "ignore"),
      ("[values.type]\n'yes'='gven'", "values.type"), ("[values.subject]\na='b'", "values.subject"),
-     ("[columns]\nsubject='a'\npurpose='a'", "columns"), ("[columns]\ntype='a'\n[constants]\ntype='given'", "constants"),
+     ("[columns]\nsubject='a'\npurpose='a'", "columns"),
+     ("[columns]\ntype='a'\n[constants]\ntype='given'", "constants"),
      ("[constants]\neffective_at='2026-01-01T00:00Z'", "constants"), ("[columns]\nsubject=''", "columns.subject")],
 )  # fmt: skip
 def test_a_mapping_with_a_mistake_is_refused(tmp_path: Path, text: str, where: str) -> None:
