@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from confide.errors import ConsentError
 from confide.privacy.consent.events import ConsentEvent, EventType
@@ -104,7 +104,7 @@ class ConsentDesk:
 
         Raises:
             ConsentError: The events end in an error, the database refused, or an event id is known with another
-                content. No event was added.
+                content. No event was added; a person may have got a pseudonym, under which nothing is filed.
         """
         held = list(events)
         pseudonyms = self._registry.enrol({event.subject for event in held})
@@ -159,7 +159,7 @@ class ConsentDesk:
 
     def purposes(self) -> list[str]:
         """Every purpose that an event names."""
-        return sorted({event.purpose for _, event in self.events()})
+        return sorted(purpose for (purpose,) in self._rows("SELECT DISTINCT purpose FROM consent_event"))
 
     def events(self) -> Iterator[tuple[int, ConsentEvent]]:
         """(sequence number, event) of everything on record, oldest first.
@@ -167,17 +167,20 @@ class ConsentDesk:
         Raises:
             ConsentError: The registry cannot be read.
         """
+        for seq, event_id, pseudonym, purpose, kind, *rest in self._rows(_QUERY):
+            yield seq, ConsentEvent(
+                event_id=event_id, pseudonym=pseudonym, purpose=purpose, type=EventType(kind),
+                **dict(zip(_REST, rest, strict=True)),
+            )  # fmt: skip
+
+    def _rows(self, query: str) -> Iterator[tuple[Any, ...]]:
         try:
             connection = open_read_only(self._path)
             try:
-                for seq, event_id, pseudonym, purpose, kind, *rest in connection.execute(_QUERY):
-                    yield seq, ConsentEvent(
-                        event_id=event_id, pseudonym=pseudonym, purpose=purpose, type=EventType(kind),
-                        **dict(zip(_REST, rest, strict=True)),
-                    )  # fmt: skip
+                yield from connection.execute(query)
             finally:
                 connection.close()
-        except (sqlite3.Error, ValueError) as error:
+        except sqlite3.Error as error:
             raise ConsentError(f"cannot be read ({type(error).__name__})", where=str(self._path),
                                hint="restore the registry from the site's backup") from None  # fmt: skip
 

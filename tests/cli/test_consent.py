@@ -162,7 +162,8 @@ def test_grant_and_withdraw_take_effect_at_once(site: Path, tmp_path: Path) -> N
     assert standing(site, "ann") == "none"
     answer = consent(
         site, "grant", "ann", "--purpose", PURPOSE, "--notice", notice, "--valid-until", "2999-01-01T00:00Z",
-        "--lawful-basis", "GDPR-6-1-a", "--jurisdiction", "DE", "--evidence", "form 7", "--max-epsilon", "2.5", "--json",
+        "--lawful-basis", "GDPR-6-1-a", "--jurisdiction", "DE", "--evidence", "form 7", "--max-epsilon", "2.5",
+        "--json",
     )  # fmt: skip
     assert answer.code == 0
     assert answer.last_line["notice_digest"] == f"sha256:{digest}"

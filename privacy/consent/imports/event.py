@@ -111,7 +111,8 @@ class EventBuilder:
         self._purpose_names = options.values.get("purpose")
         self._zone, self._time_format = zone, time_format
         self._instants: dict[str, int | str] = {}
-        # Only what it takes to find a repetition is kept: 16 bytes an event.
+        # Only what it takes to find a repetition is kept: 16 bytes an event. Two ids of n have the same hash with
+        # probability n² / 2⁶⁵; that is a false alarm, which the next reading, with other hashes, does not repeat.
         self._ids, self._lines = array("q"), array("Q")
 
     def build(
@@ -254,7 +255,7 @@ def _unfit(line: int, fields: Mapping[str, str], pointer: str) -> Iterator[Rejec
         if len(text) > most:
             yield Rejection(line, name, f"is longer than {most} characters", pointer)
         elif not text.isprintable():
-            yield Rejection(line, name, "holds a character that does not print (a line break, a tab, half a character)",
+            yield Rejection(line, name, "holds a character that does not print (a line break, a tab, a no-break space)",
                             pointer)  # fmt: skip
 
 
