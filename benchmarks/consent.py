@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from confide.privacy.consent import ConsentEvent, EventType, Registry, SiteKey, from_micros, now_micros, parse_csv
-from confide.privacy.consent.importer import ImportedEvent
+from confide.privacy.consent.imports.event import ImportedEvent
 
 PURPOSE = "research/benchmark"
 HEADER = "event_id,subject,purpose,type,effective_at,valid_until,notice_digest,lawful_basis,jurisdiction,evidence_ref"

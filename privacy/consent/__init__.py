@@ -9,7 +9,7 @@ from confide.privacy.consent.commitment import (
     verify_membership,
 )
 from confide.privacy.consent.events import ConsentEvent, EventType, from_micros, now_micros, to_micros
-from confide.privacy.consent.importer import ImportedEvent, Rejection, parse_csv, read_csv
+from confide.privacy.consent.imports import ImportedEvent, Rejection, parse_csv, read_csv
 from confide.privacy.consent.notices import Notice, lineage, notice_digest
 from confide.privacy.consent.projection import Difference
 from confide.privacy.consent.pseudonyms import SiteKey, canonical_subject
