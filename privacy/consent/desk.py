@@ -63,7 +63,11 @@ class ConsentDesk:
             if not path.is_file():
                 raise ConsentError("is missing", where=str(path),
                                    hint="confide consent init FOLDER makes both; --key names another key")  # fmt: skip
-        self._key = SiteKey.load_or_create(key or folder / KEY)
+        try:
+            self._key = SiteKey.load_or_create(key or folder / KEY)
+        except OSError as error:
+            raise ConsentError(f"cannot be read: {error.strerror}", where=str(key or folder / KEY),
+                               hint="only who runs the site may read its key") from None  # fmt: skip
         self._registry = Registry(self._path, self._key)
 
     @classmethod
@@ -168,6 +172,9 @@ class ConsentDesk:
             ConsentError: The registry cannot be read.
         """
         for seq, event_id, pseudonym, purpose, kind, *rest in self._rows(_QUERY):
+            if kind not in _KINDS:
+                raise ConsentError(f"holds a kind of event that is not known: {kind!r}", where=str(self._path),
+                                   hint="use the version of confide that wrote it")  # fmt: skip
             yield seq, ConsentEvent(
                 event_id=event_id, pseudonym=pseudonym, purpose=purpose, type=EventType(kind),
                 **dict(zip(_REST, rest, strict=True)),
@@ -191,6 +198,7 @@ class ConsentDesk:
         return "keyed:" + keyed_digest(self._key.secret, "consent-event", event.event_id.encode()).hex()
 
 
+_KINDS = frozenset(str(kind) for kind in EventType)
 _REST = ("effective_at", "valid_until", "notice_digest", "lawful_basis", "jurisdiction", "evidence_ref", "max_epsilon")
 
 

@@ -55,7 +55,9 @@ class Lines:
                     raise UnreadableError("holds a NUL byte, so it is not text")
                 yield line
         except UnicodeDecodeError as error:
-            what = f"cannot be read as UTF-8 text: byte {error.object[error.start]:#04x} some lines after this one"
+            what = (
+                f"cannot be read as UTF-8 text: byte {error.object[error.start]:#04x}, in this line or one soon after"
+            )
             raise UnreadableError(what) from None
         finally:
             text.detach()

@@ -35,6 +35,31 @@ HOSTILE: list[Any] = [
 KEYS = ["provision", "actor", "data", "@context", "@type", "@id", "@graph", "dct:date", "dpv:hasPurpose", "dpv:hasRule",
         "dpv:hasDuration", "modifierExtension", "extension", "period", "type", "purpose", "status", "services",
         "event_id", "valid_until", "max_epsilon", "consentType", "security"]  # fmt: skip
+#: By format: (a key that marks an object, a key to set there, to what). Files that stay well-formed and mean less.
+LESS: dict[str, list[tuple[str, str, Any]]] = {
+    "fhir": [
+        *(("purpose", key, [{"role": {"text": "nurse"}}])
+          for key in ("actor", "data", "provision", "code", "class", "action", "securityLabel")),
+        *(("scope", "status", status) for status in ("inactive", "rejected", "entered-in-error", "draft")),
+        ("purpose", "type", "deny"), ("purpose", "period", {"start": "2030-01-01T00:00:00Z"}),
+        ("purpose", "period", {"end": "2026-12-01T00:00:00Z"}), ("scope", "dateTime", "2030-01-01T00:00:00Z"),
+    ],
+    "27560": [
+        *(("dpv:isIndicatedAtTime", "@type", f"dpv:{term}")
+          for term in ("ConsentRefused", "ConsentExpired", "ConsentUnknown", "ConsentTerminated")),
+        ("dpv:isIndicatedAtTime", "@type", ["dpv:ConsentGiven", "dpv:ConsentRefused"]),
+        ("dpv:isIndicatedAtTime", "dpv:hasDuration", "2026-12-01T00:00:00Z"),
+        ("dpv:hasPurpose", "odrl:constraint", {}), ("dct:identifier", "@type", "pv:ConsentRecord"),
+    ],
+    "kantara": [
+        ("consentType", "consentType", "IMPLIED"), ("consentType", "termination", "2026-12-01T00:00:00Z"),
+        ("consentType", "termination", "when you leave"), ("version", "revoked", True),
+    ],
+    "jsonl": [
+        *(("type", "type", kind) for kind in ("refused", "objected", "restricted")),
+        ("type", "valid_until", "2026-12-01T00:00:00Z"), ("type", "max_epsilon", 0.1),
+    ],
+}  # fmt: skip
 BITS = [b",", b";", b'"', b"\n", b"\r", b"\0", b"\xff", b"\xc3", b"{", b"}", b"[", b"]", b"[" * 200, b":", b"\\ud800",
         b"NaN", b"Infinity", b"1e999", b"9" * 60, b"\xef\xbb\xbf", b"given", b"opt in", b"Z", b"+01:00",
         b"null"]  # fmt: skip
@@ -61,6 +86,12 @@ def mutated_tree(draw: st.DrawFn, form: str) -> bytes:
     tree = copy.deepcopy(TREES[form])
     for _ in range(draw(st.integers(0, 3))):
         known = places(tree)
+        if draw(st.booleans()):
+            mark, name, value = draw(st.sampled_from(LESS[form]))
+            marked = [node for path in known if isinstance(node := at(tree, path), dict) and mark in node]
+            if marked:
+                marked[draw(st.integers(0, len(marked) - 1))][name] = copy.deepcopy(value)
+            continue
         path = known[draw(st.integers(0, len(known) - 1))]
         if not path:
             continue
