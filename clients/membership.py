@@ -51,9 +51,9 @@ class SiteKeys:
     node: ec.EllipticCurvePrivateKey
 
     @classmethod
-    def generate(cls, name: str) -> SiteKeys:
-        """New ones, from the operating system's randomness."""
-        return cls(Identity.generate(name), x25519.X25519PrivateKey.generate(), ec.generate_private_key(ec.SECP384R1()))
+    def generate(cls, identity: Identity) -> SiteKeys:
+        """The other two for a signing key, from the operating system's randomness."""
+        return cls(identity, x25519.X25519PrivateKey.generate(), ec.generate_private_key(ec.SECP384R1()))
 
     @classmethod
     def load(cls, folder: Path, name: str, passphrase: str | None = None) -> SiteKeys:
@@ -102,13 +102,13 @@ class Membership:
     """A site's durable memory of the roster. Read anew whenever it is asked: another process may have confirmed.
 
     Args:
-        path: Its file.
+        path: Its file; None for a site whose signing key is in memory only, and with it all that it could promise.
         first: What a new site starts from, where there is no file yet.
     """
 
-    def __init__(self, path: Path, first: Standing | None = None) -> None:
-        self._path = path
-        if first is not None and not path.exists():
+    def __init__(self, path: Path | None, first: Standing | None = None) -> None:
+        self._path, self._memory = path, first
+        if path is not None and first is not None and not path.exists():
             self._write(first)
 
     @property
@@ -119,6 +119,10 @@ class Membership:
             ConfigError: There is no such file, or it is not one.
             SealingError: The accepted chain does not hold: the file was edited.
         """
+        if self._path is None:
+            if self._memory is None:
+                raise ConfigError("a site without a folder remembers no roster", where="membership")
+            return self._memory
         try:
             found = Standing.model_validate_json(self._path.read_bytes())
         except OSError as error:
@@ -191,6 +195,9 @@ class Membership:
             self._write(self.standing.model_copy(update={"next_me": member}))
 
     def _write(self, standing: Standing) -> None:
+        self._memory = standing
+        if self._path is None:
+            return
         try:
             write_private(self._path, standing.model_dump_json().encode())
         except OSError as error:
@@ -200,6 +207,9 @@ class Membership:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """One process at a time: two that read the same memory could sign two versions."""
+        if self._path is None:
+            yield
+            return
         folder = os.open(self._path.parent, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)

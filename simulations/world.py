@@ -17,7 +17,7 @@ import pandas as pd
 from confide.clients.data.preprocess import encoded_width, expand, require_columns
 from confide.clients.data.records import SiteRecords
 from confide.clients.data.source import read_table, resolve
-from confide.clients.membership import MEMBERSHIP, Membership, SiteKeys
+from confide.clients.membership import Membership, SiteKeys
 from confide.clients.policy import SitePolicy
 from confide.clients.site import Site
 from confide.clients.store import SiteStore
@@ -134,9 +134,9 @@ class World:
         self._registries: dict[str, Registry] = {}
         self._pseudonyms: dict[str, dict[str, bytes]] = {}
         self.sites: dict[str, Site] = {}
-        self._keys = {name: SiteKeys.generate(name) for name in sources.records}
+        self._keys = {name: SiteKeys.generate(Identity.generate(name)) for name in sources.records}
         try:
-            chain, memberships = self._found(run_folder)
+            chain, memberships = self._found()
             self.roster: tuple[SignedRoster, ...] = chain
             for name, records in sources.records.items():
                 folders = run_folder / name, ledger_folder / name
@@ -209,7 +209,7 @@ class World:
         for site in self.sites.values():
             site.close()
 
-    def _found(self, run_folder: Path) -> tuple[tuple[SignedRoster, ...], dict[str, Membership]]:
+    def _found(self) -> tuple[tuple[SignedRoster, ...], dict[str, Membership]]:
         """The federation's first roster: every site signs it and, once it is complete, accepts it, as anywhere else.
         What no simulation has is people who compare fingerprints."""
         members = [keys.member(self.sources.population[name]) for name, keys in self._keys.items()]
@@ -217,12 +217,7 @@ class World:
         signed = SignedRoster(roster=roster, signatures=sign_roster(roster, self.coordinator))
         memberships, signatures = dict[str, Membership](), dict[str, str]()
         for member in members:
-            folder = run_folder / member.site
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / MEMBERSHIP).unlink(missing_ok=True)  # a new run has new keys
-            site = memberships[member.site] = Membership(
-                folder / MEMBERSHIP, Standing(federation=FEDERATION, me=member)
-            )
+            site = memberships[member.site] = Membership(None, Standing(federation=FEDERATION, me=member))
             signatures |= site.countersign([signed], self._keys[member.site]).signatures
         chain = (signed.with_signatures(signatures),)
         for site in memberships.values():
