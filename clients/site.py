@@ -203,6 +203,8 @@ class Site:
                 raise AuditError(why, where=f"site {self.name}", hint="see this site's local log")
             if self._store.stopped(header.run) is not None:
                 raise SealingError(NOT_AUTHENTIC, where=f"run {header.run}")
+            if self.policy.hours and step in ("join", "train"):
+                self.policy.check_hours(self.log.now(), self.name)
             run = self._joining(header, request) if step == "join" else self._joined(header)
             making_keys = header.step in ("secret", "keys")
             address = run.address(

@@ -253,6 +253,7 @@ class World:
             delta=privacy.delta,
             release=True,
             statistics=True,
+            local_steps_limit=experiment.training.local_steps,
         )
         return Site(
             identity=identity,
