@@ -201,13 +201,7 @@ def show(
     """
     from confide.protocol.fingerprint import fingerprint
 
-    if kit is not None:
-        from confide.clients.enrolment import Confirmation
-
-        looked = Confirmation(place, kit)
-        federation, endpoint, chain = looked.roster.federation, looked.kit.endpoint, looked.kit.chain
-    else:
-        federation, endpoint, chain = _chain_of(place)
+    federation, endpoint, chain = _chain_of(place, kit)
     if not chain:
         if as_json:
             show_json({"federation": federation, "version": 0, "digest": None, "fingerprint": None, "state": "empty",
@@ -242,13 +236,17 @@ def show(
     out.print(table("Fingerprint", [("", digits[:half].strip()), ("", digits[half:].strip()), ("state", state)]))
 
 
-def _chain_of(place: Path) -> tuple[str, str | None, Sequence[SignedRoster]]:
+def _chain_of(place: Path, kit: Path | None) -> tuple[str, str | None, Sequence[SignedRoster]]:
     """Federation, endpoint and verified chain of whatever holds one."""
+    from confide.clients.enrolment import Confirmation
     from confide.clients.membership import MEMBERSHIP, Membership
     from confide.protocol.provisioning import SignedKit, check_kit, read_document
     from confide.protocol.roster import verify_chain
     from confide.server.federation import STATE, FederationFolder
 
+    if kit is not None:
+        looked = Confirmation(place, kit)
+        return looked.roster.federation, looked.kit.endpoint, looked.kit.chain
     if (place / STATE).is_file():
         state = FederationFolder(place).state
         return state.name, state.endpoint, state.newest

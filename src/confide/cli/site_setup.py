@@ -120,8 +120,8 @@ def _ask(as_json: bool, call: Sequence[str]) -> str:
                           hint=f"call the operators of {who}; each reads what confide federation show SITE_FOLDER "
                           "--kit KIT says to him")  # fmt: skip
     out.print(
-        f"\nCall the operators of {who}, on numbers that you know by yourself. Each reads to you what his own site says "
-        "(confide federation show SITE_FOLDER --kit KIT); it must be the same for all. Type it:", markup=False,
+        f"\nCall the operators of {who}, on numbers that you know by yourself. Each reads to you what his own site "
+        "says (confide federation show SITE_FOLDER --kit KIT); it must be the same for all. Type it:", markup=False,
     )  # fmt: skip
     return str(typer.prompt("fingerprint"))
 
