@@ -2,7 +2,8 @@
 
 Steps (numbered in the code):
 1. Every log parses line by line, in its one canonical form, and matches its signed checkpoint.
-2. The coordinator's log starts with the run; every log is about that run, and signed by the key its manifest names.
+2. The coordinator's log starts with the run; every log is about that run, and signed by the key its manifest names;
+   every site that joined did so under this manifest and under the roster that it names.
 3. Times never go backwards inside a log.
 4. What one party recorded of another's log (checkpoints in envelopes) is what that log held at that size.
 5. Every cohort is at least `min_sites` of the roster; its transcript is the hash of what was agreed; every member
@@ -14,7 +15,8 @@ Steps (numbered in the code):
 8. Every refusal received was sent, and in a run that ended every refusal sent was received.
 9. Every log still holds the state that an independent witness has cosigned of it.
 
-Keys come from the manifest in the coordinator's log: whoever doubts the roster compares its fingerprints out of band.
+Keys come from the manifest in the coordinator's log, which names the roster by its digest: whoever doubts it asks a
+site for the roster that it has accepted, whose chain of signatures `confide federation show` verifies.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ def verify(folder: Path, witnesses: Sequence[WitnessNotes] = ()) -> Evidence:
     found = evidence.findings
     steps: list[Callable[[], Iterator[Finding]]] = [
         *(partial(_times, log) for log in (evidence.coordinator, *evidence.sites.values(), *evidence.local)),
+        partial(_joined, evidence),
         partial(_seen_checkpoints, evidence),
         *(partial(_charges, evidence, site, log) for site, log in evidence.sites.items()),
         partial(_cohorts, evidence),
@@ -86,6 +89,16 @@ def _times(log: PartyLog) -> Iterator[Finding]:
     for number in range(1, len(log.times)):
         if log.times[number] < log.times[number - 1]:
             yield Finding(log.party, number, "the clock went backwards", "low")
+
+
+def _joined(evidence: Evidence) -> Iterator[Finding]:
+    """Step 2: what each site says that it joined."""
+    for site, log in evidence.sites.items():
+        for number, entry in log.of(r.Joined):
+            if entry.manifest != evidence.manifest_digest:
+                yield _broken(site, number, "joined another manifest than the coordinator's")
+            if entry.roster != evidence.manifest["roster"]:
+                yield _broken(site, number, "joined under another roster than the manifest names")
 
 
 def _seen_checkpoints(evidence: Evidence) -> Iterator[Finding]:

@@ -273,7 +273,7 @@ def _proposed(federation: FederationFolder, roster: Roster, as_json: bool, *, dr
         show_json({"version": roster.version, "digest": roster.digest, "change": change_of(roster)})
         return
     if dropped:
-        out.print(f"version {roster.version} is given up; its number is not used again", markup=False)
+        out.print(f"version {roster.version} is given up", markup=False)
         return
     show_change(roster, federation.state.roster)
     waiting = ", ".join(sorted(set(federation.state.missing.values())))
