@@ -143,6 +143,10 @@ def _site_log(path: Path, site: str, federation: str, key: bytes, evidence: Evid
     for number, joined in log.of(r.Joined):
         if joined.manifest != evidence.manifest_digest:
             evidence.findings.append(Finding(site, number, "joined another manifest than the coordinator's"))
+        elif joined.roster != evidence.manifest.get("roster"):
+            evidence.findings.append(
+                Finding(site, number, "joined under another roster than the manifest names", "high")
+            )
     return log
 
 

@@ -59,7 +59,6 @@ def verify(folder: Path, witnesses: Sequence[WitnessNotes] = ()) -> Evidence:
     found = evidence.findings
     steps: list[Callable[[], Iterator[Finding]]] = [
         *(partial(_times, log) for log in (evidence.coordinator, *evidence.sites.values(), *evidence.local)),
-        partial(_joined, evidence),
         partial(_seen_checkpoints, evidence),
         *(partial(_charges, evidence, site, log) for site, log in evidence.sites.items()),
         partial(_cohorts, evidence),
@@ -89,16 +88,6 @@ def _times(log: PartyLog) -> Iterator[Finding]:
     for number in range(1, len(log.times)):
         if log.times[number] < log.times[number - 1]:
             yield Finding(log.party, number, "the clock went backwards", "low")
-
-
-def _joined(evidence: Evidence) -> Iterator[Finding]:
-    """Step 2: what each site says that it joined."""
-    for site, log in evidence.sites.items():
-        for number, entry in log.of(r.Joined):
-            if entry.manifest != evidence.manifest_digest:
-                yield _broken(site, number, "joined another manifest than the coordinator's")
-            if entry.roster != evidence.manifest["roster"]:
-                yield _broken(site, number, "joined under another roster than the manifest names")
 
 
 def _seen_checkpoints(evidence: Evidence) -> Iterator[Finding]:
