@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, x25519
 from cryptography.hazmat.primitives.serialization import (
@@ -30,10 +31,12 @@ from confide.errors import ConfigError, SealingError, StorageError
 from confide.privacy.files import write_private
 from confide.protocol.identity import Identity
 from confide.protocol.keyfiles import read_key, write_key
-from confide.protocol.manifest import Manifest
 from confide.protocol.provisioning import Countersignature
 from confide.protocol.roster import Roster, RosterMember, SignedRoster, required_keys, sign_roster, verify_chain
 from confide.protocol.standing import Standing
+
+if TYPE_CHECKING:
+    from confide.protocol.manifest import Manifest
 
 __all__ = ["KEYS", "MEMBERSHIP", "NEXT_KEYS", "Membership", "SiteKeys"]
 

@@ -23,10 +23,9 @@ from confide.privacy.digest import digest
 from confide.privacy.dp import PrivacyEvent, Role, metrics, statistics
 from confide.privacy.dp.events import merge_events
 from confide.privacy.randomness import UNSAFE_NOISE
+from confide.protocol.identity import Hex32
 
 __all__ = ["Hex32", "Layout", "Manifest", "Member"]
-
-Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _computable(sigma: float) -> float:

@@ -18,8 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from confide.errors import ConfigError, SealingError
 from confide.privacy.digest import framed
 from confide.privacy.files import write_atomically
-from confide.protocol.identity import Identity, verify_signature
-from confide.protocol.manifest import Hex32
+from confide.protocol.identity import Hex32, Identity, verify_signature
 from confide.protocol.roster import FederationName, Roster, RosterMember, Signature, SignedRoster, SiteName
 
 __all__ = [

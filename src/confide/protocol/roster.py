@@ -30,8 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from confide.errors import SealingError
 from confide.privacy.digest import digest, framed
-from confide.protocol.identity import Identity, verify_signature
-from confide.protocol.manifest import Hex32
+from confide.protocol.identity import Hex32, Identity, verify_signature
 
 __all__ = [
     "COORDINATOR",

@@ -8,13 +8,15 @@ before a signature leaves (`confide.clients.membership`); see invariants 5 and 6
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from confide.errors import PolicyError, SealingError
-from confide.protocol.manifest import Manifest
 from confide.protocol.roster import FederationName, Roster, RosterMember, SignedRoster, verify_chain
+
+if TYPE_CHECKING:
+    from confide.protocol.manifest import Manifest
 
 __all__ = ["Standing"]
 
