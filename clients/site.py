@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from confide.clients.continuity import Continuity, check_ledger
 from confide.clients.data.records import SiteRecords
 from confide.clients.keys import vault_entry
+from confide.clients.membership import Membership
 from confide.clients.participants import Participants, ParticipantSource
 from confide.clients.policy import SitePolicy
 from confide.clients.rounds import NOT_AUTHENTIC, Answer, RoundSteps
@@ -57,6 +58,7 @@ class Site:
     Args:
         identity: The site's name and signing key.
         policy: What it allows.
+        membership: Which roster of the federation it has accepted.
         records: Its encoded data.
         registry: Its consent registry.
         ledger: Its privacy ledger.
@@ -78,6 +80,7 @@ class Site:
         *,
         identity: Identity,
         policy: SitePolicy,
+        membership: Membership,
         records: SiteRecords,
         registry: Registry,
         ledger: Ledger,
@@ -90,6 +93,7 @@ class Site:
         vault: Vault | None = None,
     ) -> None:
         self.identity, self.policy, self.records, self.ledger = identity, policy, records, ledger
+        self._membership = membership
         self._registry, self._key, self._store, self._device = registry, key, store, device
         self.log, self.local_log, self._vault = log, local_log, vault
         self._rng, self._personal = SecureRandom(), personal
@@ -121,12 +125,12 @@ class Site:
         return self.identity.name
 
     def check(self, manifest: Manifest) -> None:
-        """Everything that is decided once, before joining: policy, model, budget, data.
+        """Everything that is decided once, before joining: policy, roster, model, budget, data.
 
         Raises:
             ConfideError: The site does not take part; says why, to its operator.
         """
-        self.policy.check(manifest, self.name)
+        self._admit(manifest)
         if self.records.encoded_as not in (None, (manifest.schema_, manifest.label)):
             # A label with one class less would fail at the first person of that class, and so tell of her.
             raise PolicyError(
@@ -204,6 +208,8 @@ class Site:
                 raise AuditError(why, where=f"site {self.name}", hint="see this site's local log")
             if self._store.stopped(header.run) is not None:
                 raise SealingError(NOT_AUTHENTIC, where=f"run {header.run}")
+            if self.policy.hours and step in ("join", "train"):
+                self.policy.check_hours(self.log.now(), self.name)
             run = self._joining(header, request) if step == "join" else self._joined(header)
             making_keys = header.step in ("secret", "keys")
             address = run.address(
@@ -248,7 +254,8 @@ class Site:
         self.check(run.manifest)
         run.keys.save()
         self._store.add_run(run.manifest.run, run.manifest.to_bytes(), model, run.keys.storage)
-        self.log.append(audit.Joined(run=run.manifest.run, manifest=run.manifest.digest, coordinator=header.checkpoint))
+        of = run.manifest
+        self.log.append(audit.Joined(run=of.run, manifest=of.digest, roster=of.roster, coordinator=header.checkpoint))
         return Answer(m.JoinReply(ephemeral=run.keys.public.hex()), (self._continuity.sightings(run.manifest),))
 
     def _secret(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
@@ -346,11 +353,16 @@ class Site:
             raise SealingError("the manifest cannot be read", where=f"site {self.name}") from None
         if manifest.digest != header.manifest:
             raise SealingError("the manifest is not the one signed for", where=f"site {self.name}")
+        self._admit(manifest)
+        return self._run(manifest)
+
+    def _admit(self, manifest: Manifest) -> None:
+        """The operator's policy, then the roster: membership is frozen for the run that is joined."""
         self.policy.check(manifest, self.name)
+        self._membership.admit(manifest)
         member = manifest.member(self.name)
         if member is None or member.public_key != self.identity.public_key.hex():
             raise PolicyError("the roster names another key for this site", where=f"policy of site {self.name}")
-        return self._run(manifest)
 
     def _joined(self, header: Header) -> SiteRun:
         if header.run not in self._runs:

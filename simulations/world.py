@@ -17,6 +17,7 @@ import pandas as pd
 from confide.clients.data.preprocess import encoded_width, expand, require_columns
 from confide.clients.data.records import SiteRecords
 from confide.clients.data.source import read_table, resolve
+from confide.clients.membership import Membership, SiteKeys
 from confide.clients.policy import SitePolicy
 from confide.clients.site import Site
 from confide.clients.store import SiteStore
@@ -40,7 +41,9 @@ from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.dp.personal import PersonalLosses
 from confide.privacy.dp.statistics import RELEASES
 from confide.protocol.identity import Identity
-from confide.protocol.manifest import Manifest, Member
+from confide.protocol.manifest import Manifest
+from confide.protocol.roster import NO_AUTHORITY, SignedRoster, first_roster, sign_roster
+from confide.protocol.standing import Standing
 from confide.server.plan import make_manifest
 
 __all__ = ["FEDERATION", "Sources", "World", "builtin_example", "load_sources"]
@@ -132,9 +135,13 @@ class World:
         self._registries: dict[str, Registry] = {}
         self._pseudonyms: dict[str, dict[str, bytes]] = {}
         self.sites: dict[str, Site] = {}
+        self._keys = {name: SiteKeys.generate(Identity.generate(name)) for name in sources.records}
         try:
+            chain, memberships = self._found()
+            self.roster: tuple[SignedRoster, ...] = chain
             for name, records in sources.records.items():
-                self.sites[name] = self._make_site(name, records, run_folder / name, ledger_folder / name)
+                folders = run_folder / name, ledger_folder / name
+                self.sites[name] = self._make_site(name, records, memberships[name], *folders)
             self._run_folder = run_folder
             self.log = self.coordinator.open_log(run_folder / f"{COORDINATOR}.db", "coordinator", FEDERATION)
             self.initial, layout = initial_model(
@@ -145,12 +152,7 @@ class World:
             )
             self.manifest: Manifest = make_manifest(
                 self.experiment,
-                federation=FEDERATION,
-                coordinator_key=self.coordinator.public_key,
-                members=[
-                    Member(site=n, public_key=s.identity.public_key.hex(), population=sources.population[n])
-                    for n, s in self.sites.items()
-                ],
+                roster=chain[-1].roster,
                 schema=sources.schema,
                 initial_model=self.initial,
                 layout=layout,
@@ -208,9 +210,26 @@ class World:
         for site in self.sites.values():
             site.close()
 
-    def _make_site(self, name: str, records: SiteRecords, run_folder: Path, ledger_folder: Path) -> Site:
+    def _found(self) -> tuple[tuple[SignedRoster, ...], dict[str, Membership]]:
+        """The federation's first roster: every site signs it and, once it is complete, accepts it, as anywhere else.
+        What no simulation has is people who compare fingerprints."""
+        members = [keys.member(self.sources.population[name]) for name, keys in self._keys.items()]
+        roster = first_roster(FEDERATION, self.coordinator.public_key.hex(), NO_AUTHORITY, members)
+        signed = SignedRoster(roster=roster, signatures=sign_roster(roster, self.coordinator))
+        memberships, signatures = dict[str, Membership](), dict[str, str]()
+        for member in members:
+            site = memberships[member.site] = Membership(None, Standing(federation=FEDERATION, me=member))
+            signatures |= site.countersign([signed], self._keys[member.site]).signatures
+        chain = (signed.with_signatures(signatures),)
+        for site in memberships.values():
+            site.accept(chain)
+        return chain, memberships
+
+    def _make_site(
+        self, name: str, records: SiteRecords, membership: Membership, run_folder: Path, ledger_folder: Path
+    ) -> Site:
         experiment, privacy = self.experiment, self.experiment.privacy
-        identity = Identity.generate(name)
+        identity = self._keys[name].identity
         run_folder.mkdir(parents=True, exist_ok=True)
         ledger_folder.mkdir(parents=True, exist_ok=True)
         # Splits are reproducible from the seed, but a ledger's first key stays: roles are for ever.
@@ -235,10 +254,12 @@ class World:
             delta=privacy.delta,
             release=True,
             statistics=True,
+            local_steps_limit=experiment.training.local_steps,
         )
         return Site(
             identity=identity,
             policy=policy,
+            membership=membership,
             records=records,
             registry=registry,
             ledger=Ledger(ledger_folder / "ledger.db", budget, privacy.unit, experiment.data.held_out),

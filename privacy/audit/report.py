@@ -302,6 +302,7 @@ def _versions(evidence: Evidence) -> list[tuple[str, str]]:
     return [
         *sorted(evidence.software.items()),
         ("manifest", evidence.manifest_digest),
+        (f"roster, version {evidence.manifest['roster_version']}", evidence.manifest["roster"]),
         ("first model", evidence.manifest["initial_model"]),
         ("released model", released),
         *((f"log of {p.party}: {len(p.entries)} entries, root", p.tree.root().hex())

@@ -2,7 +2,8 @@
 
 Steps (numbered in the code):
 1. Every log parses line by line, in its one canonical form, and matches its signed checkpoint.
-2. The coordinator's log starts with the run; every log is about that run, and signed by the key its manifest names.
+2. The coordinator's log starts with the run; every log is about that run, and signed by the key its manifest names;
+   every site that joined did so under this manifest and under the roster that it names.
 3. Times never go backwards inside a log.
 4. What one party recorded of another's log (checkpoints in envelopes) is what that log held at that size.
 5. Every cohort is at least `min_sites` of the roster; its transcript is the hash of what was agreed; every member
@@ -15,7 +16,8 @@ Steps (numbered in the code):
 8. Every refusal received was sent, and in a run that ended every refusal sent was received.
 9. Every log still holds the state that an independent witness has cosigned of it.
 
-Keys come from the manifest in the coordinator's log: whoever doubts the roster compares its fingerprints out of band.
+Keys come from the manifest in the coordinator's log, which names the roster by its digest: whoever doubts it asks a
+site for the roster that it has accepted, whose chain of signatures `confide federation show` verifies.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ from confide.errors import ConfigError, SealingError
 from confide.privacy.atrest import close_box, open_box
 from confide.privacy.files import write_private
 
-__all__ = ["Vault", "close_vault_file", "open_vault_file"]
+__all__ = ["MAGIC", "Vault", "close_vault_file", "open_vault_file"]
 
-_MAGIC = b"confide1"
+#: How every such file begins.
+MAGIC = b"confide1"
 _HEAD = struct.Struct(">8sIII16s")
 #: RFC 9106's second recommended choice: 64 MiB, 3 passes, 4 lanes.
 _MEMORY, _ITERATIONS, _LANES = 64 * 1024, 3, 4
@@ -81,7 +82,7 @@ class Vault:
 
 def close_vault_file(data: bytes, passphrase: str, name: str) -> bytes:
     """A file's content."""
-    head = _HEAD.pack(_MAGIC, _MEMORY, _ITERATIONS, _LANES, secrets.token_bytes(16))
+    head = _HEAD.pack(MAGIC, _MEMORY, _ITERATIONS, _LANES, secrets.token_bytes(16))
     return head + close_box(_derive(head, passphrase), head + name.encode(), data)
 
 
@@ -95,7 +96,7 @@ def open_vault_file(content: bytes, passphrase: str, name: str) -> bytes:
         raise SealingError("has a size that no honest vault file has", where=f"vault file {name}")
     magic, memory, iterations, lanes, _ = _HEAD.unpack(content[: _HEAD.size])
     within = 8 * lanes <= memory <= _MOST_MEMORY and 1 <= iterations <= _MOST_ITERATIONS and 1 <= lanes <= _MOST_LANES
-    if magic != _MAGIC or not within:
+    if magic != MAGIC or not within:
         raise SealingError("is no vault file, or asks for an absurd cost", where=f"vault file {name}")
     head = content[: _HEAD.size]
     try:

@@ -263,6 +263,15 @@ def test_an_older_state_of_a_log_put_back_with_its_honest_checkpoint_is_found(ru
     assert any("entries are missing that coordinator saw" in f.what and f.entry == 10 for f in found)
 
 
+def test_a_site_that_joined_under_another_roster_than_the_runs_is_found(run: Run) -> None:
+    assert findings(run) == []
+    book = Logbook(run)
+    number = book.index("doum", r.Joined)
+    book.change("doum", number, roster="ab" * 32)
+    book.conspire()
+    assert Finding("doum", number, "joined under another roster than the manifest names") in findings(run)
+
+
 # --- a log of another run, with the right key ------------------------------------------------------------------------
 
 
