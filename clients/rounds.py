@@ -14,7 +14,7 @@ from confide.clients.participants import Participants, ParticipantSource
 from confide.clients.policy import SitePolicy
 from confide.clients.run import SiteRun, model_digest
 from confide.clients.store import ModelState, SiteStore
-from confide.errors import PolicyError, SealingError
+from confide.errors import LeftError, PolicyError, SealingError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.digest import digest
@@ -200,7 +200,7 @@ class RoundSteps:
                 run.destroy()
                 self._local_log.append(audit.LocalRefusal(run=run.manifest.run, step="open", reason=str(error)))
                 self._log.append(audit.RunStopped(run=run.manifest.run, reason=NOT_AUTHENTIC))
-                raise SealingError(NOT_AUTHENTIC, where=f"round {reference.round}") from error
+                raise LeftError(NOT_AUTHENTIC, where=f"round {reference.round}") from error
             self._log.append(
                 audit.Opened(
                     run=run.manifest.run, round=reference.round, transcript=reference.transcript,
