@@ -148,7 +148,7 @@ class Site:
         Raises:
             SealingError: The run is over for this site: its keys, and with them this copy, are gone.
         """
-        return self._store.model(run, self._runs[run].keys.storage)
+        return self._store.model(run, self._known(run).keys.storage)
 
     def source(self, manifest: Manifest) -> ParticipantSource:
         """Where a run's snapshots come from."""
@@ -199,7 +199,7 @@ class Site:
                 raise AuditError(why, where=f"site {self.name}", hint="see this site's local log")
             if self._store.stopped(header.run) is not None:
                 raise LeftError(NOT_AUTHENTIC, where=f"run {header.run}")
-            run = self._joining(header, request) if step == "join" else self._joined(header)
+            run = self._joining(header, request) if step == "join" else self._known(header.run)
             making_keys = header.step in ("secret", "keys")
             address = run.address(
                 header.round, header.step,
@@ -340,13 +340,14 @@ class Site:
             raise PolicyError("the roster names another key for this site", where=f"policy of site {self.name}")
         return self._run(manifest)
 
-    def _joined(self, header: Header) -> SiteRun:
-        if header.run not in self._runs:
-            data = self._store.manifest(header.run)
+    def _known(self, run: str) -> SiteRun:
+        """A run that was joined, by this process or an earlier one."""
+        if run not in self._runs:
+            data = self._store.manifest(run)
             if data is None:
-                raise SealingError(f"this site has not joined run {header.run[:64]}", where=f"site {self.name}")
+                raise SealingError(f"this site has not joined run {run[:64]}", where=f"site {self.name}")
             self._run(Manifest.from_bytes(data))
-        return self._runs[header.run]
+        return self._runs[run]
 
     def _run(self, manifest: Manifest) -> SiteRun:
         known = self._runs.get(manifest.run)

@@ -11,7 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -115,6 +115,11 @@ class Coordinator:
     def refusals(self) -> dict[str, m.Refusal]:
         """Why sites did not take part, by site: public reasons only."""
         return self._exchange.refusals
+
+    @property
+    def outcomes(self) -> Iterator[RoundOutcome]:
+        """How each round ended, oldest first; those of earlier processes, too."""
+        return self._journal.outcomes()
 
     def run(self) -> Released:
         """Run to the end, from wherever an earlier process of the run has come to.

@@ -41,6 +41,7 @@ from confide.privacy.dp.statistics import RELEASES
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest, Member
 from confide.server.plan import make_manifest
+from confide.simulations.keeping import Keeping
 
 __all__ = ["FEDERATION", "Sources", "World", "builtin_example", "load_sources"]
 
@@ -120,12 +121,18 @@ class World:
         run_folder: Where each site keeps this run's state and registry.
         ledger_folder: Where each site keeps what outlives a run: ledger and key.
         log_folder: Where the logs that may travel lie.
+        keeping: What makes it possible to go on with the run in another process; where it holds a run already, this
+            is that run. None: with this process the run is over.
     """
 
-    def __init__(self, sources: Sources, run_folder: Path, ledger_folder: Path, log_folder: Path) -> None:
+    def __init__(
+        self, sources: Sources, run_folder: Path, ledger_folder: Path, log_folder: Path, keeping: Keeping | None = None
+    ) -> None:
         self.sources = sources
         self.experiment = sources.experiment
-        self.coordinator = Identity.generate(COORDINATOR)
+        self._keeping, begun = keeping, keeping.manifest if keeping is not None else None
+        self._resumed = begun is not None
+        self.coordinator = self._identity(COORDINATOR)
         self._logs = log_folder
         log_folder.mkdir(parents=True, exist_ok=True)
         self._registries: dict[str, Registry] = {}
@@ -142,7 +149,7 @@ class World:
                 self.experiment.data.label.outputs,
                 self.experiment.run.seed,
             )
-            self.manifest: Manifest = make_manifest(
+            self.manifest: Manifest = begun or make_manifest(
                 self.experiment,
                 federation=FEDERATION,
                 coordinator_key=self.coordinator.public_key,
@@ -155,6 +162,8 @@ class World:
                 layout=layout,
                 statistics=bool(sources.schema.unknown_bounds),
             )
+            if keeping is not None and begun is None:
+                keeping.begin(self.manifest)
         except BaseException:
             self.close()
             raise
@@ -209,7 +218,7 @@ class World:
 
     def _make_site(self, name: str, records: SiteRecords, run_folder: Path, ledger_folder: Path) -> Site:
         experiment, privacy = self.experiment, self.experiment.privacy
-        identity = Identity.generate(name)
+        identity = self._identity(name)
         run_folder.mkdir(parents=True, exist_ok=True)
         ledger_folder.mkdir(parents=True, exist_ok=True)
         # Splits are reproducible from the seed, but a ledger's first key stays: roles are for ever.
@@ -246,7 +255,11 @@ class World:
             store=SiteStore(run_folder / "state.db"),
             log=identity.open_log(run_folder / "federated.db", "federated", FEDERATION),
             local_log=identity.open_log(run_folder / "local.db", "local", FEDERATION),
+            vault=self._keeping.vault(name) if self._keeping is not None else None,
         )
+
+    def _identity(self, party: str) -> Identity:
+        return self._keeping.identity(party) if self._keeping is not None else Identity.generate(party)
 
     def _record_consent(self, name: str, records: SiteRecords, registry: Registry) -> None:
         experiment = self.experiment
@@ -255,12 +268,16 @@ class World:
             mine = [e for e in self.sources.consent if e.subject in here]
             names = registry.enrol({e.subject for e in mine})
             self._pseudonyms[name] = names
+            if self._resumed:  # what was recorded then stands
+                return
             registry.append([_file_under(e, names[e.subject]) for e in mine])
             return
         fraction = experiment.consent.simulate.fraction if experiment.consent.simulate else 0.0
         seed = experiment.run.seed
         given = [p for p in records.persons if _share(seed, "consent", name, p) < fraction]
         self._pseudonyms[name] = registry.enrol(given)
+        if self._resumed:
+            return
         registry.append([self._simulated(name, p, EventType.GIVEN, 0) for p in given])
 
     def _withdraw(self, name: str, fraction: float, round_: int) -> None:
