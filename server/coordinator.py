@@ -179,18 +179,24 @@ class Coordinator:
         for node, envelope in self._exchange.send("join", dict.fromkeys(new, request)):
             if isinstance(envelope, SealingError):
                 continue  # nobody knows yet which site lives on that node
-            for member in self.manifest.members:
-                try:
-                    key = bytes.fromhex(member.public_key)
-                    header = verify(envelope, key, sender=member.site, max_body=MAX_REPLY_BODY)
-                except SealingError:
-                    continue
-                known = joined.get(member.site)
-                if known is None and open_ and self._joins(header, envelope, request, member.site):
-                    self._journal.put_reply(place, member.site, envelope)
-                    joined[member.site] = known = envelope
-                if known is not None and known.digest == envelope.digest:
-                    self._exchange.nodes[member.site] = node
+            site = next((s for s, e in joined.items() if e.digest == envelope.digest), None)
+            if site is None and open_ and (site := self._who_joins(envelope, request)) is not None:
+                self._journal.put_reply(place, site, envelope)
+                joined[site] = envelope
+            if site is not None:
+                found[site] = node
+
+    def _who_joins(self, envelope: Envelope, request: Envelope) -> str | None:
+        """The member whose valid reply to the invitation this is; None where it is nobody's, or a refusal."""
+        for member in self.manifest.members:
+            try:
+                key = bytes.fromhex(member.public_key)
+                header = verify(envelope, key, sender=member.site, max_body=MAX_REPLY_BODY)
+            except SealingError:
+                continue
+            if member.site not in self._progress.joined and self._joins(header, envelope, request, member.site):
+                return member.site
+        return None
 
     def _invitation(self) -> Envelope:
         """The signed `join` request, the same for everybody and for ever."""
