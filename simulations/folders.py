@@ -27,9 +27,9 @@ def run_folders(
     """The output and ledger folders; what was made for a run that never started is taken away again."""
     folder = Path(out) if out is not None else fresh_folder(Path("runs"), experiment.run.name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        begun = "; --resume goes on with the one that was begun there" if (folder / KEPT).is_dir() else ""
         raise ConfigError("is there already and is not an empty folder", where=f"--out {folder}",
-                          hint="name a new folder: runs are never overwritten; --resume goes on with one that was "
-                          "interrupted")  # fmt: skip
+                          hint=f"name a new folder: runs are never overwritten{begun}")  # fmt: skip
     ledgers = Path(ledger) if ledger is not None else folder / "ledgers"
     made = [_topmost_missing(path) for path in (folder, ledgers) if not path.exists()]
     before = set(ledgers.rglob("*")) if ledgers.is_dir() else set()

@@ -285,15 +285,15 @@ def test_a_file_in_memory_would_be_found() -> None:
 
 def test_the_coordinators_files_hold_no_secret_update_or_sum(watched: Watched) -> None:
     watched.coordinator.run()
-    path = watched.coordinator.log.path
-    both = [p for p in (path, watched.store_path) for p in (p, p.with_name(f"{p.name}-wal"))]
-    lying = [p.read_bytes() for p in both]
-    assert len(lying) == 4
+    path, store = watched.coordinator.log.path, watched.store_path
+    lying = [path.read_bytes(), path.with_name(f"{path.name}-wal").read_bytes()]
+    kept = [store.read_bytes(), store.with_name(f"{store.name}-wal").read_bytes()]
     travelling = watched.federation.exported("coordinator")
     files = [*lying, travelling]
     assert watched.federation.manifest.run.encode() in travelling
     assert any(watched.federation.manifest.run.encode() in data for data in lying), "the control: entries can be read"
     assert watched.secrets.found_in(files, set()) == set()
+    assert watched.secrets.found_in(kept, set()) == {"model after round 3"}, "the released one, and nothing else"
     planted = [*files, b"line " + watched.secrets.blobs["MAC key"].hex().encode()]
     assert watched.secrets.found_in(planted, set()) == {"MAC key"}, "the control"
 
@@ -311,5 +311,8 @@ def test_in_an_open_run_the_coordinator_does_hold_sums(tmp_path: Path, monkeypat
             return found
 
         monkeypatch.setattr(open_profile._OpenSession, "open", opening)
+        rows: dict[int, list[Any]] = {}
+        watched.coordinator._after_round = lambda outcome: rows.update({outcome.round: watched.stored()})
         watched.coordinator.run()
-        assert "open sum" in watched.found[2]
+        assert "open sum" in watched.secrets.found_in([rows[3]], set()), "until everybody has applied it"
+        assert "open sum" not in watched.secrets.found_in([rows[4]], set())

@@ -79,9 +79,9 @@ def simulate(
                 progress=display.update,
             )
     except KeyboardInterrupt:
+        err.print("confide simulate --resume --out FOLDER goes on with this run", markup=False)
         err.print(
-            "[yellow]interrupted[/] the folder says so; what was charged stays charged, nothing else was released; "
-            "--resume with --out FOLDER goes on"
+            "[yellow]interrupted[/] the folder says so; what was charged stays charged, nothing else was released"
         )
         raise typer.Exit(_INTERRUPTED) from None
     except PermissionError as error:
