@@ -32,7 +32,7 @@ from confide.clients.rounds import NOT_AUTHENTIC, Answer, RoundSteps
 from confide.clients.run import SiteRun, model_digest
 from confide.clients.snapshots import SnapshotStore
 from confide.clients.store import ModelState, SiteStore
-from confide.errors import AuditError, ConfideError, DataError, PolicyError, SealingError, StorageError
+from confide.errors import AuditError, ConfideError, DataError, LeftError, PolicyError, SealingError, StorageError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.consent import Registry, SiteKey
@@ -156,7 +156,7 @@ class Site:
         Raises:
             SealingError: The run is over for this site: its keys, and with them this copy, are gone.
         """
-        return self._store.model(run, self._runs[run].keys.storage)
+        return self._store.model(run, self._known(run).keys.storage)
 
     def source(self, manifest: Manifest) -> ParticipantSource:
         """Where a run's snapshots come from."""
@@ -207,10 +207,10 @@ class Site:
             if (why := self._store.halted()) is not None:
                 raise AuditError(why, where=f"site {self.name}", hint="see this site's local log")
             if self._store.stopped(header.run) is not None:
-                raise SealingError(NOT_AUTHENTIC, where=f"run {header.run}")
+                raise LeftError(NOT_AUTHENTIC, where=f"run {header.run}")
             if self.policy.hours and step in ("join", "train"):
                 self.policy.check_hours(self.log.now(), self.name)
-            run = self._joining(header, request) if step == "join" else self._joined(header)
+            run = self._joining(header, request) if step == "join" else self._known(header.run)
             making_keys = header.step in ("secret", "keys")
             address = run.address(
                 header.round, header.step,
@@ -303,7 +303,7 @@ class Site:
         self.last_refusal = error
         _log.warning("site %s refuses a %s request: %s", self.name, header.step, type(error).__name__)
         answer = (
-            m.Refusal(kind=error.kind, reason=error.what[:500])
+            m.Refusal(kind=error.kind, reason=error.what[:500], final=isinstance(error, LeftError))
             if error.shareable
             else m.Refusal(kind="abstains", reason="abstains")
         )
@@ -364,13 +364,14 @@ class Site:
         if member is None or member.public_key != self.identity.public_key.hex():
             raise PolicyError("the roster names another key for this site", where=f"policy of site {self.name}")
 
-    def _joined(self, header: Header) -> SiteRun:
-        if header.run not in self._runs:
-            data = self._store.manifest(header.run)
+    def _known(self, run: str) -> SiteRun:
+        """A run that was joined, by this process or an earlier one."""
+        if run not in self._runs:
+            data = self._store.manifest(run)
             if data is None:
-                raise SealingError(f"this site has not joined run {header.run[:64]}", where=f"site {self.name}")
+                raise SealingError(f"this site has not joined run {run[:64]}", where=f"site {self.name}")
             self._run(Manifest.from_bytes(data))
-        return self._runs[header.run]
+        return self._runs[run]
 
     def _run(self, manifest: Manifest) -> SiteRun:
         known = self._runs.get(manifest.run)

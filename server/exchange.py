@@ -2,12 +2,15 @@
 
 A reply counts only if it is signed by the roster's key of the site it was asked of, answers this very request, and is
 of the type asked for. Anything else is a refusal by that site, whatever it meant.
+
+Requests are stored before they are sent, and replies as they arrive: where an earlier process of the run has come by
+here, its requests go out again, byte for byte, to those whose replies it did not keep.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -20,6 +23,7 @@ from confide.protocol.envelope import MAX_REPLY_BODY, Address, Envelope, Header,
 from confide.protocol.flower import from_records, to_records
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
+from confide.server.journal import Journal
 
 __all__ = ["Exchange"]
 
@@ -44,28 +48,57 @@ class Exchange:
         identity: The coordinator's name and signing key.
         manifest: The run.
         log: The coordinator's log; its state stands in every request, and refusals are noted in it.
+        journal: The run in the coordinator's store.
         timeout: Seconds to wait for replies; None waits for ever.
     """
 
-    def __init__(self, grid: Grid, identity: Identity, manifest: Manifest, log: Log, timeout: float | None) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        identity: Identity,
+        manifest: Manifest,
+        log: Log,
+        journal: Journal,
+        timeout: float | None,
+    ) -> None:
         self._grid, self._identity, self._manifest, self.log, self._timeout = grid, identity, manifest, log, timeout
-        self.refusals: dict[str, m.Refusal] = {}
+        self.journal, self.refusals = journal, journal.refusals()
         #: Which node each participating site lives on.
         self.nodes: dict[str, int] = {}
         #: Which run secret is in force.
         self.key_epoch = 0
 
     def ask(
-        self, place: Address, requests: Mapping[str, Envelope], kind: type[m._M]
+        self, place: Address, make: Callable[[], Mapping[str, Envelope]], kind: type[m._M]
     ) -> dict[str, tuple[Envelope, m._M]]:
-        """Send a signed request to each site; authentic, positive replies come back by site."""
-        return {site: (envelope, reply) for site, envelope, reply in self.each(place, requests, kind)}
+        """Send a signed request to each site; authentic, positive replies come back by site, and are kept.
+
+        Args:
+            place: The step.
+            make: Signs the requests, where none was stored for the step.
+            kind: The reply's type.
+        """
+        kept = self.journal.replies(place)
+        found = {s: (e, m.decode(kind, kind.TYPE, e.body)) for s, e in kept.items()}
+        if not self.journal.closed(place):
+            for site, envelope, reply in self.each(place, make, kind, skip=frozenset(kept)):
+                self.journal.put_reply(place, site, envelope)
+                found[site] = envelope, reply
+        return {site: found[site] for site in sorted(found)}
 
     def each(
-        self, place: Address, requests: Mapping[str, Envelope], kind: type[m._M]
+        self,
+        place: Address,
+        make: Callable[[], Mapping[str, Envelope]],
+        kind: type[m._M],
+        skip: frozenset[str] = frozenset(),
     ) -> Iterator[tuple[str, Envelope, m._M]]:
-        """The same, one reply at a time as they arrive: (site, envelope, reply). None is kept here."""
-        by_node = {self.nodes[site]: (site, request) for site, request in requests.items()}
+        """One reply at a time as they arrive: (site, envelope, reply). None is kept here."""
+        requests = self.journal.requests(place)
+        if not requests and (requests := dict(make())):
+            self.journal.put_requests(place, requests)
+        by_node = {self.nodes[s]: (s, request) for s, request in requests.items() if s in self.nodes and s not in skip}
+        del requests
         for arrived in self.send(place.step, {n: r for n, (_, r) in by_node.items()}):
             node, envelope = arrived
             site, request = by_node[node]
@@ -92,7 +125,7 @@ class Exchange:
 
     def reject(self, place: Address, site: str, error: SealingError) -> None:
         """Note that what came from a site counts as a refusal, and why."""
-        self.refusals[site] = m.Refusal(kind="sealing", reason=error.what)
+        self._refused(site, m.Refusal(kind="sealing", reason=error.what))
         self.log.append(
             audit.Rejected(run=self._manifest.run, round=place.round, step=place.step, party=site, reason=error.what)
         )
@@ -114,7 +147,7 @@ class Exchange:
         expect(header, place, sender=site, recipient=self._identity.name, request=request.digest)
         if header.type == m.Refusal.TYPE:
             refusal = m.decode(m.Refusal, header.type, envelope.body)
-            self.refusals[site] = refusal
+            self._refused(site, refusal)
             self.log.append(
                 audit.Refused(
                     run=self._manifest.run, round=place.round, step=place.step, party=site, reason=refusal.reason
@@ -122,6 +155,10 @@ class Exchange:
             )
             return None
         return m.decode(kind, header.type, envelope.body)
+
+    def _refused(self, site: str, refusal: m.Refusal) -> None:
+        self.refusals[site] = refusal
+        self.journal.refuse(site, refusal)
 
     def send(self, step: str, requests: Mapping[int, Envelope]) -> Iterator[tuple[int, Envelope | SealingError]]:
         """Send each node its request; (node, unverified reply, or why it is none) as they arrive, one at a time.

@@ -42,9 +42,10 @@ from confide.privacy.dp.personal import PersonalLosses
 from confide.privacy.dp.statistics import RELEASES
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
-from confide.protocol.roster import NO_AUTHORITY, SignedRoster, first_roster, sign_roster
+from confide.protocol.roster import NO_AUTHORITY, RosterMember, SignedRoster, first_roster, sign_roster
 from confide.protocol.standing import Standing
 from confide.server.plan import make_manifest
+from confide.simulations.keeping import Keeping
 
 __all__ = ["FEDERATION", "Sources", "World", "builtin_example", "load_sources"]
 
@@ -124,18 +125,23 @@ class World:
         run_folder: Where each site keeps this run's state and registry.
         ledger_folder: Where each site keeps what outlives a run: ledger and key.
         log_folder: Where the logs that may travel lie.
+        keeping: What makes it possible to go on with the run in another process; where it holds a run already, this
+            is that run. None: with this process the run is over.
     """
 
-    def __init__(self, sources: Sources, run_folder: Path, ledger_folder: Path, log_folder: Path) -> None:
+    def __init__(
+        self, sources: Sources, run_folder: Path, ledger_folder: Path, log_folder: Path, keeping: Keeping | None = None
+    ) -> None:
         self.sources = sources
         self.experiment = sources.experiment
-        self.coordinator = Identity.generate(COORDINATOR)
+        self._keeping, begun = keeping, keeping.manifest if keeping is not None else None
+        self._resumed = begun is not None
+        self.coordinator = self._identity(COORDINATOR)
         self._logs = log_folder
         log_folder.mkdir(parents=True, exist_ok=True)
         self._registries: dict[str, Registry] = {}
         self._pseudonyms: dict[str, dict[str, bytes]] = {}
         self.sites: dict[str, Site] = {}
-        self._keys = {name: SiteKeys.generate(Identity.generate(name)) for name in sources.records}
         try:
             chain, memberships = self._found()
             self.roster: tuple[SignedRoster, ...] = chain
@@ -150,7 +156,7 @@ class World:
                 self.experiment.data.label.outputs,
                 self.experiment.run.seed,
             )
-            self.manifest: Manifest = make_manifest(
+            self.manifest: Manifest = begun or make_manifest(
                 self.experiment,
                 roster=chain[-1].roster,
                 schema=sources.schema,
@@ -158,6 +164,8 @@ class World:
                 layout=layout,
                 statistics=bool(sources.schema.unknown_bounds),
             )
+            if keeping is not None and begun is None:
+                keeping.begin(self.manifest)
         except BaseException:
             self.close()
             raise
@@ -213,23 +221,31 @@ class World:
     def _found(self) -> tuple[tuple[SignedRoster, ...], dict[str, Membership]]:
         """The federation's first roster: every site signs it and, once it is complete, accepts it, as anywhere else.
         What no simulation has is people who compare fingerprints."""
-        members = [keys.member(self.sources.population[name]) for name, keys in self._keys.items()]
-        roster = first_roster(FEDERATION, self.coordinator.public_key.hex(), NO_AUTHORITY, members)
-        signed = SignedRoster(roster=roster, signatures=sign_roster(roster, self.coordinator))
-        memberships, signatures = dict[str, Membership](), dict[str, str]()
-        for member in members:
-            site = memberships[member.site] = Membership(None, Standing(federation=FEDERATION, me=member))
-            signatures |= site.countersign([signed], self._keys[member.site]).signatures
-        chain = (signed.with_signatures(signatures),)
-        for site in memberships.values():
+        if self._keeping is not None and (chain := self._keeping.chain):
+            found = {member.site: self._member(member) for member in chain[-1].roster.members}
+        else:
+            keys = [SiteKeys.generate(self._identity(name)) for name in self.sources.records]
+            members = [k.member(self.sources.population[k.identity.name]) for k in keys]
+            roster = first_roster(FEDERATION, self.coordinator.public_key.hex(), NO_AUTHORITY, members)
+            signed = SignedRoster(roster=roster, signatures=sign_roster(roster, self.coordinator))
+            found, signatures = {member.site: self._member(member) for member in members}, dict[str, str]()
+            for own in keys:
+                signatures |= found[own.identity.name].countersign([signed], own).signatures
+            chain = (signed.with_signatures(signatures),)
+        for site in found.values():
             site.accept(chain)
-        return chain, memberships
+        if self._keeping is not None:
+            self._keeping.keep_chain(chain)
+        return chain, found
+
+    def _member(self, member: RosterMember) -> Membership:
+        return Membership(None, Standing(federation=FEDERATION, me=member))
 
     def _make_site(
         self, name: str, records: SiteRecords, membership: Membership, run_folder: Path, ledger_folder: Path
     ) -> Site:
         experiment, privacy = self.experiment, self.experiment.privacy
-        identity = self._keys[name].identity
+        identity = self._identity(name)
         run_folder.mkdir(parents=True, exist_ok=True)
         ledger_folder.mkdir(parents=True, exist_ok=True)
         # Splits are reproducible from the seed, but a ledger's first key stays: roles are for ever.
@@ -268,7 +284,11 @@ class World:
             store=SiteStore(run_folder / "state.db"),
             log=identity.open_log(run_folder / "federated.db", "federated", FEDERATION),
             local_log=identity.open_log(run_folder / "local.db", "local", FEDERATION),
+            vault=self._keeping.vault(name) if self._keeping is not None else None,
         )
+
+    def _identity(self, party: str) -> Identity:
+        return self._keeping.identity(party) if self._keeping is not None else Identity.generate(party)
 
     def _record_consent(self, name: str, records: SiteRecords, registry: Registry, key: SiteKey) -> None:
         experiment = self.experiment
@@ -277,12 +297,16 @@ class World:
             mine = [e for e in self.sources.consent if e.subject in here]
             names = registry.enrol({e.subject for e in mine})
             self._pseudonyms[name] = names
+            if self._resumed:  # what was recorded then stands
+                return
             registry.append([filed(e, names[e.subject], key) for e in mine])
             return
         fraction = experiment.consent.simulate.fraction if experiment.consent.simulate else 0.0
         seed = experiment.run.seed
         given = [p for p in records.persons if _share(seed, "consent", name, p) < fraction]
         self._pseudonyms[name] = registry.enrol(given)
+        if self._resumed:
+            return
         registry.append([self._simulated(name, p, EventType.GIVEN, 0) for p in given])
 
     def _withdraw(self, name: str, fraction: float, round_: int) -> None:

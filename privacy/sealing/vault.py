@@ -28,6 +28,9 @@ _MEMORY, _ITERATIONS, _LANES = 64 * 1024, 3, 4
 _MOST_MEMORY, _MOST_ITERATIONS, _MOST_LANES = 256 * 1024, 10, 16
 _MOST_BYTES = 2**20
 _FEWEST_CHARACTERS = 8
+#: Characters of a passphrase that nobody can guess: 32 random bytes in hexadecimal. To stretch it only costs time.
+_RANDOM = 64
+_NO_STRETCHING = (8, 1, 1)
 
 
 class Vault:
@@ -36,14 +39,17 @@ class Vault:
     Args:
         folder: Made readable for its owner only.
         passphrase: The operator's; at least 8 characters.
+        random: It is a machine's, of 32 random bytes, and need not be stretched.
 
     Raises:
         ConfigError: The passphrase is too short.
     """
 
-    def __init__(self, folder: Path, passphrase: str) -> None:
-        if len(passphrase) < _FEWEST_CHARACTERS:
-            raise ConfigError(f"needs at least {_FEWEST_CHARACTERS} characters", where="passphrase of the vault",
+    def __init__(self, folder: Path, passphrase: str, *, random: bool = False) -> None:
+        self._cost = _NO_STRETCHING if random else None
+        fewest = _RANDOM if random else _FEWEST_CHARACTERS
+        if len(passphrase) < fewest:
+            raise ConfigError(f"needs at least {fewest} characters", where="passphrase of the vault",
                               hint="a few random words are easy to keep")  # fmt: skip
         self._folder, self._passphrase = folder, passphrase
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +57,7 @@ class Vault:
 
     def save(self, name: str, data: bytes) -> None:
         """Write or replace an entry."""
-        write_private(self._path(name), close_vault_file(data, self._passphrase, name))
+        write_private(self._path(name), close_vault_file(data, self._passphrase, name, self._cost))
 
     def load(self, name: str) -> bytes | None:
         """An entry, or None where there is none.
@@ -80,9 +86,9 @@ class Vault:
         return self._folder / f"{name}.vault"
 
 
-def close_vault_file(data: bytes, passphrase: str, name: str) -> bytes:
-    """A file's content."""
-    head = _HEAD.pack(MAGIC, _MEMORY, _ITERATIONS, _LANES, secrets.token_bytes(16))
+def close_vault_file(data: bytes, passphrase: str, name: str, cost: tuple[int, int, int] | None = None) -> bytes:
+    """A file's content; `cost` is (KiB, passes, lanes), None what a passphrase of an operator needs."""
+    head = _HEAD.pack(MAGIC, *(cost or (_MEMORY, _ITERATIONS, _LANES)), secrets.token_bytes(16))
     return head + close_box(_derive(head, passphrase), head + name.encode(), data)
 
 

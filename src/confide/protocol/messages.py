@@ -233,6 +233,8 @@ class Refusal(Message):
     TYPE: ClassVar[str] = "refusal"
     kind: Annotated[str, Field(max_length=32)]
     reason: Annotated[str, Field(max_length=500)]
+    #: It has left the run for good: nobody need keep for it what it has missed.
+    final: bool = False
 
 
 _M = TypeVar("_M", bound=Message)
