@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -344,7 +347,7 @@ def test_without_the_promise_two_sites_part(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_signature_leaves_only_after_its_promise_is_on_the_disk(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cast = Cast(*NAMES)
     site = Membership(tmp_path / "m.json", Standing(federation=FEDERATION, me=cast.member("ash")))
@@ -357,3 +360,26 @@ def test_a_signature_leaves_only_after_its_promise_is_on_the_disk(
     site.countersign((cast.signed(cast.first()),), cast.keys["ash"])
     assert order == ["disk", "signature"]
     assert Membership(tmp_path / "m.json").standing.promised == 1
+
+
+@pytest.mark.parametrize("turn", range(8))
+def test_two_processes_that_confirm_at_once_sign_one_version_of_a_number(turn: int, tmp_path: Path) -> None:
+    """Two handles on one folder, as two processes have them."""
+    cast = Cast(*NAMES, "doum", "elm")
+    chain = cast.founded(*NAMES)
+    Membership(tmp_path / "m.json", cast.sites["ash"].standing)
+    offers = [(*chain, cast.signed(cast.adding(chain, new), new)) for new in ("doum", "elm")]
+    ready, signed = threading.Barrier(2), list[str]()
+
+    def confirm(offer: Chain) -> None:
+        ready.wait()
+        with contextlib.suppress(SealingError):
+            signed.append(Membership(tmp_path / "m.json").countersign(offer, cast.keys["ash"]).roster)
+
+    threads = [threading.Thread(target=confirm, args=(offer,)) for offer in offers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(signed) == 1
+    assert Membership(tmp_path / "m.json").standing.promised_digest == signed[0]
