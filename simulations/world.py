@@ -9,7 +9,7 @@ import hashlib
 import importlib.resources
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -34,6 +34,7 @@ from confide.privacy.consent import (
     now_micros,
     read_csv,
 )
+from confide.privacy.consent.desk import filed
 from confide.privacy.dp import Ledger, PrivacyEvent, RenyiBudget, Role
 from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.dp.personal import PersonalLosses
@@ -217,7 +218,7 @@ class World:
         budget = RenyiBudget.for_limit(privacy.site_epsilon_limit, privacy.delta)
         registry = Registry(run_folder / "consent.db", key)
         self._registries[name] = registry
-        self._record_consent(name, records, registry)
+        self._record_consent(name, records, registry, key)
         policy = SitePolicy(
             coordinator=COORDINATOR,
             coordinator_key=self.coordinator.public_key,
@@ -248,14 +249,14 @@ class World:
             local_log=identity.open_log(run_folder / "local.db", "local", FEDERATION),
         )
 
-    def _record_consent(self, name: str, records: SiteRecords, registry: Registry) -> None:
+    def _record_consent(self, name: str, records: SiteRecords, registry: Registry, key: SiteKey) -> None:
         experiment = self.experiment
         if self.sources.consent is not None:
             here = set(records.persons)
             mine = [e for e in self.sources.consent if e.subject in here]
             names = registry.enrol({e.subject for e in mine})
             self._pseudonyms[name] = names
-            registry.append([_file_under(e, names[e.subject]) for e in mine])
+            registry.append([filed(e, names[e.subject], key) for e in mine])
             return
         fraction = experiment.consent.simulate.fraction if experiment.consent.simulate else 0.0
         seed = experiment.run.seed
@@ -322,14 +323,6 @@ def _populations(experiment: Experiment, parts: Mapping[str, object]) -> dict[st
             raise DataError(f"site {name!r} has no records", where=f"column {experiment.data.site!r}",
                             hint="drop it from sites.population, or check data.site")  # fmt: skip
     return found
-
-
-def _file_under(imported: ImportedEvent, pseudonym: bytes) -> ConsentEvent:
-    fields = {n: getattr(imported, n) for n in ImportedEvent.__slots__ if n != "subject"}
-    return replace(
-        ConsentEvent(event_id="", pseudonym=pseudonym, purpose="", type=imported.type, effective_at=0),
-        **fields,
-    )
 
 
 def _derive(seed: int, label: str, name: str) -> bytes:

@@ -24,7 +24,7 @@ from confide.privacy.consent.state import Standing, decide
 from confide.privacy.database import open_read_only
 from confide.privacy.digest import keyed_digest
 
-__all__ = ["KEY", "REGISTRY", "ConsentDesk", "Count"]
+__all__ = ["KEY", "REGISTRY", "ConsentDesk", "Count", "filed"]
 
 REGISTRY, KEY = "consent.db", "site.key"
 _GRANTS = (EventType.GIVEN, EventType.RENEWED)
@@ -112,15 +112,7 @@ class ConsentDesk:
         """
         held = list(events)
         pseudonyms = self._registry.enrol({event.subject for event in held})
-        return self._registry.append([
-            ConsentEvent(
-                event_id=self._stored_id(e), pseudonym=pseudonyms[e.subject], purpose=e.purpose, type=e.type,
-                effective_at=e.effective_at, valid_until=e.valid_until, notice_digest=e.notice_digest,
-                lawful_basis=e.lawful_basis, jurisdiction=e.jurisdiction, evidence_ref=e.evidence_ref,
-                max_epsilon=e.max_epsilon,
-            )
-            for e in held
-        ])  # fmt: skip
+        return self._registry.append([filed(e, pseudonyms[e.subject], self._key) for e in held])
 
     def withdrawals(self, event: ImportedEvent) -> list[ImportedEvent]:
         """The withdrawal, and one more at the beginning of each consent that is still to begin."""
@@ -191,11 +183,19 @@ class ConsentDesk:
             raise ConsentError(f"cannot be read ({type(error).__name__})", where=str(self._path),
                                hint="restore the registry from the site's backup") from None  # fmt: skip
 
-    def _stored_id(self, event: ImportedEvent) -> str:
-        """A derived id is a digest of what identifies a person: under the site's key nobody can try identifiers out."""
-        if not event.derived:
-            return event.event_id
-        return "keyed:" + keyed_digest(self._key.secret, "consent-event", event.event_id.encode()).hex()
+
+def filed(event: ImportedEvent, pseudonym: bytes, key: SiteKey) -> ConsentEvent:
+    """An imported event as the registry keeps it. An id that was derived is a digest of what identifies a person: under
+    the site's key nobody can try identifiers out."""
+    identifier = event.event_id
+    if event.derived:
+        identifier = "keyed:" + keyed_digest(key.secret, "consent-event", identifier.encode()).hex()
+    return ConsentEvent(
+        event_id=identifier, pseudonym=pseudonym, purpose=event.purpose, type=event.type,
+        effective_at=event.effective_at, valid_until=event.valid_until, notice_digest=event.notice_digest,
+        lawful_basis=event.lawful_basis, jurisdiction=event.jurisdiction, evidence_ref=event.evidence_ref,
+        max_epsilon=event.max_epsilon,
+    )  # fmt: skip
 
 
 _KINDS = frozenset(str(kind) for kind in EventType)
