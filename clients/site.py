@@ -305,7 +305,7 @@ class Site:
         answer = (
             m.Refusal(kind=error.kind, reason=error.what[:500], final=isinstance(error, LeftError))
             if error.shareable
-            else m.Refusal(kind="abstains", reason="abstains")
+            else m.Refusal(kind="abstains", reason="abstains", final=False)
         )
         try:
             self._note_refusal(header, error, answer)

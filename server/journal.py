@@ -173,7 +173,7 @@ class Journal:
         """Each site's latest refusal."""
         with self._transaction() as db:
             found = db.execute(select(t.refusal).where(t.refusal.c.run == self._run))
-            return {row.site: m.Refusal(kind=row.kind, reason=row.reason) for row in found}
+            return {row.site: m.Refusal(kind=row.kind, reason=row.reason, final=False) for row in found}
 
     # --- how far the run is ---------------------------------------------------------------------------------------
 

@@ -136,6 +136,7 @@ class World:
         self.experiment = sources.experiment
         self._keeping, begun = keeping, keeping.manifest if keeping is not None else None
         self._resumed = begun is not None
+        self._identities: dict[str, Identity] = {}
         self.coordinator = self._identity(COORDINATOR)
         self._logs = log_folder
         log_folder.mkdir(parents=True, exist_ok=True)
@@ -288,7 +289,11 @@ class World:
         )
 
     def _identity(self, party: str) -> Identity:
-        return self._keeping.identity(party) if self._keeping is not None else Identity.generate(party)
+        """A party's signing key; the same whenever it is asked for."""
+        if party not in self._identities:
+            kept = self._keeping
+            self._identities[party] = kept.identity(party) if kept is not None else Identity.generate(party)
+        return self._identities[party]
 
     def _record_consent(self, name: str, records: SiteRecords, registry: Registry, key: SiteKey) -> None:
         experiment = self.experiment

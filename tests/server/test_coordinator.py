@@ -425,7 +425,7 @@ def _elsewhere(federation: Federation, reply: Envelope, **place: int) -> Envelop
 def _refusing(federation: Federation, reply: Envelope) -> Envelope:
     header = header_of(reply)
     return federation.sign(
-        header.step, header.round, "coordinator", m.Refusal(kind="abstains", reason="abstains"),
+        header.step, header.round, "coordinator", m.Refusal(kind="abstains", reason="abstains", final=False),
         identity=federation.sites["birch"].identity, request=header.request,
     )  # fmt: skip
 

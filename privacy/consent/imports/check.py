@@ -120,7 +120,7 @@ def read_csv(path: Path) -> list[ImportedEvent]:
     Raises:
         ConsentError: It cannot be read, or any line is rejected; the rejected lines are named.
     """
-    with _open(path) as stream:
+    with _open(path, "CSV") as stream:
         events, rejections = _sorted(read_csv_events(stream.buffered, Options()))
     if rejections:
         raise _refusal(rejections, len(rejections), str(path))
@@ -200,13 +200,15 @@ class _Source(io.RawIOBase):
         super().close()
 
 
-def _open(path: Path) -> _Source:
+def _open(path: Path, kind: str = "file") -> _Source:
     try:
         if not path.is_file() and path.exists():
             raise OSError(0, "it is not a file")
         return _Source(path.open("rb", buffering=0), path)
     except FileNotFoundError:
-        raise ConsentError("there is no such file", where=str(path), hint="give the path of a consent file") from None
+        raise ConsentError(
+            "there is no such file", where=str(path), hint=f"give the path of a consent {kind}"
+        ) from None
     except OSError as error:
         raise _unreadable(error, path) from None
 

@@ -234,7 +234,7 @@ class Refusal(Message):
     kind: Annotated[str, Field(max_length=32)]
     reason: Annotated[str, Field(max_length=500)]
     #: It has left the run for good: nobody need keep for it what it has missed.
-    final: bool = False
+    final: bool
 
 
 _M = TypeVar("_M", bound=Message)

@@ -129,13 +129,16 @@ def _dpv(tree: Any) -> Iterator[Said]:
             for status in _many(record["dpv:hasConsentStatus"]):
                 status = status if isinstance(status, dict) else {"@type": status}
                 kinds = str(status.get("@type", status.get("@id")))
-                grants = "ConsentGiven" in kinds
+                grants = "ConsentGiven" in kinds and not any(word in kinds for word in _AGAINST)
                 at = _one(status.get("dpv:isIndicatedAtTime", record.get("dct:date")))
                 duration = status.get("dpv:hasDuration")
                 end = None
                 if grants and duration is not None:
                     end = _instant(_one(duration.get("rdf:value") if isinstance(duration, dict) else duration))
                 yield Said(person.strip(), purpose.strip(), grants, _instant(at), end)
+
+
+_AGAINST = ("Refused", "Withdrawn", "Expired", "Terminated", "Revoked", "Invalidated", "Unknown", "Requested")
 
 
 def _one(value: Any) -> Any:
