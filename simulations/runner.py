@@ -35,6 +35,7 @@ from confide.simulations.evaluation import ExactEvaluator
 from confide.simulations.figures import write_figures
 from confide.simulations.folders import run_folders, write_json
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
+from confide.simulations.keeping import KEPT
 from confide.simulations.page import write_index
 from confide.simulations.place import Place, new_place, resumed_place
 from confide.simulations.planning import Source, any_bounds, load_source, schedule_epsilon
@@ -117,12 +118,14 @@ def _learned_bounds(place: Place) -> dict[str, tuple[float, float]]:
     """The bounds that a statistics run learns, in a folder of its own; found there if it is over."""
     part = place.folder / "statistics"
     if (found := read_learned(part)) is not None:
+        if (part / KEPT).is_dir():
+            with place.part(part) as inner:
+                inner.keeping.destroy()
         return found
     with place.part(part) as inner:
         world = inner.world(place.sources())
         with _told(place.folder, world), closing(inner.keeping.store()) as store:
             bounds = learn_bounds(world, part, store)
-            world.export()
         inner.keeping.destroy()
     return bounds
 

@@ -53,6 +53,7 @@ def learn_bounds(world: World, folder: Path, store: RunStore) -> dict[str, tuple
         raise PeerError("the statistics were not released", where=f"run {world.manifest.run}",
                         hint="see the sites' logs, or declare the bounds")  # fmt: skip
     found = learned_bounds(world.manifest, first, second)
+    world.export()  # the bounds say that this run is over: its evidence lies there before they do
     tree = {"run_id": world.manifest.run, "bounds": found}
     write_atomically(folder / _FILE, (json.dumps(tree, indent=2, allow_nan=False) + "\n").encode())
     return found
