@@ -31,8 +31,8 @@ from sqlalchemy import (
 
 from confide.privacy.consent.events import ConsentEvent, EventType
 
-__all__ = ["CLOCK", "CONTENT", "CURRENT", "EVENTS", "NOTICES", "PROJECTION", "SCHEMA", "SUBJECTS", "TOMBSTONES",
-           "event_from_row", "event_row"]  # fmt: skip
+__all__ = ["CLOCK", "CONTENT", "CURRENT", "EVENTS", "NOTICES", "PERSON_INDEX", "PROJECTION", "SCHEMA", "SUBJECTS",
+           "TOMBSTONES", "event_from_row", "event_row"]  # fmt: skip
 
 METADATA = MetaData()
 _NUMBER = BigInteger().with_variant(Integer, "sqlite")
@@ -53,8 +53,9 @@ EVENTS = Table(
     Column("evidence_ref", String(500), nullable=False),
     Column("max_epsilon", Float(53)),
     Column("recorded_at", BigInteger, nullable=False),
-    Index("consent_event_person", "pseudonym", "seq"),
 )
+#: Finds a person's events, in order.
+PERSON_INDEX = Index("consent_event_person", EVENTS.c.pseudonym, EVENTS.c.seq)
 NOTICES = Table(
     "consent_notice",
     METADATA,
