@@ -41,6 +41,7 @@ from confide.privacy.consent.tables import (
     SUBJECTS,
     event_from_row,
     event_row,
+    refusal,
 )
 from confide.privacy.consent.view import View, participants_of_events, standing_of
 
@@ -174,9 +175,10 @@ class Registry:
             remaining, put_off = iter(events), False
             while part := list(islice(remaining, _BATCH)):
                 for event in part:
-                    if event.purpose == EVERYTHING or len(event.pseudonym) != KEY_BYTES:
-                        raise ConsentError(f"event {event.event_id!r} is for no purpose or no pseudonym",
-                                           where=self._storage.where, hint="nothing was added")  # fmt: skip
+                    reason = refusal(event)
+                    if reason:
+                        raise ConsentError(f"event {event.event_id!r} {reason}", where=self._storage.where,
+                                           hint="nothing was added")  # fmt: skip
                 if len(part) == _BATCH and heads(connection).sequence == 0:
                     put_off = True
                     projection.put_off(connection)
