@@ -17,13 +17,14 @@ from typing import Any, Literal
 from sqlalchemy import Connection, delete, func, select, update
 
 from confide.privacy.consent.bulk import BATCH, rows_with, upsert_rows
-from confide.privacy.consent.events import ConsentEvent
+from confide.privacy.consent.events import ConsentEvent, EventType
 from confide.privacy.consent.state import Summary
-from confide.privacy.consent.tables import CONTENT, CURRENT, EVENTS, PROJECTION, event_from_row
+from confide.privacy.consent.tables import CURRENT, EVENTS, PERSON_INDEX, PROJECTION
 
-__all__ = ["Difference", "apply", "differences", "load", "rebuild", "summary_from_row"]
+__all__ = ["Difference", "apply", "differences", "load", "put_off", "rebuild", "summary_from_row"]
 
 _COLUMNS = [column.name for column in CURRENT.c if column.name != "purpose"]
+_KINDS = {kind.value: kind for kind in EventType}
 Found = dict[str, Summary]
 
 
@@ -56,6 +57,12 @@ def apply(connection: Connection, events: Sequence[tuple[int, ConsentEvent]]) ->
         connection.execute(update(PROJECTION).values(seq=events[-1][0]))
 
 
+def put_off(connection: Connection) -> None:
+    """Before a first import that is long: `rebuild` follows it, and costs less than to change every place at random."""
+    if connection.dialect.name == "sqlite":  # in PostgreSQL it would keep readers waiting
+        PERSON_INDEX.drop(connection, checkfirst=True)
+
+
 def load(connection: Connection, purposes: Sequence[str], pseudonyms: Iterable[bytes]) -> Iterator[tuple[bytes, Found]]:
     """Summaries of these persons by purpose; of whom nothing is known, nothing."""
     remaining = iter(pseudonyms)
@@ -81,6 +88,7 @@ def summary_from_row(values: Sequence[Any]) -> Summary:
 def rebuild(connection: Connection) -> None:
     """Make all of it anew from the events."""
     connection.execute(delete(CURRENT))
+    PERSON_INDEX.create(connection, checkfirst=True)
     for purpose in _purposes(connection):
         pairs = _from_events(connection, purpose)
         while part := list(islice(pairs, BATCH)):
@@ -122,16 +130,26 @@ def _purposes(connection: Connection) -> list[str]:
     return sorted(connection.scalars(query))
 
 
+@dataclass(slots=True)
+class _Fact:
+    type: EventType
+    effective_at: int
+    valid_until: int | None
+    notice_digest: str
+    max_epsilon: float | None
+
+
 def _from_events(connection: Connection, purpose: str) -> Iterator[tuple[bytes, Summary]]:
-    query = select(*CONTENT).where(EVENTS.c.purpose == purpose).order_by(EVENTS.c.pseudonym, EVENTS.c.seq)
+    c = EVENTS.c
+    query = select(c.pseudonym, c.type, c.effective_at, c.valid_until, c.notice_digest, c.max_epsilon)
+    query = query.where(c.purpose == purpose).order_by(c.pseudonym, c.seq)
     person, summary = b"", None
-    for _, *values in connection.execute(query.execution_options(stream_results=True, yield_per=BATCH)):
-        event = event_from_row(values)
-        if summary is None or event.pseudonym != person:
+    for name, kind, at, *rest in connection.execute(query.execution_options(stream_results=True, yield_per=BATCH)):
+        if summary is None or name != person:
             if summary is not None:
                 yield person, summary
-            person, summary = event.pseudonym, Summary(event.effective_at)
-        summary.add(event)
+            person, summary = name, Summary(at)
+        summary.add(_Fact(_kind(kind), at, *rest))
     if summary is not None:
         yield person, summary
 
@@ -143,6 +161,13 @@ def _put(connection: Connection, purpose: str, pairs: Iterable[tuple[bytes, Summ
         for person, s in pairs
     ]  # fmt: skip
     upsert_rows(connection, CURRENT, rows)
+
+
+def _kind(name: str) -> EventType:
+    found = _KINDS.get(name)
+    if found is None:
+        raise ValueError("an event is of a kind that this version does not know")
+    return found
 
 
 def _notices(notices: frozenset[str]) -> tuple[str, str | None]:

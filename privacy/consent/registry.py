@@ -41,6 +41,7 @@ from confide.privacy.consent.tables import (
     SUBJECTS,
     event_from_row,
     event_row,
+    refusal,
 )
 from confide.privacy.consent.view import View, participants_of_events, standing_of
 
@@ -171,16 +172,22 @@ class Registry:
         """
         added = taken = 0
         with self._storage.writing() as connection:
-            remaining = iter(events)
+            remaining, put_off = iter(events), False
             while part := list(islice(remaining, _BATCH)):
                 for event in part:
-                    if event.purpose == EVERYTHING or len(event.pseudonym) != KEY_BYTES:
-                        raise ConsentError(f"event {event.event_id!r} is for no purpose or no pseudonym",
-                                           where=self._storage.where, hint="nothing was added")  # fmt: skip
-                added += self._add(connection, part)
+                    reason = refusal(event)
+                    if reason:
+                        raise ConsentError(f"event {event.event_id!r} {reason}", where=self._storage.where,
+                                           hint="nothing was added")  # fmt: skip
+                if len(part) == _BATCH and heads(connection).sequence == 0:
+                    put_off = True
+                    projection.put_off(connection)
+                added += self._add(connection, part, project=not put_off)
                 taken += len(part)
                 if progress is not None:
                     progress(taken)
+            if put_off:
+                projection.rebuild(connection)
         return added
 
     def register_notice(self, digest: str, purposes: Iterable[str], covers_beneath: bool = False) -> Notice:
@@ -321,7 +328,7 @@ class Registry:
         """Release the file or the connections."""
         self._storage.close()
 
-    def _add(self, connection: Connection, events: Sequence[ConsentEvent]) -> int:
+    def _add(self, connection: Connection, events: Sequence[ConsentEvent], project: bool = True) -> int:
         fresh: dict[str, ConsentEvent] = {}
         for item in events:
             if fresh.setdefault(item.event_id, item) != item:
@@ -335,7 +342,8 @@ class Registry:
         if numbered:
             recorded_at = max(now_micros(), latest.recorded)
             insert_rows(connection, EVENTS, [event_row(seq, event, recorded_at) for seq, event in numbered])
-            projection.apply(connection, numbered)
+            if project:
+                projection.apply(connection, numbered)
         return len(numbered)
 
     def _reused(self, item: ConsentEvent) -> ConsentError:

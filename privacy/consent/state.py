@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from confide.privacy.consent.events import ConsentEvent, EventType
 from confide.privacy.consent.notices import Notice, lineage
@@ -61,6 +62,21 @@ class Standing:
         return self.status is Status.GIVEN
 
 
+class Fact(Protocol):
+    """What a summary takes of an event."""
+
+    @property
+    def type(self) -> EventType: ...
+    @property
+    def effective_at(self) -> int: ...
+    @property
+    def valid_until(self) -> int | None: ...
+    @property
+    def notice_digest(self) -> str: ...
+    @property
+    def max_epsilon(self) -> float | None: ...
+
+
 @dataclass(slots=True)
 class Summary:
     """All that matters of one person's events for one purpose, at any instant from `settled_at` on.
@@ -89,7 +105,7 @@ class Summary:
     restricted: bool = False
     erased_at: int | None = None
 
-    def add(self, event: ConsentEvent) -> None:
+    def add(self, event: Fact) -> None:
         """Take in an event that was learnt after those before; it may take effect before them."""
         kind, at = event.type, event.effective_at
         self.settled_at = max(self.settled_at, at)
@@ -108,7 +124,7 @@ class Summary:
             elif at == self.flagged_at:
                 self.restricted = self.restricted or restricts
 
-    def _grant(self, event: ConsentEvent) -> None:
+    def _grant(self, event: Fact) -> None:
         at = event.effective_at
         if self.granted_at is None or at > self.granted_at:
             self.granted_at, self.valid_until = at, event.valid_until

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, text, update
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
 from confide.errors import ConsentError
 from confide.privacy.consent import projection, triggers
@@ -152,9 +152,14 @@ class Storage:
             except (*self._errors, ValueError) as error:
                 # Where several processes make the file at once SQLite does not wait for the journal's change of mode.
                 if not _is_busy(error) or time.monotonic() > deadline:
-                    raise ConsentError(f"is not a consent registry ({type(error).__name__})", where=self.where,
-                                       hint=_NOT_ONE) from None  # fmt: skip
+                    raise self._unusable(error) from None
                 time.sleep(0.01)
+
+    def _unusable(self, error: Exception) -> ConsentError:
+        if not self.is_sqlite and isinstance(error, OperationalError):
+            return ConsentError("cannot be reached", where=self.where,
+                                hint="check the address, and that the server runs and lets this user in")  # fmt: skip
+        return ConsentError(f"is not a consent registry ({type(error).__name__})", where=self.where, hint=_NOT_ONE)
 
     def _is_ready(self, connection: Connection) -> bool:
         version = _version(connection)
@@ -206,7 +211,7 @@ def _engine(url: URL, where: str) -> Engine:
     @event.listens_for(engine, "connect")
     def _durable(connection: sqlite3.Connection, _record: object) -> None:
         connection.isolation_level = None  # we say ourselves when a transaction begins
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "cache_size=-65536"):
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "cache_size=-131072"):
             connection.execute(f"PRAGMA {pragma}").close()
 
     @event.listens_for(engine, "begin")

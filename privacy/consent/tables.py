@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,11 +31,14 @@ from sqlalchemy import (
 )
 
 from confide.privacy.consent.events import ConsentEvent, EventType
+from confide.privacy.consent.notices import EVERYTHING
+from confide.privacy.consent.pseudonyms import KEY_BYTES
 
-__all__ = ["CLOCK", "CONTENT", "CURRENT", "EVENTS", "NOTICES", "PROJECTION", "SCHEMA", "SUBJECTS", "TOMBSTONES",
-           "event_from_row", "event_row"]  # fmt: skip
+__all__ = ["CLOCK", "CONTENT", "CURRENT", "EVENTS", "NOTICES", "PERSON_INDEX", "PROJECTION", "SCHEMA", "SUBJECTS",
+           "TOMBSTONES", "event_from_row", "event_row", "refusal"]  # fmt: skip
 
 METADATA = MetaData()
+_FARTHEST = 1 << 62
 _NUMBER = BigInteger().with_variant(Integer, "sqlite")
 
 EVENTS = Table(
@@ -53,8 +57,9 @@ EVENTS = Table(
     Column("evidence_ref", String(500), nullable=False),
     Column("max_epsilon", Float(53)),
     Column("recorded_at", BigInteger, nullable=False),
-    Index("consent_event_person", "pseudonym", "seq"),
 )
+#: Finds a person's events, in order.
+PERSON_INDEX = Index("consent_event_person", EVENTS.c.pseudonym, EVENTS.c.seq)
 NOTICES = Table(
     "consent_notice",
     METADATA,
@@ -136,3 +141,15 @@ def event_from_row(values: Sequence[Any]) -> ConsentEvent:
         effective_at=effective_at, valid_until=valid_until, notice_digest=notice_digest, lawful_basis=lawful_basis,
         jurisdiction=jurisdiction, evidence_ref=evidence_ref, max_epsilon=max_epsilon,
     )  # fmt: skip
+
+
+def refusal(event: ConsentEvent) -> str:
+    """Why an event is not taken; empty where it is. A database would make something else of some values: SQLite makes
+    no limit at all of one that is not a number."""
+    if event.purpose == EVERYTHING or len(event.pseudonym) != KEY_BYTES:
+        return "is for no purpose or no pseudonym"
+    if event.max_epsilon is not None and not 0 < event.max_epsilon < math.inf:
+        return "has a limit that is not a positive number"
+    if not -_FARTHEST < event.effective_at < _FARTHEST or not -_FARTHEST < (event.valid_until or 0) < _FARTHEST:
+        return "lies beyond all instants"
+    return ""

@@ -17,6 +17,7 @@ import pytest
 
 from confide.errors import ConsentError
 from confide.privacy.consent import ConsentEvent, EventType, Registry, Standing, Status
+from tests.privacy import postgres
 from tests.privacy.consent.conftest import KEY, REFUSED, raw
 
 PURPOSE = "research/test"
@@ -142,7 +143,7 @@ def test_what_one_registry_holds_another_on_the_same_address_finds(registry: Reg
 # --- an import is whole or not at all ---------------------------------------------------------------------------------
 
 
-def test_an_import_that_fails_late_leaves_nothing_not_even_a_person(registry: Registry) -> None:
+def test_an_import_that_fails_late_leaves_nothing_not_even_a_person(registry: Registry, address: Path | str) -> None:
     told: list[int] = []
 
     def events() -> Any:
@@ -159,18 +160,27 @@ def test_an_import_that_fails_late_leaves_nothing_not_even_a_person(registry: Re
     assert registry.pseudonyms([f"p{i}" for i in range(7)]) == {}
     assert registry.check() == []
     assert registry.snapshot(PURPOSE, 100).participants == {}
+    assert "consent_event_person" in indexes(address)
 
 
 def test_a_long_import_is_one_that_short_ones_would_have_been(new_address: Callable[[], Path | str]) -> None:
     kinds = [EventType.GIVEN, EventType.WITHDRAWN, EventType.RENEWED]
     events = [make(f"e{i}", bytes([i % 251]) * 32, kinds[i % 3], i % 1000) for i in range(60_000)]
-    with closing(Registry(new_address(), KEY)) as long, closing(Registry(new_address(), KEY)) as short:
+    long_address, short_address = new_address(), new_address()
+    with closing(Registry(long_address, KEY)) as long, closing(Registry(short_address, KEY)) as short:
         assert long.append_all(iter([*events, events[0], events[59_999]])) == 60_000
         for start in range(0, 60_000, 20_000):
             short.append(events[start : start + 20_000])
         assert long.head() == short.head() == 60_000
         assert long.check() == short.check() == []
         assert long.snapshot(PURPOSE, 990).participants == short.snapshot(PURPOSE, 990).participants
+        assert indexes(long_address) == indexes(short_address)
+
+
+def indexes(address: Path | str) -> set[str]:
+    sqlite = "SELECT name FROM sqlite_master WHERE type = 'index'"
+    with raw(address) as db:
+        return {n for (n,) in db.execute(sqlite if isinstance(address, Path) else "SELECT indexname FROM pg_indexes")}
 
 
 def test_an_id_that_comes_back_with_another_content_stops_a_long_import(registry: Registry) -> None:
@@ -180,10 +190,20 @@ def test_an_id_that_comes_back_with_another_content_stops_a_long_import(registry
     assert registry.head() == 0
 
 
-@pytest.mark.parametrize("broken", [{"purpose": ""}, {"pseudonym": b"short"}])
-def test_an_event_for_no_purpose_or_no_pseudonym_is_refused(registry: Registry, broken: dict[str, Any]) -> None:
-    """The purpose above all is for erasures alone."""
-    with pytest.raises(ConsentError, match="for no purpose or no pseudonym"):
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"purpose": ""},  # the purpose above all is for erasures alone
+        {"pseudonym": b"short"},
+        {"max_epsilon": float("nan")},  # SQLite would make no limit at all of it
+        {"max_epsilon": float("inf")},
+        {"max_epsilon": 0.0},
+        {"effective_at": 1 << 63},
+        {"valid_until": 1 << 70},
+    ],
+)
+def test_an_event_that_cannot_stand_as_it_is_is_refused(registry: Registry, broken: dict[str, Any]) -> None:
+    with pytest.raises(ConsentError, match=r"'b'(.|\n)*nothing was added"):
         registry.append([make("a", b"x" * 32), replace(make("b", b"x" * 32), **broken)])
     assert registry.head() == 0
 
@@ -346,7 +366,7 @@ def test_many_processes_migrate_once(tmp_path: Path) -> None:
 
 
 def test_a_database_that_does_not_answer_is_a_consent_error_that_hides_the_password(tmp_path: Path) -> None:
-    with pytest.raises(ConsentError, match="is not a consent registry") as caught:
+    with pytest.raises(ConsentError, match="cannot be reached") as caught:
         Registry(f"postgresql://somebody:secret@/nothing?host={tmp_path}", KEY)
     assert "secret" not in str(caught.value)
 
@@ -364,3 +384,11 @@ def test_a_newer_version_is_refused_and_left_alone(registry: Registry, address: 
         db.commit()
     with pytest.raises(ConsentError, match="schema version 99; this program writes 3"):
         Registry(address, KEY)
+
+
+def test_a_missing_server_fails_in_ci_and_is_said_in_one_line_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres, "binaries", lambda: None)
+    for variable, kind in (("1", pytest.fail.Exception), ("", pytest.skip.Exception)):
+        monkeypatch.setenv("CONFIDE_CI", variable)
+        with pytest.raises(kind, match=r"^PostgreSQL is not installed: apt-get install postgresql$"), postgres.server():
+            pass
