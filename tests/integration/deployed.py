@@ -295,7 +295,8 @@ def _coordinator(order: dict[str, Any]) -> None:
     kept = json.loads((folder / "kept.json").read_text())
     identity = Identity(COORDINATOR, Ed25519PrivateKey.from_private_bytes(bytes.fromhex(kept["coordinator"])))
     manifest = Manifest.from_bytes(kept["manifest"].encode())
-    log = identity.open_log(folder / "sites" / f"{COORDINATOR}.db", "coordinator", FEDERATION)
+    name = order.get("log", COORDINATOR)
+    log = identity.open_log(folder / "sites" / f"{name}.db", "coordinator", FEDERATION)
     times: list[float] = []
 
     def before(round_: int) -> None:
