@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
 import logging
 import threading
 import time
+import zipfile
 from base64 import b64encode
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -32,7 +34,6 @@ import uvicorn
 from fastapi import FastAPI
 from flwr.app import Error, Message
 from flwr.app.message import remove_content_from_message
-from flwr.cli.build import build_fab_from_files
 from flwr.cli.config_utils import get_fab_metadata
 from flwr.common.constant import (
     NOOP_FLWR_AID,
@@ -133,7 +134,7 @@ class Link:
         settings = uvicorn.Config(
             self._fence, host=config.host, port=config.port, log_config=None, access_log=False, server_header=False,
             ssl_certfile=str(config.certificate), ssl_keyfile=str(config.key), timeout_graceful_shutdown=2, ws="none",
-            lifespan="on", proxy_headers=False,
+            lifespan="on", proxy_headers=False, loop="asyncio",
         )  # fmt: skip
         try:
             settings.load()
@@ -227,9 +228,8 @@ class Link:
             return None
         name = self._state.reply_to(identifier)
         try:
-            if name is not None and not all(self._store.get(part) for part in self._parts(name)):
-                return None
-            found = self._state.get_message_res({identifier}, self._run.run_id)
+            whole = name is None or all(self._store.get(part) for part in self._parts(name))
+            found = self._state.get_message_res({identifier}, self._run.run_id) if whole else []
             if not found:
                 if self._state.lost(identifier):
                     self._put(identifier)
@@ -282,7 +282,10 @@ publisher = "confide"
 serverapp = "none:none"
 clientapp = "none:none"
 """
-    return bytes(build_fab_from_files({"pyproject.toml": description, "README.md": b"No code.\n"})[0])
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as bundle:
+        bundle.writestr(zipfile.ZipInfo("pyproject.toml", date_time=(1980, 1, 1, 0, 0, 0)), description)
+    return content.getvalue()
 
 
 def _fleet_app(state: RosterState, nodes: int) -> FastAPI:

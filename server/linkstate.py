@@ -87,10 +87,10 @@ class RosterState(InMemoryLinkState):
         return stored
 
     def lost(self, message_id: str) -> bool:
-        """Was the message handed to a node that has started anew since, without a reply?"""
+        """Was the message handed to a node that has started anew since? Whatever is still missing then never comes."""
         with self.lock:
             message = self.message_ins_store.get(message_id)
-            if message is None or message_id not in self._handed_at or self.reply_to(message_id):
+            if message is None or message_id not in self._handed_at:
                 return False
             return self._handed_at[message_id] != self._starts[message.metadata.dst_node_id]
 
@@ -101,8 +101,12 @@ class RosterState(InMemoryLinkState):
             return found
 
     def hand_out_again(self, message_id: str) -> None:
-        """Forget that a message was handed out; its objects must be there again."""
+        """Forget that a message was handed out, and half a reply; its objects must be there again."""
         with self._changed:
+            half = self.message_ins_id_to_message_res_id.pop(message_id, None)
+            if half is not None:
+                self.message_res_store.pop(half, None)
+                self.object_store.delete(half)
             self._handed_at.pop(message_id, None)
             self.message_ins_store[message_id].metadata.delivered_at = ""
             self._changed.notify_all()

@@ -58,7 +58,10 @@ def write_certificates(folder: Path) -> None:
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "coordinator")])).issuer_name(name)
         .public_key(server.public_key()).serial_number(x509.random_serial_number())
         .not_valid_before(whole_day[0]).not_valid_after(whole_day[1])
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(LOOPBACK))]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(f"127.0.0.{n}")) for n in (1, 2)]),
+            critical=False,
+        )
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
         .sign(authority, hashes.SHA256())
     )  # fmt: skip

@@ -176,6 +176,6 @@ def test_a_killed_agent_takes_its_processes_with_it(tmp_path: Path) -> None:
 def running(id_: int) -> bool:
     """Is it there, and not only waiting for somebody to take note of its end?"""
     try:
-        return "Z" != Path(f"/proc/{id_}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{id_}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
