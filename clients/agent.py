@@ -32,7 +32,7 @@ from confide.clients.executor import GIVE_UP
 from confide.errors import ConfigError
 from confide.privacy.files import write_private
 
-__all__ = ["AgentConfig", "run_agent"]
+__all__ = ["AgentConfig", "free_port", "run_agent"]
 
 _log = logging.getLogger(__name__)
 _LOOPBACK = "127.0.0.1"
@@ -187,7 +187,7 @@ class _Agent:
             })  # fmt: skip
         if self._site.alive and self._node.due:
             self._note(self._node)
-            port = _free_port()
+            port = free_port()
             self._site.tell({"address": f"{_LOOPBACK}:{port}"})
             self._node.start({
                 "superlink": self._config.superlink, "ca": str(self._config.ca), "secret_file": str(self._secret_file),
@@ -205,7 +205,7 @@ class _Agent:
             _log.warning("the %s process ended with code %d and is started again", process.role, process.code)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A loopback port that nobody listens on. Whoever takes it in between only costs another start."""
     with socket.socket() as probe:
         probe.bind((_LOOPBACK, 0))

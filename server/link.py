@@ -14,6 +14,7 @@ Invariants:
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib.metadata
 import io
@@ -314,8 +315,14 @@ def _fleet_app(state: RosterState, nodes: int) -> FastAPI:
 
 
 def _serve(server: uvicorn.Server) -> None:
+    async def until_told() -> None:
+        await server.serve()
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()  # a peer that does not say goodbye is not waited for
+        await asyncio.sleep(0.05)
+
     try:
-        server.run()
+        asyncio.run(until_told())
     except SystemExit:  # uvicorn's way to say that it cannot bind; the main thread notices
         return
 

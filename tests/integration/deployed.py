@@ -211,9 +211,9 @@ class Deployment:
             "arguments": {"folder": str(self.folder), "name": name, "passphrase": self._passphrase},
         }  # fmt: skip
 
-    def start_agent(self, name: str) -> None:
+    def start_agent(self, name: str, **environment: str) -> None:
         """Start a site's agent."""
-        self._start("agent", name, self.agent_order(name))
+        self._start("agent", name, self.agent_order(name), **environment)
 
     def start_coordinator(self, **options: Any) -> None:
         """Start the coordinator, and wait until it listens."""
@@ -225,10 +225,10 @@ class Deployment:
         assert process.poll() is None, (self.folder / "coordinator.out").read_text()
         self.port = int(place.read_text())
 
-    def _start(self, role: str, name: str, order: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+    def _start(self, role: str, name: str, order: Mapping[str, Any], **variables: str) -> subprocess.Popen[bytes]:
         path = self.folder / f"{name}.order.json"
         path.write_text(json.dumps(order))
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", **variables}
         with (self.folder / f"{name}.out").open("ab") as out:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", "tests.integration.deployed", role, str(path)],
