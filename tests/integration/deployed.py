@@ -185,13 +185,17 @@ class Deployment:
         world.close()
         (folder / "kept.json").write_text(json.dumps(kept))
         self.nodes = {name: write_node_key(folder / "agents" / name / "node.key") for name in self.names}
-        self.port = 0
+        self.host, self.port = LOOPBACK, 0
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Deployment:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End all processes."""
         for process in self.processes.values():
             if process.poll() is None:
                 process.terminate()
@@ -205,7 +209,7 @@ class Deployment:
     def agent_order(self, name: str) -> dict[str, Any]:
         """What an agent is told."""
         return {
-            "folder": str(self.folder / "agents" / name), "superlink": f"{LOOPBACK}:{self.port}",
+            "folder": str(self.folder / "agents" / name), "superlink": f"{self.host}:{self.port}",
             "ca": str(self.folder / "tls" / "ca.pem"), "node_key": str(self.folder / "agents" / name / "node.key"),
             "factory": "tests.integration.deployed:open_site",
             "arguments": {"folder": str(self.folder), "name": name, "passphrase": self._passphrase},

@@ -76,14 +76,22 @@ def test_three_sites_train_one_model_over_tls_and_their_logs_hold_together(tmp_p
         assert made.processes[name].returncode == 0
 
 
+def until_it_has(made: Deployment, site: str, kind: type[audit.Record], round_: int) -> None:
+    """Wait until a site has written down that it did something in a round."""
+    wait_until(
+        lambda: any(getattr(entry, "round", None) == round_ for entry in entries(made, site, kind)),
+        f"{site} writes {kind.__name__} of round {round_}",
+    )
+
+
 @chaos
-@pytest.mark.parametrize("round_", [1, 2])
-def test_a_supernode_killed_in_the_middle_of_a_round_costs_nothing(tmp_path: Path, round_: int) -> None:
-    with deployment(tmp_path) as made:
+@pytest.mark.parametrize("kind", [audit.Charged, audit.UpdateCommitted, audit.Sealed])
+def test_a_supernode_killed_while_its_site_works_costs_nothing(tmp_path: Path, kind: type[audit.Record]) -> None:
+    with deployment(tmp_path, training={"local_steps": 60, "learning_rate": 0.1}) as made:
         made.start_coordinator()
         for name in made.names:
             made.start_agent(name)
-        wait_until(lambda: made.rounds() >= round_, "the round begins")
+        until_it_has(made, made.names[1], kind, 2)
         victim = kill(made, made.names[1], "node")
         result = made.result()
         assert made.pid_of(made.names[1], "node") != victim
@@ -93,18 +101,22 @@ def test_a_supernode_killed_in_the_middle_of_a_round_costs_nothing(tmp_path: Pat
 
 
 @chaos
-def test_an_executor_killed_comes_back_into_the_run_where_there_is_a_vault(tmp_path: Path) -> None:
-    with deployment(tmp_path, passphrase=PASSPHRASE, run={"rounds": 4}) as made:
+@pytest.mark.parametrize("kind", [audit.Charged, audit.UpdateCommitted, audit.Sealed])
+def test_an_executor_killed_comes_back_into_the_run_where_there_is_a_vault(
+    tmp_path: Path, kind: type[audit.Record]
+) -> None:
+    steps = {"local_steps": 60, "learning_rate": 0.1}
+    with deployment(tmp_path, passphrase=PASSPHRASE, run={"rounds": 4}, training=steps) as made:
         made.start_coordinator()
         for name in made.names:
             made.start_agent(name)
-        wait_until(lambda: made.rounds() >= 2, "the second round begins")
+        until_it_has(made, made.names[1], kind, 2)
         victim = kill(made, made.names[1], "site")
         result = made.result()
         assert made.pid_of(made.names[1], "site") != victim
-    # What it had computed died with it: at most that round is lost.
-    assert set(result["abandoned"]) <= {2, 3}
+    # What it had computed and not handed over died with it, by design: that round is lost, or the next one is.
     assert len(result["abandoned"]) <= 1
+    assert set(result["abandoned"]) <= {2, 3}
     assert result["cohorts"][-1] == made.names
     assert released(made) == dict.fromkeys(made.names, result["model"])
     assert evidence(made).findings == []
@@ -146,36 +158,3 @@ def test_a_coordinator_killed_and_started_again_finds_its_nodes_where_they_were(
     assert after == before
     assert result["cohorts"][-1] == made.names
     assert released(made) == dict.fromkeys(made.names, result["model"])
-
-
-def test_agents_stopped_by_a_signal_leave_no_process(tmp_path: Path) -> None:
-    with deployment(tmp_path, sites=3) as made:
-        made.port = 9  # nobody listens there
-        name = made.names[0]
-        made.start_agent(name)
-        wait_until((made.folder / "agents" / name / "node.pid").exists, "the agent starts its node")
-        ids = [made.pid_of(name, role) for role in ("node", "site")]
-        made.processes[name].terminate()
-        assert made.processes[name].wait(timeout=45) == 0
-        assert not any(Path(f"/proc/{id_}").exists() for id_ in ids)
-
-
-def test_a_killed_agent_takes_its_processes_with_it(tmp_path: Path) -> None:
-    with deployment(tmp_path, sites=3) as made:
-        made.port = 9
-        name = made.names[0]
-        made.start_agent(name)
-        log = made.folder / "agents" / name / "site.log"
-        wait_until(lambda: log.exists() and "answers" in log.read_text(), "the site is open")
-        ids = [made.pid_of(name, role) for role in ("node", "site")]
-        made.processes[name].kill()
-        made.processes[name].wait()
-        wait_until(lambda: not any(running(id_) for id_ in ids), "its processes end", patience=30)
-
-
-def running(id_: int) -> bool:
-    """Is it there, and not only waiting for somebody to take note of its end?"""
-    try:
-        return Path(f"/proc/{id_}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
