@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-large lint format bench clean
+.PHONY: help venv demo test test-large test-chaos lint format bench clean
 
 help: ## what there is to run
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -30,6 +30,9 @@ test: $(STAMP) ## every test
 
 test-large: $(STAMP) ## seal a hundred million parameters: seconds and GiB
 	@CONFIDE_LARGE=1 $(BIN)/python -m pytest -q -s -n 0 tests/privacy/sealing/test_streaming.py -k hundred_million
+
+test-chaos: $(STAMP) ## real processes, killed at every step of a round (minutes)
+	@CONFIDE_CHAOS=1 $(BIN)/python -m pytest -q -n 0 tests/integration/test_deployment.py
 
 lint: $(STAMP) ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }
