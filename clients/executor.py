@@ -53,18 +53,17 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for chatty in ("httpx", "httpcore", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    role, order = sys.argv[1], json.loads(sys.stdin.readline())
+    role, order, code = sys.argv[1], json.loads(sys.stdin.readline()), 0
     try:
         _node(order) if role == "node" else _site(order)
-    finally:
-        # Flower leaves threads behind that would keep the process, and the agent would not notice.
-        logging.shutdown()
-        os._exit(1 if sys.exc_info()[0] not in (None, SystemExit) else _code())
-
-
-def _code() -> int:
-    error = sys.exc_info()[1]
-    return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    except BaseException as error:
+        # By type only: an exception's text may hold data.
+        _log.error("ended with %s", type(error).__name__, exc_info=_log.isEnabledFor(logging.DEBUG))
+        code = 1
+    logging.shutdown()
+    os._exit(code)  # Flower leaves threads behind that would keep the process, and the agent would not notice
 
 
 def _node(order: dict[str, Any]) -> None:

@@ -202,7 +202,8 @@ class Link:
         return sorted(node.node_id for node in self._state.get_node_info(statuses=[NodeStatus.ONLINE]))
 
     def push(self, message: Message) -> str:
-        """Hand a message over for its node; what it is called.
+        """Hand a message over for its node; what it is called. It replaces one that the node has not answered: who
+        sends another has stopped waiting for that, and nobody should work on it later.
 
         Raises:
             PeerError: There is no such node.
@@ -212,13 +213,16 @@ class Link:
             message.metadata.__dict__["_message_id"] = identifier  # as Flower's grids do
             tree = get_object_tree(message)
             objects = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
+        node = message.metadata.dst_node_id
+        for older in [name for name, (bare, *_) in self._outstanding.items() if bare.metadata.dst_node_id == node]:
+            self._drop(older)
         # Objects first: a node that waits takes the message at once.
         bare = remove_content_from_message(message)
         self._outstanding[identifier] = (bare, tree, objects)
         self._put(identifier)
         if self._state.store_message_ins(bare) is None:
             self._drop(identifier)
-            raise PeerError("is not known to the link", where=f"node {message.metadata.dst_node_id}")
+            raise PeerError("is not known to the link", where=f"node {node}")
         return identifier
 
     def pull(self, identifier: str) -> Message | None:

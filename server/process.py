@@ -76,6 +76,7 @@ def run_coordinator(config: CoordinatorConfig, start: Callable[[Grid], Coordinat
 def _log_file(path: Path) -> Iterator[None]:
     """What the link, Flower and this package say goes to a file, and not to the terminal."""
     handler = logging.FileHandler(path)
+    handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     names = ("flwr", "uvicorn", "confide")
     before = {name: (logging.getLogger(name).handlers[:], logging.getLogger(name).propagate) for name in names}

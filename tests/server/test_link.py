@@ -376,6 +376,16 @@ def test_a_reply_that_is_no_message_ends_no_run(link: Link, ca: Path) -> None:
     assert [text_of(r) for r in grid.pull_messages(names)] == ["fine"]
 
 
+def test_what_nobody_waits_for_any_more_is_not_handed_out_later(link: Link, ca: Path) -> None:
+    node, grid = NodeClient(link.port, ca, ASH).activate(), LinkGrid(link)
+    old, new = (grid.push_messages([message_to(grid, node.number, text)])[0] for text in ("old", "new"))
+    message = node.pull()
+    assert text_of(message) == "new"
+    node.push(answer_to(message))
+    assert [grid.pull_messages([old]), len(grid.pull_messages([new]))] == [[], 1]
+    assert not link._store.store
+
+
 def test_a_message_for_a_stranger_has_no_name_and_waits_for_nothing(link: Link) -> None:
     grid = LinkGrid(link)
     assert grid.push_messages([message_to(grid, 12345)]) == [""]
