@@ -35,7 +35,7 @@ test-imports: $(STAMP) ## ten thousand broken consent files
 	@CONFIDE_IMPORTS=1 $(BIN)/python -m pytest -q -n 0 tests/privacy/consent/imports/test_mutations.py
 
 test-chaos: $(STAMP) ## kill the coordinator, and everything, at every named point and at random ones: minutes
-	@CONFIDE_CHAOS=1 $(BIN)/python -m pytest -q -n 0 tests/server/test_killed.py tests/simulations/test_resume.py
+	@CONFIDE_CHAOS=1 $(BIN)/python -m pytest -q -n 0 tests/server/test_killed.py tests/simulations/test_resume.py tests/integration/test_deployment.py
 
 lint: $(STAMP) ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }
