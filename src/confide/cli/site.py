@@ -21,7 +21,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from confide.cli import site_setup
+from confide.cli import site_run, site_setup
 from confide.cli.render import number, out, plain, show_json
 from confide.errors import ConfigError
 
@@ -42,6 +42,7 @@ def root() -> None:
 app.command("init")(site_setup.init)
 app.command("confirm")(site_setup.confirm)
 app.command("rotate")(site_setup.rotate)
+app.command("run")(site_run.run)
 
 
 @app.command("ledger")
