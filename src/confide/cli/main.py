@@ -68,3 +68,7 @@ def main() -> None:
         sys.stderr.close()
         raise SystemExit(1) from None
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()
