@@ -38,7 +38,7 @@ from tests.privacy import postgres
 FEDERATION, PURPOSE, POPULATION, ROUNDS = "rand", "research/health-utilisation", 1200, 5
 #: Names of three of RAND's six cities, by their number in the table.
 SITES = {"dayton": 1, "seattle": 2, "fitchburg": 4}
-PASSPHRASE = "correct horse battery staple"
+WORDS = "correct horse battery staple"
 _PATIENCE = 240.0
 _EXAMPLE = tomllib.loads(builtin_example().read_text())
 
@@ -66,15 +66,15 @@ class Demo:
     ) -> None:
         self.folder, self.fed, self._database, self._people, self._tell = folder, folder / "fed", database, people, tell
         self.sites = {name: folder / name for name in SITES}
-        self._passphrase = folder / "passphrase"
+        self.passphrase = folder / "passphrase"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def provision(self) -> None:
         """Keys, rosters, fingerprints; then each operator fills in site.toml and imports consent."""
         self._tell("provisioning")
-        self._passphrase.write_text(PASSPHRASE)
-        self._passphrase.chmod(0o600)
-        secret = ("--passphrase-file", self._passphrase)
+        self.passphrase.write_text(WORDS)
+        self.passphrase.chmod(0o600)
+        secret = ("--passphrase-file", self.passphrase)
         ok("federation", "init", self.fed, "--name", FEDERATION, "--endpoint", f"127.0.0.1:{free_port()}", *secret)
         for name, place in self.sites.items():
             ok("site", "init", place, "--name", name, "--federation", FEDERATION, "--population", str(POPULATION),
@@ -140,7 +140,7 @@ class Demo:
         with (self.folder / f"{name}.out").open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 [sys.executable, "-m", "confide.cli.main", *map(str, arguments), "--passphrase-file",
-                 str(self._passphrase)],
+                 str(self.passphrase)],
                 stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 env={**os.environ, "DEMO_DATABASE": self._database},
             )  # fmt: skip
@@ -155,14 +155,16 @@ class Demo:
         for name, place in self.sites.items():
             self.start(name, "site", "run", place)
 
-    def start_run(self) -> str:
-        """Put the run into the store; its name."""
+    def start_run(self, name: str = "demo", **sections: Mapping[str, Any]) -> str:
+        """Put a run into the store; its name there."""
         tree = {key: _EXAMPLE[key] for key in ("run", "schema", "model", "training", "strategy", "privacy", "sealing")}
-        tree["run"] = {**tree["run"], "name": "demo", "rounds": ROUNDS, "report_metrics_every": ROUNDS}
+        tree["run"] = {**tree["run"], "name": name, "rounds": ROUNDS, "report_metrics_every": ROUNDS}
         tree["privacy"] = {**tree["privacy"], "epsilon": 4.0}
         tree["data"] = {"label": _EXAMPLE["data"]["label"], "held_out": 0.2}
-        (self.folder / "run.toml").write_text(to_toml(tree))
-        done = ok("run", "start", self.folder / "run.toml", "--federation", self.fed, "--json").last_line
+        for section, values in sections.items():
+            tree[section] = {**tree[section], **values}
+        (self.folder / f"{name}.toml").write_text(to_toml(tree))
+        done = ok("run", "start", self.folder / f"{name}.toml", "--federation", self.fed, "--json").last_line
         return str(done["run"])
 
     def status(self, run: str) -> Mapping[str, Any]:
@@ -173,9 +175,9 @@ class Demo:
     def wait(self, run: str, until: Callable[[Mapping[str, Any]], bool], what: str) -> Mapping[str, Any]:
         """Watch the run."""
         deadline = time.monotonic() + _PATIENCE
-        while not until(found := self.status(run)):
+        while not until(found := self.status(run)):  # a refused run ends with a result, too
             gone = [name for name, process in self._processes.items() if process.poll() is not None]
-            if gone or time.monotonic() > deadline or found["status"] in ("failed", "stopped"):
+            if gone or time.monotonic() > deadline or (found["result"] or {}).get("reason"):
                 raise RuntimeError(f"it did not happen that {what}: {found}; ended: {gone}\n{self.everything_said()}")
             time.sleep(0.1)
         return found
@@ -218,7 +220,9 @@ def run_demo(folder: Path, database: str, people: int | None = None,
         tell("starting a coordinator and three sites")
         server = demo.start_server()
         demo.start_sites()
-        run = demo.start_run()
+        refused, run = demo.start_run("refused", run={"purpose": "marketing"}), demo.start_run()
+        said = demo.wait(refused, lambda s: s["result"] is not None, "all sites refused a run")["result"]
+        tell(f"a run for another purpose: {said['reason'].splitlines()[0]}")
         killed_in = demo.wait(run, lambda s: s["round"] >= 3, "two rounds ended")["round"]
         tell(f"SIGKILL to the coordinator in round {killed_in}, and a new start")
         server.send_signal(signal.SIGKILL)
@@ -231,7 +235,7 @@ def run_demo(folder: Path, database: str, people: int | None = None,
     verified = demo.verify(run)
     return {
         "rounds": result["rounds"], "sites": len(result["sites_in_last_cohort"]), "resumed": killed_in <= ROUNDS,
-        "verified": verified, "seconds": round(time.monotonic() - begun, 1),
+        "refused": len(said["refusals"]), "verified": verified, "seconds": round(time.monotonic() - begun, 1),
         "auc": result["released_metrics"]["auc"], "epsilon": result["epsilon"],
         "database": database.partition(":")[0],
         "report": str(folder / "fed" / "runs" / run / "report.html"),

@@ -51,8 +51,8 @@ class AgentConfig:
         folder: Its own: logs, Flower's home, the secret between its processes. Nobody else may read it.
         superlink: The coordinator's link, `host:port`.
         ca: PEM file of the certificates that may vouch for it.
-        node_key: This node's private key in OpenSSH form (NIST curve): its file, or where that is encrypted its content,
-            which then travels through a pipe and lies on no disk.
+        node_key: This node's private key in OpenSSH form (NIST curve): its file or, where that is encrypted, its
+            content, which then travels through a pipe and lies on no disk.
         factory: `package.module:function` that opens the site; it runs in the executor.
         arguments: Its keyword arguments, as JSON knows them. They travel through a pipe: a vault's passphrase may be
             among them.
@@ -177,7 +177,8 @@ class _Agent:
         """
         if self._site.code == GIVE_UP:
             raise ConfigError("cannot start", where="site",
-                              hint=f"the reason stands in {self._config.folder / 'site.log'}")  # fmt: skip
+                              hint=f"the reason stands in {self._config.folder / 'site.log'}; confide site check "
+                              "says more")  # fmt: skip
         if not self._site.alive and self._node.alive:
             self._node.end(0.0)  # whatever it handed over is lost: its next start tells the link so
         if self._site.due:

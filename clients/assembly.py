@@ -1,8 +1,8 @@
 """A site from its folder: what `site.toml` says, and what lies beside it. The factory that a site's agent is given.
 
 Invariants:
-1. Policy, schema and label are the operator's: nothing of them comes from a coordinator. The table is encoded once, when
-   the site is opened; a run with another schema or label is refused before any record is looked at for it.
+1. Policy, schema and label are the operator's: nothing of them comes from a coordinator. The table is encoded once,
+   when the site is opened; a run with another schema or label is refused before any record is looked at for it.
 2. Logs, ledger and state live as long as the site: many runs stand in each.
 3. Run keys touch the disk only under the operator's passphrase; without one they live in the process's memory.
 """

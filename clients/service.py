@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from confide.clients.agent import AgentConfig
-from confide.clients.assembly import SiteFolder, read_records
+from confide.clients.assembly import SiteFolder
 from confide.clients.enrolment import AUTHORITY, CONFIG, site_keys
 from confide.clients.membership import KEYS, MEMBERSHIP, Membership
 from confide.clients.policy import SitePolicy
@@ -34,7 +34,6 @@ def agent_config(folder: Path, passphrase: str | None) -> AgentConfig:
     if place.config.endpoint is None:
         raise ConfigError("names no endpoint", where=str(folder / CONFIG), hint="it stands in the coordinator's kit")
     site_keys(folder, passphrase)
-    read_records(place)
     return AgentConfig(
         folder=place.agent, superlink=place.config.endpoint, ca=folder / AUTHORITY,
         node_key=read_key(folder / KEYS / _NODE_KEY, passphrase), factory="confide.clients.assembly:open_site",

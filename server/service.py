@@ -181,7 +181,7 @@ class Service:
             write_atomically(place / RESULT, json.dumps(result, allow_nan=False).encode() + b"\n")
         except OSError as error:
             raise StorageError(f"cannot be written: {error.strerror}", where=str(place),
-                               hint="free space, then start the service again: it writes the result anew") from None  # fmt: skip
+                               hint="free space, then start the service again") from None  # fmt: skip
         self._config.tell(f"run {run}: {result['status']}")
 
     def _wait_for_sites(self, manifest: Manifest, link: Link, store: RunStore) -> None:

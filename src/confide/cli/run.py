@@ -1,7 +1,7 @@
 """`confide run start | status | stop`: the runs of a federation.
 
-`--json` prints: start: {run, sites, min_sites, rounds, epsilon, position: how many are before it}; status: {runs: [{run,
-status, round, rounds, sites, min_sites, result}]}; stop: {run, status}.
+`--json` prints: start: {run, sites, min_sites, rounds, epsilon, position: how many are before it}; status: {runs:
+[{run, status, round, rounds, sites, min_sites, result}]}; stop: {run, status}.
 """
 
 from __future__ import annotations

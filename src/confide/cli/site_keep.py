@@ -1,6 +1,6 @@
 """`confide site export | backup | restore`: what may leave a site, and what must not be lost.
 
-`--json` prints: export: {folder, log, checkpoint, entries}.
+`--json` prints: export: {folder, log, checkpoint, entries}; backup: {backup, files, bytes}; restore: {folder, files}.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 
 from confide.cli.render import out, show_json
-from confide.cli.site_setup import AsJson
+from confide.cli.site_setup import AsJson, PassphraseFile
 from confide.errors import ConfigError, StorageError
 
-__all__ = ["export"]
+__all__ = ["backup", "export", "restore"]
 
 Folder = Annotated[Path, typer.Argument(help="The site's folder.")]
 
@@ -46,3 +46,53 @@ def export(
                    "checkpoint": str(path.with_suffix(CHECKPOINT_SUFFIX)), "entries": entries})  # fmt: skip
     else:
         out.print(f"{path}: {entries:,} entries, with its checkpoint beside it", markup=False, soft_wrap=True)
+
+
+def backup(
+    folder: Folder,
+    to: Annotated[Path, typer.Option("--out", help="The new file.")],
+    passphrase_file: PassphraseFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy everything that must not be lost into one encrypted file, of one moment; the site may run meanwhile.
+
+    Not in it: keys of runs, the table itself, a registry in PostgreSQL. Keep the newest only: an older one, restored,
+    has forgotten what was charged since.
+    """
+    from confide.clients.backup import back_up
+
+    files = back_up(folder, to, _passphrase(passphrase_file))
+    if as_json:
+        show_json({"backup": str(to), "files": files, "bytes": to.stat().st_size})
+    else:
+        out.print(f"{to}: {len(files)} files, {to.stat().st_size:,} bytes, encrypted", markup=False, soft_wrap=True)
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(help="The backup.")],
+    to: Annotated[Path, typer.Option("--out", help="A new folder for the site.")],
+    passphrase_file: PassphraseFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Unpack a backup into a new folder. Before the site starts: confide site recover, with the newest copy of its log.
+
+    See docs/runbooks/lost-key.md.
+    """
+    from confide.clients.backup import restore as unpack
+
+    files = unpack(file, to, _passphrase(passphrase_file))
+    if as_json:
+        show_json({"folder": str(to), "files": files})
+        return
+    out.print(f"{to}: {len(files)} files", markup=False, soft_wrap=True)
+    out.print("what was charged after the backup: confide site recover LEDGER --log NEWEST_COPY_OF_ITS_LOG",
+              markup=False, soft_wrap=True)  # fmt: skip
+
+
+def _passphrase(file: Path | None) -> str:
+    from confide.protocol.keyfiles import PASSPHRASE, passphrase_from
+
+    found = passphrase_from(file)
+    if found is None:
+        raise ConfigError("is missing", where="--passphrase-file", hint=f"or set {PASSPHRASE}: a backup is encrypted")
+    return found
