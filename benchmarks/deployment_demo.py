@@ -175,7 +175,7 @@ class Demo:
     def wait(self, run: str, until: Callable[[Mapping[str, Any]], bool], what: str) -> Mapping[str, Any]:
         """Watch the run."""
         deadline = time.monotonic() + _PATIENCE
-        while not until(found := self.status(run)):  # a refused run ends with a result, too
+        while not until(found := self.status(run)):
             gone = [name for name, process in self._processes.items() if process.poll() is not None]
             if gone or time.monotonic() > deadline or (found["result"] or {}).get("reason"):
                 raise RuntimeError(f"it did not happen that {what}: {found}; ended: {gone}\n{self.everything_said()}")
@@ -208,6 +208,7 @@ class Demo:
             for path in (exported / "logs").iterdir():
                 shutil.copy(path, logs)
         ok("audit", "report", logs.parent, "--run", run)
+        ok("audit", "verify", logs.parent, "--run", run)
         return bool(ok("audit", "verify", logs.parent, "--json").last_line["verified"])
 
 
@@ -227,6 +228,7 @@ def run_demo(folder: Path, database: str, people: int | None = None,
         tell(f"SIGKILL to the coordinator in round {killed_in}, and a new start")
         server.send_signal(signal.SIGKILL)
         server.wait()
+        unfinished = demo.status(run)["status"] == "running"
         demo.start_server()
         result = demo.wait(run, lambda s: s["result"] is not None, "the run ended")["result"]
     finally:
@@ -234,7 +236,7 @@ def run_demo(folder: Path, database: str, people: int | None = None,
     tell("verifying the logs")
     verified = demo.verify(run)
     return {
-        "rounds": result["rounds"], "sites": len(result["sites_in_last_cohort"]), "resumed": killed_in <= ROUNDS,
+        "rounds": result["rounds"], "sites": len(result["sites_in_last_cohort"]), "resumed": unfinished,
         "refused": len(said["refusals"]), "verified": verified, "seconds": round(time.monotonic() - begun, 1),
         "auc": result["released_metrics"]["auc"], "epsilon": result["epsilon"],
         "database": database.partition(":")[0],

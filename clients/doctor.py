@@ -241,8 +241,9 @@ def _coordinator(place: SiteFolder) -> _Said:
     try:
         trusted = ssl.create_default_context(cafile=str(place.folder / AUTHORITY))
         connection = http.client.HTTPSConnection(host, int(port), timeout=_CONNECT_SECONDS, context=trusted)
+        before = time.time()
         connection.request("GET", "/")
-        date = connection.getresponse().getheader("Date")
+        date, after = connection.getresponse().getheader("Date"), time.time()
         connection.close()
     except ssl.SSLCertVerificationError as error:
         raise PeerError(f"shows another certificate ({error.verify_message})", where=endpoint,
@@ -250,7 +251,9 @@ def _coordinator(place: SiteFolder) -> _Said:
     except (OSError, http.client.HTTPException, ValueError, socket.gaierror) as error:
         raise PeerError(f"cannot be reached ({type(error).__name__})", where=endpoint,
                         hint="is confide server run running there, and the port open from here?") from None  # fmt: skip
-    ahead = time.time() - email.utils.parsedate_to_datetime(date).timestamp() if date else 0.0
+    # What is certain, whatever the answer took, and as the date tells whole seconds that may be a second old.
+    there = email.utils.parsedate_to_datetime(date).timestamp() if date else before
+    ahead = max(0.0, before - there - 2.0) or min(0.0, after - there)
     if ahead > _AHEAD or ahead < -_BEHIND:
         raise PeerError(f"this clock is {abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the coordinator's",
                         hint="set the clock right (NTP)")  # fmt: skip
