@@ -207,6 +207,7 @@ class Demo:
             ok("site", "export", place, "--out", exported)
             for path in (exported / "logs").iterdir():
                 shutil.copy(path, logs)
+        ok("server", "export", self.fed, "--out", logs.parent)  # it may know of later runs by now
         ok("audit", "report", logs.parent, "--run", run)
         ok("audit", "verify", logs.parent, "--run", run)
         return bool(ok("audit", "verify", logs.parent, "--json").last_line["verified"])

@@ -1,4 +1,7 @@
-"""`confide server run`: the coordinator as a service. `--json`: one object a line, {event} each."""
+"""`confide server run | export`: the coordinator as a service.
+
+`--json` prints: run: one object a line, {event} each; export: {log, checkpoint}.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from confide.cli.render import err, show_json
+from confide.cli.render import err, out, show_json
 from confide.cli.site_setup import AsJson, PassphraseFile
+from confide.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from confide.protocol.manifest import Manifest
@@ -79,3 +83,32 @@ def _write_model(folder: Path, manifest: Manifest, released: Released) -> None:
         else ". ".join(manifest.warnings or ("No differential privacy: baseline on public data",)) + "."
     )
     save_model(folder / "model.safetensors", released.weights, manifest, released.model, line)
+
+
+@app.command("export")
+def export(
+    folder: Annotated[Path, typer.Argument(help="The federation's folder.")],
+    to: Annotated[Path, typer.Option("--out", help="New or existing folder for the files.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write the coordinator's log as it is now, with its signed checkpoint, for auditors; the service may run.
+
+    Take it after the sites' logs: a log that knows of a run that the coordinator's does not is a finding.
+    """
+    from confide.privacy.audit.log import CHECKPOINT_SUFFIX, LOG_SUFFIX, export_log
+    from confide.server.federation import FederationFolder
+    from confide.server.service import LOGS
+
+    FederationFolder(folder)
+    if not (folder / LOGS).is_file():
+        raise ConfigError("has no log yet: it has had no run", where=str(folder), hint="confide server run FOLDER")
+    path = to / "logs" / f"coordinator{LOG_SUFFIX}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot be made: {error.strerror}", where=str(path.parent)) from None
+    export_log(folder / LOGS, path)
+    if as_json:
+        show_json({"log": str(path), "checkpoint": str(path.with_suffix(CHECKPOINT_SUFFIX))})
+    else:
+        out.print(f"{path}, with its checkpoint beside it", markup=False, soft_wrap=True)
