@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 import tomllib
@@ -27,7 +28,7 @@ from confide.server.link import Link, LinkConfig
 from confide.server.outcome import finished
 from confide.server.plan import make_manifest
 from confide.server.runs import RunStore
-from confide.server.service import run_store
+from confide.server.service import Service, ServiceConfig, run_store
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
 from tests.cli.command import confide, to_toml
 from tests.rosters import Cast
@@ -439,3 +440,33 @@ def test_the_smallest_cohort_is_two_thirds_of_those_who_take_part(
         run, roster=roster, schema=run.schema_, initial_model=weights, layout=operated.manifest.layout
     )
     assert (len(manifest.members), manifest.min_sites) == (sites, fewest)
+
+
+def test_a_service_that_died_before_it_wrote_results_writes_them_and_needs_no_site(
+    operated: Operated, tmp_path: Path
+) -> None:
+    fed = tmp_path / "fed"
+    shutil.copytree(operated.fed, fed)
+    shutil.rmtree(fed / "runs", ignore_errors=True)
+    stopped = RunStore(run_store(fed))
+    manifest, weights = operated.load(operated.run)
+    third = manifest.model_copy(update={"run": "third"})
+    stopped.submit("third", third.to_bytes(), weights.tobytes())
+    stopped.mark("third", "stopping", only=("waiting",))
+    stopped.close()
+    told: list[str] = []
+
+    def tell(event: str) -> None:
+        told.append(event)
+        if event == "run third: stopped":
+            raise KeyboardInterrupt
+
+    service = Service(ServiceConfig(folder=fed, store=run_store(fed), finish=write_model, tell=tell), WORDS)
+    with pytest.raises(KeyboardInterrupt):
+        service.run()
+    results = [json.loads((fed / "runs" / run / "result.json").read_text()) for run in (*operated.runs, "third")]
+    assert [r["status"] for r in results] == ["finished", "finished", "stopped"]
+    assert [r["model"] for r in results[:2]] == [released.model for released in operated.released]
+    assert all((fed / "runs" / run / "model.safetensors").is_file() for run in operated.runs)
+    assert not (fed / "runs" / "third" / "model.safetensors").exists()
+    assert results[0] == finished(operated.manifest, operated.released[0])
