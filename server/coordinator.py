@@ -177,7 +177,7 @@ class Coordinator:
         open_, joined = not self._journal.closed(place), self._progress.joined
         self._progress.asked.update(new)
         for node, envelope in self._exchange.send("join", dict.fromkeys(new, request)):
-            if isinstance(envelope, SealingError):
+            if not isinstance(envelope, Envelope):
                 continue  # nobody knows yet which site lives on that node
             site = next((s for s, e in joined.items() if e.digest == envelope.digest), None)
             if site is None and open_ and (site := self._who_joins(envelope, request)) is not None:

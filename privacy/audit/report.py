@@ -266,7 +266,7 @@ def _consent_source(config: Mapping[str, Any]) -> str:
 def _refusals(evidence: Evidence) -> list[dict[str, Any]]:
     found = [
         {"party": e.party, "round": e.round, "step": e.step, "reason": e.reason, "entry": f"{COORDINATOR} {n}"}
-        for kind in (r.Refused, r.Rejected)
+        for kind in (r.Refused, r.Rejected, r.Fault)
         for n, e in evidence.coordinator.of(kind)
     ]
     for site, log in evidence.sites.items():
