@@ -571,7 +571,8 @@ def test_a_refusal_of_any_text_is_no_more_than_a_refusal(
     def lie(reply: Envelope) -> Envelope:
         header = header_of(reply)
         return federation.sign(
-            header.step, header.round, "coordinator", m.Refusal.model_construct(kind="abstains", reason=reason, final=False),
+            header.step, header.round, "coordinator",
+            m.Refusal.model_construct(kind="abstains", reason=reason, final=False),
             identity=federation.sites["birch"].identity, request=header.request,
         )  # fmt: skip
 
