@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from confide.config import STRATEGY_OPTIONS
 from confide.errors import PolicyError
 from confide.privacy.dp import run_epsilon
 from confide.protocol.manifest import Manifest
@@ -24,6 +25,7 @@ class SitePolicy:
         profiles: Sealing profiles allowed; `open` hands the coordinator every update.
         data_are_public: May ε = ∞ and readable updates be asked for at all?
         models: Kinds of models allowed; `package.module:function` runs that code here.
+        strategies: Kinds of strategies allowed; `package.module:Class`, or an installed name, runs that code here.
         held_out: Share of persons held out, the same for every run: a person's role is for ever.
         min_sites: Smallest sum this site's update may hide in.
         min_subjects: Fewest consenting persons with which this site takes part.
@@ -41,6 +43,7 @@ class SitePolicy:
     profiles: frozenset[str] = frozenset()
     data_are_public: bool = False
     models: frozenset[str] = frozenset({"logistic", "mlp"})
+    strategies: frozenset[str] = frozenset(STRATEGY_OPTIONS)
     held_out: float = 0.2
     min_sites: int = 3
     min_subjects: int = 20
@@ -67,6 +70,7 @@ class SitePolicy:
             ("population", member is not None and member.population == self.population, self.population,
              member.population if member else "not in the roster"),
             ("models", manifest.model.kind in self.models, sorted(self.models), manifest.model.kind),
+            ("strategies", manifest.strategy.kind in self.strategies, sorted(self.strategies), manifest.strategy.kind),
             ("held_out", manifest.held_out == self.held_out, self.held_out, manifest.held_out),
             # A threshold of the coordinator's choosing would tell it the number of persons, bit by bit.
             ("min_subjects", manifest.min_subjects <= self.min_subjects, f"<= {self.min_subjects}",

@@ -41,6 +41,7 @@ class Answer:
     chunks: tuple[bytes, ...] = ()
     sealed: str | None = None
     unlocked: str | None = None
+    control: bytes | None = None
 
 
 class RoundSteps:
@@ -86,6 +87,11 @@ class RoundSteps:
         secret = run.keys.session.secret_digest  # without keys there is nothing to charge for
         model = self._apply(run, message.sums, request.chunks, before=round_)
         self._settle_unsent(run, round_)
+        if (
+            run.manifest.control_variates
+            and (own := self._store.control(run.manifest.run, run.keys.storage)) is not None
+        ):
+            run.control = own
         if self._ledger.stands(f"{run.manifest.run}/{round_}/"):
             # What was computed under them may have left before this site's state was lost or put back.
             raise SealingError(f"round {round_} was charged before and is not computed again", where=f"site {run.site}")
@@ -136,6 +142,8 @@ class RoundSteps:
             raise SealingError(f"there is no update of round {round_} left to seal", where=f"run {name}")
         agreement = Agreement(message.cohort, agreed, self_masked=retries)
         payload = run.keys.session.seal(run.pending[1], run.segments(round_), agreement).payload()
+        control = run.next_control(round_, run.pending[1])
+        boxed = None if control is None else self._store.box_control(name, round_, control, run.keys.storage)
         self._log.append(
             audit.Sealed(
                 run=name, round=round_, attempt=attempt, cohort=list(message.cohort), transcript=agreed,
@@ -147,7 +155,7 @@ class RoundSteps:
         else:
             run.pending = None
         tags = tuple(f"{tag:x}" for tag in payload.tags)
-        return Answer(m.SealReply(transcript=agreed, tags=tags), payload.chunks, sealed=agreed)
+        return Answer(m.SealReply(transcript=agreed, tags=tags), payload.chunks, sealed=agreed, control=boxed)
 
     def unlock(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
         """Give away the seed of this site's own mask in one attempt."""
@@ -227,7 +235,8 @@ class RoundSteps:
                     model=run.model_tag(model), saturated=f"{model.saturated:.6f}",
                 )
             )  # fmt: skip
-            self._store.put_model(run.manifest.run, model, run.keys.storage)
+            counted = run.site in reference.cohort
+            self._store.apply(run.manifest.run, model, run.keys.storage, counted=counted)
         if offset != len(chunks):
             raise SealingError("chunks that no sum names", where=f"run {run.manifest.run}")
         return model

@@ -2,6 +2,7 @@
 
 Invariants:
 1. It never computes with a single site's update except to add it to the round's one accumulator, as it arrives.
+   (Where a strategy needs single updates, under profile `open` only, they are kept and passed on as they were signed.)
 2. A cohort is sealed once: a site that fails while sealing abandons the round, unless the run retries.
 3. All sites must hold the same model after every round; otherwise the run stops.
 4. It holds no data and no key but its own signing key.
@@ -74,6 +75,8 @@ class _Sum:
     attempt: int
     payload: Payload
     unlocked: tuple[m.Statement, ...] = ()
+    #: Where single updates are passed on: who signed which chunks, in their order.
+    sealed: tuple[m.Statement, ...] = ()
 
     @property
     def chunks(self) -> tuple[bytes, ...]:
@@ -84,7 +87,7 @@ class _Sum:
         return m.SumReference(
             round=self.round, cohort=self.cohort, statements=self.statements, transcript=self.transcript,
             attempt=self.attempt, chunks=len(self.chunks), tags=tuple(f"{tag:x}" for tag in self.payload.tags),
-            unlocked=self.unlocked,
+            unlocked=self.unlocked, sealed=self.sealed,
         )  # fmt: skip
 
 
@@ -129,7 +132,7 @@ class Coordinator:
     ) -> None:
         self._grid, self.manifest, self._initial = grid, manifest, initial_model
         self._before_round, self._after_round = before_round, after_round
-        self._profile = make_profile(manifest.sealing, len(manifest.members))
+        self._profile = make_profile(manifest.sealing, len(manifest.members), gather=manifest.single_updates)
         self._progress = _Progress()
         self.log = log
         self._exchange = Exchange(grid, identity, manifest, log, timeout)
@@ -290,6 +293,8 @@ class Coordinator:
         if set(sealed) != set(cohort):
             return None, uplink, sealed
         total = _Sum(round_, cohort, tuple(digests.values()), agreed, attempt, accumulator.total())
+        if self.manifest.single_updates:
+            total.sealed = tuple(m.Statement.of(site, reply) for site, reply in sealed.items())
         return total, uplink, sealed
 
     def _unlock(self, total: _Sum, sealed: Mapping[str, Envelope], uplink: int) -> tuple[_Sum, int] | None:

@@ -16,6 +16,7 @@ from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.dp.statistics import RELEASES
 from confide.privacy.sealing import make_profile
 from confide.protocol.manifest import Layout, Manifest, Member
+from confide.strategies import admit_strategy, make_strategy
 
 __all__ = ["make_manifest"]
 
@@ -44,7 +45,7 @@ def make_manifest(
         statistics: Fix the run that learns the schema's unknown bounds, not the training.
 
     Raises:
-        ConfigError: Too few sites.
+        ConfigError: Too few sites, or a strategy that this run cannot have.
         BudgetError: No noise is enough for the ε asked.
     """
     if len(members) < experiment.sites.min_sites:
@@ -54,9 +55,10 @@ def make_manifest(
             hint="a sum over fewer than three sites hides nobody",
         )
     make_profile(experiment.sealing, len(members))  # impossible parameters are refused before anything runs
+    strategy = make_strategy(experiment.strategy)
     privacy = experiment.privacy
     sigma, metrics_sigma = _noise(experiment)
-    return Manifest(
+    manifest = Manifest(
         run=_run_name(experiment, statistics),
         federation=federation,
         roster_version=1,
@@ -80,7 +82,11 @@ def make_manifest(
         metrics_noise_multiplier=metrics_sigma,
         sealing=experiment.sealing,
         statistics=statistics,
+        single_updates=strategy.single_updates,
+        control_variates=strategy.control_variates,
     )
+    admit_strategy(strategy, manifest)
+    return manifest
 
 
 def _run_name(experiment: Experiment, statistics: bool) -> str:
