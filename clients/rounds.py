@@ -235,8 +235,10 @@ class RoundSteps:
                     model=run.model_tag(model), saturated=f"{model.saturated:.6f}",
                 )
             )  # fmt: skip
-            counted = run.site in reference.cohort
-            self._store.apply(run.manifest.run, model, run.keys.storage, counted=counted)
+            keep = self._store.put_model
+            if run.manifest.control_variates:
+                keep = partial(self._store.put_model_and_control, counted=run.site in reference.cohort)
+            keep(run.manifest.run, model, run.keys.storage)
         if offset != len(chunks):
             raise SealingError("chunks that no sum names", where=f"run {run.manifest.run}")
         return model

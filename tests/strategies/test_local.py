@@ -1,4 +1,4 @@
-"""What FedProx and SCAFFOLD add to a site's own steps: after clipping and noise, from no record, hence for no charge."""
+"""What FedProx and SCAFFOLD add to a site's own steps: after clipping and noise, from no record, so for no charge."""
 
 from __future__ import annotations
 

@@ -140,4 +140,4 @@ def test_a_model_file_says_by_which_strategy_it_was_trained(
     confide.simulate(tree, out=tmp_path / "out")
     card = load_model(tmp_path / "out" / "model.safetensors").card
     assert card.strategy is not None
-    assert card.strategy.describe() == "fedadam (server_learning_rate 0.1, beta1 0.9, beta2 0.99, tau 0.25)"
+    assert card.strategy.describe() == "fedadam (server learning rate 0.1, beta1 0.9, beta2 0.99, tau 0.25)"

@@ -87,7 +87,9 @@ class StrategyConfig(Section):
     def describe(self) -> str:
         """The kind and every option in force, for people."""
         chosen = self.options if self.is_own else {k: getattr(self, k) for k in STRATEGY_OPTIONS[self.kind]}
-        shown = [f"{name} {_shown(value)}" for name, value in chosen.items() if value not in (None, {})]
+        shown = [
+            f"{name.replace('_', ' ')} {_shown(value)}" for name, value in chosen.items() if value not in (None, {})
+        ]
         return f"{self.kind} ({', '.join(shown)})" if shown else self.kind
 
     def unknown(self) -> str | None:
