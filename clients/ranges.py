@@ -41,7 +41,7 @@ def _update(manifest: Manifest) -> Segment:
     scale = training.learning_rate * _share(manifest)
     steps = training.local_steps
     norm, deviation = _gradients(manifest)
-    deviation *= (steps / min([steps, *(manifest.strategy.steps or {}).values()])) ** 0.5
+    deviation *= (steps / _fewest(manifest)) ** 0.5
     if training.optimizer == "adam":
         bound, norm, deviation = _ADAM_STEP * steps, _ADAM_STEP * steps * size**0.5, 0.0
     else:
@@ -57,7 +57,7 @@ def _control(manifest: Manifest) -> Segment:
     """The change of a control variate: the difference of two mean gradients."""
     steps = manifest.training.local_steps
     norm, deviation = _gradients(manifest)
-    norm, deviation = 2 * norm / steps, 2**0.5 * deviation / steps
+    norm, deviation = 2 * norm / steps, 2**0.5 * deviation / (steps * _fewest(manifest)) ** 0.5
     return _segment(manifest, norm + _DEVIATIONS * deviation, norm, deviation, _share(manifest))
 
 
@@ -67,6 +67,11 @@ def _gradients(manifest: Manifest) -> tuple[float, float]:
     smallest = min(m.population for m in manifest.members)
     noise = manifest.noise_multiplier * clip * steps**0.5 / (manifest.privacy.sample_rate * smallest)
     return _SPARE * clip * steps, noise
+
+
+def _fewest(manifest: Manifest) -> int:
+    """Local steps of the site that takes the fewest."""
+    return min([manifest.training.local_steps, *(manifest.strategy.steps or {}).values()])
 
 
 def _share(manifest: Manifest) -> float:

@@ -1,6 +1,6 @@
 """SCAFFOLD (Karimireddy et al. 2020, Algorithm 1, option II): control variates against the drift of unlike sites.
 
-A site keeps cᵢ, all sites keep c; at first both are 0. From the round's model x a site takes K steps
+A site keeps cᵢ, all sites keep c; at first both are 0. From the round's model x a site takes K steps (K may differ)
 y ← y − η (g̃(y) − cᵢ + c) and then sets cᵢ⁺ = cᵢ − c + (x − y) / (K η). With nᵢ a site's public weight:
 x ← x + η_g · Σ nᵢ (yᵢ − x) / Σ_cohort nᵢ and c ← c + Σ nᵢ (cᵢ⁺ − cᵢ) / Σ_roster nᵢ, so that c is Σ nᵢ cᵢ / Σ nᵢ.
 
@@ -12,8 +12,9 @@ added up by. It holds as long as the correction c − cᵢ is added after clippi
 (`confide.clients.training.trainer`), and as long as the charge behind a cᵢ stands: a site takes cᵢ⁺ over only from an
 update that it sealed, never from one whose charge it gave back (`confide.clients.rounds`).
 
-The change of cᵢ rides as d further coordinates of the same sealed update. By itself it tells as much as the update does
-(the mean noised gradient), so it is sealed like it; cᵢ never leaves its site.
+The change of cᵢ, −c − (y − x) / (K η), rides as d further coordinates of the same sealed vector. It tells as much as
+the update does, so it is sealed like it; cᵢ never leaves its site. (Where all sites take the same K, its sum follows
+from the updates' sum; where they do not, it does not.)
 """
 
 from __future__ import annotations
@@ -23,26 +24,17 @@ from typing import ClassVar
 
 import numpy as np
 
-from confide.protocol.manifest import Manifest
-from confide.strategies.base import Floats, Refused, State, StepInput, Strategy, Weights, moved
+from confide.strategies.base import Floats, State, StepInput, Weights, moved
+from confide.strategies.unequal import UnequalSteps
 
 __all__ = ["Scaffold", "control_change", "correction"]
 
 
 @dataclass(frozen=True, slots=True)
-class Scaffold(Strategy):
+class Scaffold(UnequalSteps):
     """State: c."""
 
     control_variates: ClassVar[bool] = True
-    server_learning_rate: float = 1.0
-
-    def refusal(self, manifest: Manifest) -> Refused | None:
-        """(x − y) / (K η) is the mean gradient for plain SGD only."""
-        if manifest.training.optimizer != "sgd" or manifest.training.momentum:
-            return "control variates are defined for plain SGD at the sites", (
-                "set training.optimizer = 'sgd' and training.momentum = 0; fedavgm has its momentum at the server"
-            )
-        return None
 
     def initial_state(self, size: int) -> State:
         """No correction."""

@@ -210,16 +210,20 @@ def test_a_coordinator_does_change_a_plain_open_sum(make: Make) -> None:
     assert forges == {"open": True, "open, gathered": False}
 
 
-def test_every_site_reads_every_update_and_the_table_says_so(make: Make) -> None:
+def test_every_site_and_the_coordinator_read_every_update_and_the_table_says_so(make: Make) -> None:
     federation = make("median")
-    total = first_sum(federation)
-    run = federation.sites["ash"]._runs[federation.manifest.run]
-    federation.train(2, total, sites=("ash",))
-    other = np.frombuffer(total.chunks[list(total.reference.cohort).index("doum")], dtype="<f4")[:-1]
+    federation.participants = federation.names
+    assert not any(map(is_refusal, federation.join().values()))
+    committed = federation.train(1)
+    secret = {n: federation.sites[n]._runs[federation.manifest.run].pending for n in NAMES}
+    total = federation.add(1, federation.seal(1, committed))
     size = federation.manifest.layout.size
-    assert np.abs(other[:size]).max() > 0
-    row = run.profile.describe_exposure()[1]
-    assert (row.coalition, row.update) == ("one other site", True)
+    for site, payload in zip(total.reference.cohort, total.chunks, strict=True):  # what is sent to every site
+        pending = secret[site]
+        assert pending is not None
+        assert np.array_equal(np.frombuffer(payload, dtype="<f4")[:size], pending[1][:size].astype(np.float32))
+    table = federation.sites["ash"]._runs[federation.manifest.run].profile.describe_exposure()
+    assert [row.update for row in table] == [True] * len(table)
     assert not exposure_table("open", 5, 64)[1].update, "the control: where updates are added, a site sees the sum"
 
 

@@ -99,13 +99,14 @@ def test_single_updates_are_not_to_be_had_under_encryption(make_experiment: Make
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
+        ({"strategy": {"kind": "scaffold", "steps": {"ash": 5}}}, "more than training.local_steps = 4"),
         ({"strategy": {"kind": "krum"}}, "krum with byzantine = 1 needs 5 updates, and a sum may hold 3"),
         ({"strategy": {"kind": "krum", "byzantine": 2}}, "krum with byzantine = 2 needs 7 updates"),
         ({"strategy": {"kind": "multi_krum", "byzantine": 0, "keep": 4}}, "keep = 4 leaves out fewer than byzantine"),
         ({"strategy": {"kind": "trimmed_mean"}}, "trimmed_mean with trim = 0.2 cuts nothing off 3 updates"),
         ({"strategy": {"kind": "scaffold"}, "training": {"optimizer": "adam"}}, "defined for plain SGD"),
         ({"strategy": {"kind": "scaffold"}, "training": {"momentum": 0.5}}, "defined for plain SGD"),
-        ({"strategy": {"kind": "fednova"}, "training": {"momentum": 0.5}}, "normalises plain SGD"),
+        ({"strategy": {"kind": "fednova"}, "training": {"momentum": 0.5}}, "fednova is defined for plain SGD"),
         ({"strategy": {"kind": "fednova", "steps": {"oak": 2}}}, "names 'oak', which is no site of the run"),
         ({"strategy": {"kind": "fednova", "steps": {"ash": 5}}}, "more than training.local_steps = 4"),
         ({"strategy": {"kind": "fedprox", "mu": 3}}, "steps past the round's model"),

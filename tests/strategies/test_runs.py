@@ -57,8 +57,8 @@ class Finished:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "fednova": {"steps": {"ash": 1, "elm": 3}}, "trimmed_mean": {"trim": 0.25}, "krum": {"byzantine": 0},
-    "multi_krum": {"byzantine": 0, "keep": 2},
+    "fednova": {"steps": {"ash": 1, "elm": 3}}, "scaffold": {"steps": {"birch": 2}},
+    "trimmed_mean": {"trim": 0.25}, "krum": {"byzantine": 0}, "multi_krum": {"byzantine": 0, "keep": 2},
 }  # fmt: skip
 
 

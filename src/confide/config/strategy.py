@@ -29,7 +29,7 @@ STRATEGY_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "fedadam": {"server_learning_rate": 0.1, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
     "fedyogi": {"server_learning_rate": 0.01, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
     "fedadagrad": {"server_learning_rate": 0.1, "tau": 1e-3},
-    "scaffold": {"server_learning_rate": 1.0},
+    "scaffold": {"server_learning_rate": 1.0, "steps": None},
     "fednova": {"server_learning_rate": 1.0, "steps": None},
     "median": {"server_learning_rate": 1.0},
     "trimmed_mean": {"server_learning_rate": 1.0, "trim": 0.2},
@@ -46,9 +46,9 @@ class StrategyConfig(Section):
     `options`.
 
     `mu`: weight of the proximal term (fedprox). `momentum`, `beta1`, `beta2`: decay of the server's momentum and
-    second moment; `tau`: added to its root. `steps`: local steps of single sites, where they differ (fednova). `trim`:
-    share of updates cut off at each end (trimmed_mean). `byzantine`: how many sites may send anything at all; `keep`:
-    how many updates are averaged (krum, multi_krum).
+    second moment; `tau`: added to its root. `steps`: local steps of single sites, where they differ (fednova,
+    scaffold). `trim`: share of updates cut off at each end (trimmed_mean). `byzantine`: how many sites may send
+    anything at all; `keep`: how many updates are averaged (krum, multi_krum).
     """
 
     kind: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.-]*(:[A-Za-z_]\w*)?$", max_length=200)] = "fedavg"
