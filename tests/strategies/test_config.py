@@ -71,6 +71,23 @@ def test_a_wrong_kind_or_option_is_answered_with_the_right_one(strategy: dict[st
     assert says in str(refusal(**strategy))
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_another_kind_on_the_command_line_leaves_the_files_options_behind(turned: bool) -> None:
+    tree = experiment_tree("people.csv", strategy={"kind": "fedavgm", "server_learning_rate": 0.5, "momentum": 0.3})
+    assignments = ["strategy.kind=fedadam", "strategy.beta1=0.5"]
+    found = load_experiment(tree, assignments[::-1] if turned else assignments).strategy
+    assert found.describe() == "fedadam (server learning rate 0.1, beta1 0.5, beta2 0.99, tau 0.001)"
+    assert load_experiment(tree, ["strategy.momentum=0.7"]).strategy.server_learning_rate == 0.5
+    same = load_experiment(tree, ["strategy.kind=fedavgm", "strategy.momentum=0.7"]).strategy
+    assert (same.server_learning_rate, same.momentum) == (0.5, 0.7), "the control: the same kind keeps them"
+
+
+def test_a_loaded_experiment_can_be_given_another_kind(make_experiment: Make) -> None:
+    loaded = load_experiment(make_experiment(strategy={"kind": "fedavgm"}))
+    assert plan(loaded, overrides=["strategy.kind=median"]).strategy == "median (server learning rate 1)"
+    assert plan(loaded).strategy == "fedavgm (server learning rate 1, momentum 0.9)"
+
+
 @given(st.sampled_from(sorted(STRATEGY_OPTIONS)))
 def test_a_config_survives_its_journey_through_a_manifest(kind: str) -> None:
     config = StrategyConfig(kind=kind)
