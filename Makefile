@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-large lint format bench clean
+.PHONY: help venv demo test test-large test-imports test-chaos lint format bench clean
 
 help: ## what there is to run
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -30,6 +30,12 @@ test: $(STAMP) ## every test
 
 test-large: $(STAMP) ## seal a hundred million parameters: seconds and GiB
 	@CONFIDE_LARGE=1 $(BIN)/python -m pytest -q -s -n 0 tests/privacy/sealing/test_streaming.py -k hundred_million
+
+test-imports: $(STAMP) ## ten thousand broken consent files
+	@CONFIDE_IMPORTS=1 $(BIN)/python -m pytest -q -n 0 tests/privacy/consent/imports/test_mutations.py
+
+test-chaos: $(STAMP) ## kill the coordinator, and everything, at every named point and at random ones: minutes
+	@CONFIDE_CHAOS=1 $(BIN)/python -m pytest -q -n 0 tests/server/test_killed.py tests/simulations/test_resume.py tests/integration/test_deployment.py
 
 lint: $(STAMP) ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }

@@ -1,7 +1,8 @@
 """What a site checks before it seals: that everybody in the cohort, itself included, agrees on the same things.
 
 A site seals only for a sorted cohort of at least `min_sites` of the roster, each with its own signed `train` reply of
-this round, all holding the same model, strategy state and run secret as itself.
+this round, all holding the same model, strategy state and run secret as itself, and all cosigning the same state of the
+coordinator's log: a coordinator cannot keep two histories for two sites of one sum.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def agree(
         raise SealingError(f"a cohort below min_sites = {max(manifest.min_sites, min_sites)}", where=where)
     held = (run.model_tag(model), run.state_tag(model), run.keys.session.secret_digest)
     digests: dict[str, str] = {}
+    shown: set[str] = set()
     for site, statement in zip(cohort, message.statements, strict=True):
         if statement.site != site:
             raise SealingError(f"the reply of {site} is somebody else's", where=where)
@@ -58,6 +60,9 @@ def agree(
         if (reply.model, reply.state, reply.secret) != held:
             raise SealingError(f"{site} holds another model or run secret than this site", where=where)
         digests[site] = name
+        shown.add(reply.coordinator)
+    if len(shown) > 1:
+        raise SealingError("the cohort's members were shown different states of the coordinator's log", where=where)
     if own_reply is None or digests.get(run.site) != own_reply:
         raise SealingError("the cohort does not hold this site's own reply", where=where)
     return transcript(manifest.digest, manifest.roster_version, run.keys.epoch, round_, digests, attempt)

@@ -17,8 +17,7 @@ from confide.errors import ConsentError
 from confide.privacy.audit.log import stored_entries
 from confide.privacy.audit.page import write_page
 from confide.privacy.audit.records import ModelReleased
-from confide.privacy.consent import ConsentEvent, Registry, SiteKey, canonical_subject, from_micros, now_micros
-from confide.privacy.consent.state import decide
+from confide.privacy.consent import ConsentEvent, Registry, SiteKey, canonical_subject, from_micros
 from confide.privacy.dp import LEDGER_LABEL, RUN_LABEL, Ledger, PrivacyEvent, Role, run_epsilon
 from confide.privacy.dp.events import merge_events
 from confide.privacy.dp.personal import PersonalLosses
@@ -159,7 +158,7 @@ def describe_person(subject: str, files: SiteFiles) -> PersonExposure:
             site=files.site, subject=person, known=bool(history) or held is not None,
             role=(Role.HELD_OUT if held_out else Role.TRAIN).value,
             consent=[_on_record(event) for event in history],
-            decisions=_decisions(history),
+            decisions=_decisions(registry, person, history),
             runs=_runs(held or [], charges, ledger.budget.delta, files),
             epsilon=epsilon, delta=ledger.budget.delta, unit=ledger.unit, unnoted_charges=unnoted,
         )  # fmt: skip
@@ -187,12 +186,9 @@ def _on_record(event: ConsentEvent) -> ConsentOnRecord:
     )  # fmt: skip
 
 
-def _decisions(history: Sequence[ConsentEvent]) -> list[Decision]:
-    by_purpose: dict[str, list[ConsentEvent]] = {}
-    for event in history:
-        by_purpose.setdefault(event.purpose, []).append(event)
-    now = now_micros()
-    return [Decision(purpose=p, status=decide(events, now).status.value) for p, events in sorted(by_purpose.items())]
+def _decisions(registry: Registry, person: str, history: Sequence[ConsentEvent]) -> list[Decision]:
+    purposes = sorted({event.purpose for event in history})
+    return [Decision(purpose=p, status=registry.state(person, p).status.value) for p in purposes]
 
 
 def _runs(

@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from confide.errors import SealingError
+from confide.errors import LeftError, SealingError
 from confide.privacy.atrest import new_key
 from confide.privacy.digest import framed
 from confide.privacy.sealing import Profile, Session
@@ -62,11 +62,11 @@ class RunKeys:
         """The sealing session.
 
         Raises:
-            SealingError: Keys are not agreed on yet, or were destroyed.
+            LeftError: Keys are not agreed on yet, or were destroyed; who has none when a round begins gets none.
         """
         if self._session is None or self._destroyed:
-            raise SealingError("this site holds no keys for the run", where=f"site {self._site}",
-                               hint="a site restarted without a vault waits for the next run")  # fmt: skip
+            raise LeftError("this site holds no keys for the run", where=f"site {self._site}",
+                            hint="a site restarted without a vault waits for the next run")  # fmt: skip
         return self._session
 
     @property

@@ -74,7 +74,7 @@ class ParticipantSource:
         self._held_out: Mask = np.array([key.role_share(p) < held_out for p in records.persons], dtype=np.bool_)
         # Everybody in the table gets a pseudonym, whether or not she was ever asked: so that it can be shown of anybody
         # that she was in no snapshot.
-        registry.enrol(records.persons)
+        registry.enrol(set(records.persons) - registry.erased(records.persons))
         self._places = personal.enrol([key.locator(p) for p in records.persons])
 
     def take(self, ledger: Ledger | None, upcoming: Sequence[PrivacyEvent] = ()) -> Participants:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from confide.clients.training.code import package_digest
 from confide.config import STRATEGY_OPTIONS
-from confide.errors import PolicyError
+from confide.config.site import SiteConfig
+from confide.errors import ConfigError, PolicyError
 from confide.privacy.dp import run_epsilon
 from confide.protocol.manifest import Manifest
+from confide.protocol.roster import COORDINATOR
 
 __all__ = ["SitePolicy"]
+
+#: Where a line of the policy stands.
+_LINE = "site.toml [policy]"
+_PLACES = {"federation": "site.toml federation", "data_are_public": "site.toml [data] public",
+           "unit": "site.toml [data] public"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +34,9 @@ class SitePolicy:
         profiles: Sealing profiles allowed; `open` hands the coordinator every update.
         data_are_public: May ε = ∞ and readable updates be asked for at all?
         models: Kinds of models allowed; `package.module:function` runs that code here.
+        model_digests: Of models whose code runs here: the digest that its package must have.
         strategies: Kinds of strategies allowed; `package.module:Class`, or an installed name, runs that code here.
+        strategy_digests: Of strategies whose code runs here: the same.
         held_out: Share of persons held out, the same for every run: a person's role is for ever.
         min_sites: Smallest sum this site's update may hide in.
         min_subjects: Fewest consenting persons with which this site takes part.
@@ -34,6 +45,8 @@ class SitePolicy:
         delta: The ledger's δ.
         release: May this site hand out the trained model?
         statistics: May bounds of columns be learned from noised histograms?
+        local_steps_limit: The most steps of training a round.
+        hours: When this site joins and trains, as `(from, to)` in minutes of the day (UTC); empty: at any time.
     """
 
     coordinator: str
@@ -52,6 +65,61 @@ class SitePolicy:
     delta: float = 0.0
     release: bool = False
     statistics: bool = False
+    local_steps_limit: int = 0
+    model_digests: Mapping[str, str] = field(default_factory=dict)
+    strategy_digests: Mapping[str, str] = field(default_factory=dict)
+    hours: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, config: SiteConfig) -> SitePolicy:
+        """What a `site.toml` says.
+
+        Raises:
+            ConfigError: It does not name the coordinator's key: nobody is listened to yet.
+        """
+        asked = config.policy
+        if asked.coordinator_key is None:
+            raise ConfigError("names no coordinator_key", where="site.toml [policy]",
+                              hint="confirm the roster first: confide site confirm writes the key down")  # fmt: skip
+        return cls(
+            coordinator=COORDINATOR,
+            coordinator_key=bytes.fromhex(asked.coordinator_key),
+            federation=config.federation,
+            purposes=frozenset(asked.purposes),
+            profiles=frozenset(asked.profiles),
+            data_are_public=config.data.public,
+            models=frozenset(asked.models),
+            model_digests=dict(asked.model_digests),
+            strategies=frozenset(asked.strategies),
+            strategy_digests=dict(asked.strategy_digests),
+            held_out=asked.held_out,
+            min_sites=asked.min_sites,
+            min_subjects=asked.min_subjects,
+            population=asked.population,
+            epsilon_limit=asked.epsilon_limit,
+            delta=asked.delta,
+            release=asked.release,
+            statistics=asked.statistics,
+            local_steps_limit=asked.local_steps_limit,
+            hours=tuple(_minutes(text) for text in asked.hours),
+        )
+
+    def check_hours(self, at: int, site: str) -> None:
+        """Does this site work now?
+
+        Args:
+            at: Microseconds since 1970, UTC.
+            site: For the error.
+
+        Raises:
+            PolicyError: It does not.
+        """
+        minute = at // 60_000_000 % (24 * 60)
+        open_ = any(a <= minute < b if a < b else (minute >= a or minute < b) for a, b in self.hours)
+        if self.hours and not open_:
+            allowed = ", ".join(f"{_clock(a)}-{_clock(b)}" for a, b in self.hours)
+            raise PolicyError(f"{_LINE} hours allows {allowed} (UTC) only", where=f"policy of site {site}",
+                              hint="ask again then")  # fmt: skip
 
     def check(self, manifest: Manifest, site: str) -> None:
         """Compare a run with the policy.
@@ -75,6 +143,8 @@ class SitePolicy:
             # A threshold of the coordinator's choosing would tell it the number of persons, bit by bit.
             ("min_subjects", manifest.min_subjects <= self.min_subjects, f"<= {self.min_subjects}",
              manifest.min_subjects),
+            ("local_steps_limit", manifest.training.local_steps <= self.local_steps_limit,
+             f"<= {self.local_steps_limit}", manifest.training.local_steps),
             ("delta", asked.delta == self.delta, self.delta, asked.delta),
             ("statistics", self.statistics or not manifest.statistics, "none", "the bounds of columns"),
             ("data_are_public", asked.unsafe_noise_seed is None or self.data_are_public, "noise that nobody knows",
@@ -94,12 +164,40 @@ class SitePolicy:
         for name, holds, allowed, got in lines:
             if not holds:
                 raise PolicyError(
-                    f"{name} allows {allowed}, the run asks for {got}",
+                    f"{_PLACES.get(name, _LINE + ' ' + name)} allows {allowed}, the run asks for {got}",
                     where=f"policy of site {site}",
                     hint="change the run, or have the site's operator change the policy",
                 )
+        self._check_code("model", self.model_digests, manifest.model.kind, site)
+        self._check_code("strategy", self.strategy_digests, manifest.strategy.kind, site)
         if len(manifest.members) < manifest.min_sites:
             raise PolicyError(
                 f"the roster has {len(manifest.members)} sites, fewer than min_sites = {manifest.min_sites}",
                 where=f"policy of site {site}",
             )
+
+    @staticmethod
+    def _check_code(what: str, digests: Mapping[str, str], kind: str, site: str) -> None:
+        """Code of a package runs here only as the operator has seen it."""
+        pinned = digests.get(kind)
+        if pinned is not None and package_digest(kind) != pinned:
+            raise PolicyError(
+                f"{_LINE} {what}_digests allows other code for {kind} than is installed",
+                where=f"policy of site {site}",
+                hint="read what changed, then write down what confide model digest says",
+            )
+
+
+def _minutes(text: str) -> tuple[int, int]:
+    """`22:00-06:00` as minutes of the day."""
+    start, _, end = text.partition("-")
+    return _minute(start), _minute(end)
+
+
+def _minute(text: str) -> int:
+    hours, _, minutes = text.partition(":")
+    return int(hours) * 60 + int(minutes)
+
+
+def _clock(minute: int) -> str:
+    return f"{minute // 60:02d}:{minute % 60:02d}"

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+from numpy.typing import NDArray
+
 from confide.clients.agreement import agree, agree_to_release, agree_to_unlock
 from confide.clients.continuity import Continuity
 from confide.clients.cutoff import compute_until_cut_off
@@ -16,12 +19,12 @@ from confide.clients.policy import SitePolicy
 from confide.clients.run import SiteRun, model_digest
 from confide.clients.snapshots import SnapshotStore
 from confide.clients.store import ModelState, SiteStore
-from confide.errors import ConfideError, PolicyError, SealingError
+from confide.errors import ConfideError, LeftError, PolicyError, SealingError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.consent import RoundKeys
 from confide.privacy.digest import digest
-from confide.privacy.dp import Ledger, Role
+from confide.privacy.dp import Ledger, PrivacyEvent, Role
 from confide.privacy.dp.events import event_to_json
 from confide.privacy.sealing import Agreement
 from confide.protocol import messages as m
@@ -30,6 +33,7 @@ from confide.protocol.manifest import Manifest
 
 __all__ = ["NOT_AUTHENTIC", "Answer", "RoundSteps"]
 
+Floats = NDArray[np.float64]
 NOT_AUTHENTIC = "a sum was not authentic: this site has left the run for good"
 
 
@@ -87,35 +91,24 @@ class RoundSteps:
         secret = run.keys.session.secret_digest  # without keys there is nothing to charge for
         model = self._apply(run, message.sums, request.chunks, before=round_)
         self._settle_unsent(run, round_)
-        if (
-            run.manifest.control_variates
-            and (own := self._store.control(run.manifest.run, run.keys.storage)) is not None
-        ):
-            run.control = own
-        if self._ledger.stands(f"{run.manifest.run}/{round_}/"):
+        charged = self._ledger.stands(f"{run.manifest.run}/{round_}/")
+        if charged and not run.reproducible:
             # What was computed under them may have left before this site's state was lost or put back.
             raise SealingError(f"round {round_} was charged before and is not computed again", where=f"site {run.site}")
-        events, charges = run.manifest.charges(round_), dict[Role, str]()
-        for event in events:
-            charge = charges[event.role] = f"{run.manifest.run}/{round_}/{event.role.value}"
+        # A seed gives the same update again, byte for byte: that is no second release.
+        entries = self._log.entries() if charged else ()
+        logged = {e.charge for e in entries if isinstance(e, audit.Charged)}
+        for charge, event in self._charges(run, round_).values():
             self._ledger.reserve(charge, event)
-            self._log.append(
-                audit.Charged(run=run.manifest.run, round=round_, charge=charge, event=event_to_json(event))
-            )
-        source, ledger = self._participants(run.manifest), self._ledger if events else None
-        source.reads()  # from here on they are this round's
-        try:
-            take = partial(source.take, ledger)
-            vector, used, attempts = compute_until_cut_off(run, round_, model, self._records, take)
-        except ConfideError:
-            self._local_log.append(*_reads(run, round_, source))
-            raise
-        source.hold(used, charges)
-        self._log_snapshot(run, round_, used, source, attempts)
+            if charge not in logged:
+                self._log.append(
+                    audit.Charged(run=run.manifest.run, round=round_, charge=charge, event=event_to_json(event))
+                )
+        vector = self._compute(run, round_, model)
         commitment = digest("commitment", secrets.token_bytes(32), vector.tobytes()).hex()
         reply = m.TrainReply(
             commitment=commitment, model=run.model_tag(model), state=run.state_tag(model),
-            secret=secret,
+            secret=secret, coordinator=header.checkpoint,
         )  # fmt: skip
         self._log.append(
             audit.UpdateCommitted(
@@ -138,18 +131,25 @@ class RoundSteps:
             attempt=attempt,
         )  # fmt: skip
         self._continuity.note(run.manifest, message.statements)
-        if run.pending is None or run.pending[0] != round_ or self._store.unlocked_transcript(name, round_) is not None:
+        unlocked, told = self._store.unlocked_transcript(name, round_) is not None, False
+        if run.reproducible and not unlocked and (run.pending is None or run.pending[0] != round_):
+            run.pending, run.attempts = (round_, self._compute(run, round_, self._model(run))), {}
+            entries = (e for e in self._log.entries() if isinstance(e, audit.Sealed) and e.run == name)
+            told = any((e.round, e.attempt, e.transcript) == (round_, attempt, agreed) for e in entries)
+        if run.pending is None or run.pending[0] != round_ or unlocked:
             raise SealingError(f"there is no update of round {round_} left to seal", where=f"run {name}")
         agreement = Agreement(message.cohort, agreed, self_masked=retries)
-        payload = run.keys.session.seal(run.pending[1], run.segments(round_), agreement).payload()
+        rounding = run.rounding(round_)
+        payload = run.keys.session.seal(run.pending[1], run.segments(round_), agreement, rounding).payload()
         control = run.next_control(round_, run.pending[1])
         boxed = None if control is None else self._store.box_control(name, round_, control, run.keys.storage)
-        self._log.append(
-            audit.Sealed(
-                run=name, round=round_, attempt=attempt, cohort=list(message.cohort), transcript=agreed,
-                coordinator=header.checkpoint,
-            )
-        )  # fmt: skip
+        if not told:
+            self._log.append(
+                audit.Sealed(
+                    run=name, round=round_, attempt=attempt, cohort=list(message.cohort), transcript=agreed,
+                    coordinator=header.checkpoint,
+                )
+            )  # fmt: skip
         if retries:
             run.attempts[attempt] = agreement
         else:
@@ -191,6 +191,29 @@ class RoundSteps:
         self._log.append(audit.ModelReleased(run=run.manifest.run, model=named, key=key, sites=[], checkpoints=[]))
         return Answer(m.ReleaseReply(model=named, key=key), (weights, *model.metric_chunks))
 
+    def _charges(self, run: SiteRun, round_: int) -> dict[Role, tuple[str, PrivacyEvent]]:
+        """What a round costs each role, and what the charge is called."""
+        name = run.manifest.run
+        return {e.role: (f"{name}/{round_}/{e.role.value}", e) for e in run.manifest.charges(round_)}
+
+    def _compute(self, run: SiteRun, round_: int, model: ModelState) -> Floats:
+        """The round's vector under the charges that were made for it, with whose consent it rests on noted."""
+        charges = {role: charge for role, (charge, _) in self._charges(run, round_).items()}
+        if run.manifest.control_variates:
+            own = self._store.control(run.manifest.run, run.keys.storage)
+            run.control = run.control if own is None else own
+        source, ledger = self._participants(run.manifest), self._ledger if charges else None
+        source.reads()  # from here on they are this round's
+        try:
+            take = partial(source.take, ledger)
+            vector, used, attempts = compute_until_cut_off(run, round_, model, self._records, take)
+        except ConfideError:
+            self._local_log.append(*_reads(run, round_, source))
+            raise
+        source.hold(used, charges)
+        self._log_snapshot(run, round_, used, source, attempts)
+        return vector
+
     def _log_snapshot(
         self, run: SiteRun, round_: int, used: Participants, source: ParticipantSource, attempts: int
     ) -> None:
@@ -228,7 +251,7 @@ class RoundSteps:
                 run.destroy()
                 self._local_log.append(audit.LocalRefusal(run=run.manifest.run, step="open", reason=str(error)))
                 self._log.append(audit.RunStopped(run=run.manifest.run, reason=NOT_AUTHENTIC))
-                raise SealingError(NOT_AUTHENTIC, where=f"round {reference.round}") from error
+                raise LeftError(NOT_AUTHENTIC, where=f"round {reference.round}") from error
             self._log.append(
                 audit.Opened(
                     run=run.manifest.run, round=reference.round, transcript=reference.transcript,

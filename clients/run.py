@@ -51,8 +51,10 @@ class SiteRun:
         coordinator: str,
         vault: Vault | None = None,
     ) -> None:
-        if (seed := manifest.privacy.unsafe_noise_seed) is not None:  # admitted by the policy on public data only
-            rng = SecureRandom(unsafe_key=digest("unsafe noise", str(seed).encode(), site.encode()))
+        #: Does a seed decide every draw? Then a restarted site computes the very same update again.
+        self.reproducible = manifest.privacy.unsafe_noise_seed is not None  # admitted by the policy on public data only
+        if self.reproducible:
+            rng = SecureRandom(unsafe_key=bytes(32))
         self.manifest, self.site, self._rng, self._coordinator = manifest, site, rng, coordinator
         self._records = records
         self.strategy = _admitted(manifest, site)
@@ -115,6 +117,8 @@ class SiteRun:
             held_out: Units that the metrics are computed on.
         """
         parts: list[Floats] = []
+        if self.reproducible:
+            self._rng.unsafe_restart(self._unsafe_key(round_, "noise"))
         if self.manifest.trains_in(round_):
             parts += self._train(model, train)
         if size := self.manifest.metric_width(round_):
@@ -148,6 +152,16 @@ class SiteRun:
             return None
         size = self.manifest.layout.size
         return self.control + vector[size : 2 * size] / self.weight(self.site)
+
+    def rounding(self, round_: int) -> SecureRandom | None:
+        """Draws for rounding a round's vector to integers; None: from the operating system."""
+        return SecureRandom(unsafe_key=self._unsafe_key(round_, "rounding")) if self.reproducible else None
+
+    def _unsafe_key(self, round_: int, what: str) -> bytes:
+        """A round's own stream, so that no draw depends on where an earlier process was killed. The run's name is not
+        in it: a run can be repeated."""
+        seed = str(self.manifest.privacy.unsafe_noise_seed)
+        return digest("unsafe noise", *(part.encode() for part in (seed, self.site, str(round_), what)))
 
     def _histograms(self, round_: int, model: ModelState, held_out: NDArray[np.int64]) -> Floats:
         """The exact statistics of these units, before noise; they must not leave as they are."""

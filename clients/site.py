@@ -25,13 +25,14 @@ from pydantic import ValidationError
 from confide.clients.continuity import Continuity, check_ledger
 from confide.clients.data.records import SiteRecords
 from confide.clients.keys import vault_entry
+from confide.clients.membership import Membership
 from confide.clients.participants import Participants, ParticipantSource
 from confide.clients.policy import SitePolicy
 from confide.clients.rounds import NOT_AUTHENTIC, Answer, RoundSteps
 from confide.clients.run import SiteRun, model_digest
 from confide.clients.snapshots import SnapshotStore
 from confide.clients.store import ModelState, SiteStore
-from confide.errors import AuditError, ConfideError, DataError, PolicyError, SealingError, StorageError
+from confide.errors import AuditError, ConfideError, DataError, LeftError, PolicyError, SealingError, StorageError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.consent import Registry, SiteKey
@@ -57,6 +58,7 @@ class Site:
     Args:
         identity: The site's name and signing key.
         policy: What it allows.
+        membership: Which roster of the federation it has accepted.
         records: Its encoded data.
         registry: Its consent registry.
         ledger: Its privacy ledger.
@@ -78,6 +80,7 @@ class Site:
         *,
         identity: Identity,
         policy: SitePolicy,
+        membership: Membership,
         records: SiteRecords,
         registry: Registry,
         ledger: Ledger,
@@ -90,6 +93,7 @@ class Site:
         vault: Vault | None = None,
     ) -> None:
         self.identity, self.policy, self.records, self.ledger = identity, policy, records, ledger
+        self._membership = membership
         self._registry, self._key, self._store, self._device = registry, key, store, device
         self.log, self.local_log, self._vault = log, local_log, vault
         self._rng, self._personal = SecureRandom(), personal
@@ -121,12 +125,12 @@ class Site:
         return self.identity.name
 
     def check(self, manifest: Manifest) -> None:
-        """Everything that is decided once, before joining: policy, model, budget, data.
+        """Everything that is decided once, before joining: policy, roster, model, budget, data.
 
         Raises:
             ConfideError: The site does not take part; says why, to its operator.
         """
-        self.policy.check(manifest, self.name)
+        self._admit(manifest)
         if self.records.encoded_as not in (None, (manifest.schema_, manifest.label)):
             # A label with one class less would fail at the first person of that class, and so tell of her.
             raise PolicyError(
@@ -152,7 +156,7 @@ class Site:
         Raises:
             SealingError: The run is over for this site: its keys, and with them this copy, are gone.
         """
-        return self._store.model(run, self._runs[run].keys.storage)
+        return self._store.model(run, self._known(run).keys.storage)
 
     def source(self, manifest: Manifest) -> ParticipantSource:
         """Where a run's snapshots come from."""
@@ -203,8 +207,10 @@ class Site:
             if (why := self._store.halted()) is not None:
                 raise AuditError(why, where=f"site {self.name}", hint="see this site's local log")
             if self._store.stopped(header.run) is not None:
-                raise SealingError(NOT_AUTHENTIC, where=f"run {header.run}")
-            run = self._joining(header, request) if step == "join" else self._joined(header)
+                raise LeftError(NOT_AUTHENTIC, where=f"run {header.run}")
+            if self.policy.hours and step in ("join", "train"):
+                self.policy.check_hours(self.log.now(), self.name)
+            run = self._joining(header, request) if step == "join" else self._known(header.run)
             making_keys = header.step in ("secret", "keys")
             address = run.address(
                 header.round, header.step,
@@ -248,7 +254,8 @@ class Site:
         self.check(run.manifest)
         run.keys.save()
         self._store.add_run(run.manifest.run, run.manifest.to_bytes(), model, run.keys.storage)
-        self.log.append(audit.Joined(run=run.manifest.run, manifest=run.manifest.digest, coordinator=header.checkpoint))
+        of = run.manifest
+        self.log.append(audit.Joined(run=of.run, manifest=of.digest, roster=of.roster, coordinator=header.checkpoint))
         return Answer(m.JoinReply(ephemeral=run.keys.public.hex()), (self._continuity.sightings(run.manifest),))
 
     def _secret(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
@@ -298,9 +305,9 @@ class Site:
         self.last_refusal = error
         _log.warning("site %s refuses a %s request: %s", self.name, header.step, type(error).__name__)
         answer = (
-            m.Refusal(kind=error.kind, reason=error.what[:500])
+            m.Refusal(kind=error.kind, reason=error.what[:500], final=isinstance(error, LeftError))
             if error.shareable
-            else m.Refusal(kind="abstains", reason="abstains")
+            else m.Refusal(kind="abstains", reason="abstains", final=False)
         )
         try:
             self._note_refusal(header, error, answer)
@@ -348,19 +355,25 @@ class Site:
             raise SealingError("the manifest cannot be read", where=f"site {self.name}") from None
         if manifest.digest != header.manifest:
             raise SealingError("the manifest is not the one signed for", where=f"site {self.name}")
+        self._admit(manifest)
+        return self._run(manifest)
+
+    def _admit(self, manifest: Manifest) -> None:
+        """The operator's policy, then the roster: membership is frozen for the run that is joined."""
         self.policy.check(manifest, self.name)
+        self._membership.admit(manifest)
         member = manifest.member(self.name)
         if member is None or member.public_key != self.identity.public_key.hex():
             raise PolicyError("the roster names another key for this site", where=f"policy of site {self.name}")
-        return self._run(manifest)
 
-    def _joined(self, header: Header) -> SiteRun:
-        if header.run not in self._runs:
-            data = self._store.manifest(header.run)
+    def _known(self, run: str) -> SiteRun:
+        """A run that was joined, by this process or an earlier one."""
+        if run not in self._runs:
+            data = self._store.manifest(run)
             if data is None:
-                raise SealingError(f"this site has not joined run {header.run[:64]}", where=f"site {self.name}")
+                raise SealingError(f"this site has not joined run {run[:64]}", where=f"site {self.name}")
             self._run(Manifest.from_bytes(data))
-        return self._runs[header.run]
+        return self._runs[run]
 
     def _run(self, manifest: Manifest) -> SiteRun:
         known = self._runs.get(manifest.run)

@@ -33,8 +33,21 @@ class SecureRandom:
     """
 
     def __init__(self, *, unsafe_key: bytes | None = None) -> None:
-        key = secrets.token_bytes(32) if unsafe_key is None else unsafe_key
+        self._unsafe = unsafe_key is not None
+        self._start(secrets.token_bytes(32) if unsafe_key is None else unsafe_key)
+
+    def _start(self, key: bytes) -> None:
         self._stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+    def unsafe_restart(self, unsafe_key: bytes) -> None:
+        """Go on with another reproducible stream.
+
+        Raises:
+            ValueError: This stream is the operating system's: it never becomes reproducible.
+        """
+        if not self._unsafe:
+            raise ValueError("a stream from the operating system stays one")
+        self._start(unsafe_key)
 
     def words(self, count: int) -> NDArray[np.uint64]:
         """`count` uniform 64-bit words."""

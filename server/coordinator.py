@@ -6,12 +6,16 @@ Invariants:
 2. A cohort is sealed once: a site that fails while sealing abandons the round, unless the run retries.
 3. All sites must hold the same model after every round; otherwise the run stops.
 4. It holds no data and no key but its own signing key.
+5. Killed at any point, it goes on from its store (`server/journal.py`): it comes by the same steps again, and each is
+   as it ended, or its very same requests go out once more. An entry of its log is made once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -25,12 +29,14 @@ from confide.privacy.sealing import Payload, make_profile
 from confide.privacy.sealing.transcript import transcript
 from confide.privacy.sealing.wrapping import usable
 from confide.protocol import messages as m
-from confide.protocol.envelope import EVERYBODY, MAX_REPLY_BODY, Envelope, Header, verify
+from confide.protocol.envelope import EVERYBODY, MAX_REPLY_BODY, Address, Envelope, Header, verify
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
 from confide.protocol.sightings import unpack_sightings
 from confide.server.exchange import Exchange
+from confide.server.journal import Journal, RoundOutcome, Total
 from confide.server.keys import distribute_keys
+from confide.server.runs import RunStore
 from confide.server.software import software_versions
 
 __all__ = ["Coordinator", "Released", "RoundOutcome"]
@@ -38,18 +44,6 @@ __all__ = ["Coordinator", "Released", "RoundOutcome"]
 Floats = NDArray[np.float64]
 #: How often a round is sealed where the run retries.
 _ATTEMPTS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class RoundOutcome:
-    """What the coordinator knows after a round; `metrics` are those opened from an earlier round's sum."""
-
-    round: int
-    cohort: tuple[str, ...]
-    abandoned: bool
-    uplink_bytes: int
-    metrics_round: int | None = None
-    metrics: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,43 +59,16 @@ class Released:
 
 
 @dataclass(slots=True)
-class _Sum:
-    """A completed round's sum, kept for sites that still have to apply it."""
-
-    round: int
-    cohort: tuple[str, ...]
-    statements: tuple[str, ...]
-    transcript: str
-    attempt: int
-    payload: Payload
-    unlocked: tuple[m.Statement, ...] = ()
-    #: Where single updates are passed on: who signed which chunks, in their order.
-    sealed: tuple[m.Statement, ...] = ()
-
-    @property
-    def chunks(self) -> tuple[bytes, ...]:
-        return self.payload.chunks
-
-    @property
-    def reference(self) -> m.SumReference:
-        return m.SumReference(
-            round=self.round, cohort=self.cohort, statements=self.statements, transcript=self.transcript,
-            attempt=self.attempt, chunks=len(self.chunks), tags=tuple(f"{tag:x}" for tag in self.payload.tags),
-            unlocked=self.unlocked, sealed=self.sealed,
-        )  # fmt: skip
-
-
-@dataclass(slots=True)
 class _Progress:
-    sums: list[_Sum] = field(default_factory=list)
-    applied: dict[str, int] = field(default_factory=dict)
     joined: dict[str, Envelope] = field(default_factory=dict)
-    outcomes: list[RoundOutcome] = field(default_factory=list)
-    update_bytes: list[float] = field(default_factory=list)
     metrics_logged: int = 0
     model: str = ""
     #: Signed `train` replies of the latest round: at the end they show that enough sites are there.
     last: dict[str, Envelope] = field(default_factory=dict)
+    #: Nodes that were asked which site lives there.
+    asked: set[int] = field(default_factory=set)
+    #: The round that an earlier process was in the middle of.
+    interrupted: int = 0
 
 
 class Coordinator:
@@ -114,8 +81,13 @@ class Coordinator:
         initial_model: The first weights.
         log: The coordinator's log.
         before_round: Called with the round's number before its messages go out.
-        after_round: Called with each round's outcome.
+        after_round: Called with each round's outcome; a resumed run tells the latest one again.
         timeout: Seconds to wait for replies; None waits for ever.
+        store: Where the run lies, from which another process goes on; None: in this one's memory only.
+
+    Raises:
+        ConfigError: The store holds this run with another manifest.
+        AuditError: The log is not the one that the run was stored with.
     """
 
     def __init__(
@@ -129,61 +101,117 @@ class Coordinator:
         before_round: Callable[[int], None] = lambda _: None,
         after_round: Callable[[RoundOutcome], None] = lambda _: None,
         timeout: float | None = None,
+        store: RunStore | None = None,
     ) -> None:
         self._grid, self.manifest, self._initial = grid, manifest, initial_model
         self._before_round, self._after_round = before_round, after_round
         self._profile = make_profile(manifest.sealing, len(manifest.members), gather=manifest.single_updates)
         self._progress = _Progress()
         self.log = log
-        self._exchange = Exchange(grid, identity, manifest, log, timeout)
+        first = initial_model.astype("<f4").tobytes()
+        self._journal: Journal = (store or RunStore()).open(manifest.run, manifest.to_bytes(), first, log)
+        self._exchange = Exchange(grid, identity, manifest, log, self._journal, timeout)
 
     @property
     def refusals(self) -> dict[str, m.Refusal]:
         """Why sites did not take part, by site: public reasons only."""
         return self._exchange.refusals
 
+    @property
+    def outcomes(self) -> Iterator[RoundOutcome]:
+        """How each round ended, oldest first; those of earlier processes, too."""
+        return self._journal.outcomes()
+
     def run(self) -> Released:
-        """Run to the end.
+        """Run to the end, from wherever an earlier process of the run has come to.
 
         Raises:
             PeerError: Fewer than `min_sites` sites joined.
             SealingError: Sites disagree, or a reply is not authentic.
         """
-        self.log.append(
-            audit.RunCreated(
-                run=self.manifest.run, manifest=self.manifest.to_bytes().decode(), software=software_versions()
-            )
-        )
+        at, journal = self._journal.position(), self._journal
+        self._progress.model = at.model
+        if at.finished:
+            self._exchange.key_epoch = at.epoch
+            return self._release()
         self._join()
-        if self._profile.keyed:
-            self._distribute_keys()
-        for round_ in range(1, self.manifest.rounds + 2):
+        if journal.position().members is None:
+            if self._profile.keyed:
+                self._distribute_keys()
+            journal.agree(self._exchange.key_epoch, sorted(self._exchange.nodes))
+        self._exchange.key_epoch = journal.position().epoch
+        for outcome in journal.outcomes():
+            self._progress.metrics_logged = outcome.metrics_round or self._progress.metrics_logged
+        if (latest := journal.outcome(at.next - 1)) is not None:
+            self._after_round(latest)
+        if journal.asked(self._exchange.address("train", at.next)):
+            self._progress.interrupted = at.next
+        for round_ in range(at.next, self.manifest.rounds + 2):
             self._before_round(round_)
+            self._find_members()
             outcome = self._round(round_)
-            self._progress.outcomes.append(outcome)
+            journal.end_round(outcome, self._progress.last, self._progress.model)
             self._after_round(outcome)
         return self._release()
 
     # --- steps -------------------------------------------------------------------------------------------------
 
     def _join(self) -> None:
-        chunks = (self.manifest.to_bytes(), self._initial.astype("<f4").tobytes())
-        request = self._exchange.sign(self._exchange.address("join"), EVERYBODY, m.JoinRequest(), chunks)
-        for node, envelope in self._exchange.send("join", dict.fromkeys(self._grid.get_node_ids(), request)):
-            if isinstance(envelope, SealingError):
-                continue  # nobody knows yet which site lives on that node
-            for member in self.manifest.members:
-                try:
-                    key = bytes.fromhex(member.public_key)
-                    header = verify(envelope, key, sender=member.site, max_body=MAX_REPLY_BODY)
-                except SealingError:
-                    continue
-                if self._joins(header, envelope, request, member.site):
-                    self._exchange.nodes[member.site] = node
-                    self._progress.applied[member.site] = 0
-                    self._progress.joined[member.site] = envelope
-        if len(self._exchange.nodes) < self.manifest.min_sites:
+        place = self._exchange.address("join")
+        self._progress.joined = self._journal.replies(place)
+        self._find_members()
+        if len(self._progress.joined) < self.manifest.min_sites:
             raise self._too_few("joined")
+        self._journal.close(place)
+
+    def _find_members(self) -> None:
+        """Ask the nodes that were not asked yet (as long as a member is missing: all unknown ones) which site lives
+        there. Sites answer the same invitation the same way, so that members are found again; whoever joins after the
+        others have agreed on keys is in no cohort."""
+        found = self._exchange.nodes
+        lost = not self._journal.applied().keys() <= found.keys()
+        nodes = [node for node in self._grid.get_node_ids() if node not in found.values()]
+        new = [node for node in nodes if lost or node not in self._progress.asked]
+        if not new:
+            return
+        request, place = self._invitation(), self._exchange.address("join")
+        open_, joined = not self._journal.closed(place), self._progress.joined
+        self._progress.asked.update(new)
+        for node, envelope in self._exchange.send("join", dict.fromkeys(new, request)):
+            if not isinstance(envelope, Envelope):
+                continue  # nobody knows yet which site lives on that node
+            site = next((s for s, e in joined.items() if e.digest == envelope.digest), None)
+            if site is None and open_ and (site := self._who_joins(envelope, request)) is not None:
+                self._journal.put_reply(place, site, envelope)
+                joined[site] = envelope
+            if site is not None:
+                found[site] = node
+
+    def _who_joins(self, envelope: Envelope, request: Envelope) -> str | None:
+        """The member whose valid reply to the invitation this is; None where it is nobody's, or a refusal."""
+        for member in self.manifest.members:
+            try:
+                key = bytes.fromhex(member.public_key)
+                header = verify(envelope, key, sender=member.site, max_body=MAX_REPLY_BODY)
+            except SealingError:
+                continue
+            if member.site not in self._progress.joined and self._joins(header, envelope, request, member.site):
+                return member.site
+        return None
+
+    def _invitation(self) -> Envelope:
+        """The signed `join` request, the same for everybody and for ever."""
+        place = self._exchange.address("join")
+        found = self._journal.requests(place).get(EVERYBODY)
+        if found is None:
+            manifest = self.manifest.to_bytes()
+            self._journal.append_once(
+                audit.RunCreated(run=self.manifest.run, manifest=manifest.decode(), software=software_versions())
+            )
+            chunks = (manifest, self._initial.astype("<f4").tobytes())
+            found = self._exchange.sign(place, EVERYBODY, m.JoinRequest(), chunks)
+            self._journal.put_requests(place, {EVERYBODY: found})
+        return found
 
     def _joins(self, header: Header, envelope: Envelope, request: Envelope, site: str) -> bool:
         """Is this a reply that every other site will accept too? One site's nonsense must not end the run."""
@@ -207,27 +235,24 @@ class Coordinator:
 
     def _round(self, round_: int) -> RoundOutcome:
         committed = self._train(round_)
-        metrics_round, metrics = self._opened_metrics(committed)
+        metrics_round, metrics = self._opened_metrics(committed, before=round_)
         if len(committed) < self.manifest.min_sites:
-            if not committed and set(self._exchange.refusals) >= set(self._exchange.nodes):
+            nobody = not committed and set(self._exchange.refusals) >= set(self._exchange.nodes)
+            if nobody and round_ != self._progress.interrupted:  # sites that died in a round miss that one only
                 raise self._too_few(f"took part in round {round_}")
             self._log_abandoned(round_, "too few sites trained")
             return RoundOutcome(round_, (), True, 0, metrics_round, metrics)
-        cohort = tuple(sorted(committed))
+        self._journal.close(self._exchange.address("train", round_))
         total = self._sum(round_, committed)
         if total is None:
             self._log_abandoned(round_, "a site of the cohort did not seal")
-            return RoundOutcome(round_, cohort, True, 0, metrics_round, metrics)
-        self._progress.sums.append(total[0])
-        return RoundOutcome(round_, total[0].cohort, False, total[1], metrics_round, metrics)
+            return RoundOutcome(round_, tuple(sorted(committed)), True, 0, metrics_round, metrics)
+        sent = total.uplink / len(total.cohort) / self.manifest.layout.size if self.manifest.trains_in(round_) else None
+        return RoundOutcome(round_, total.cohort, False, total.uplink, metrics_round, metrics, sent)
 
     def _train(self, round_: int) -> dict[str, Envelope]:
-        requests, place = {}, self._exchange.address("train", round_)
-        for site in self._exchange.nodes:
-            missing = [s for s in self._progress.sums if s.round > self._progress.applied[site]]
-            body = m.TrainRequest(sums=tuple(s.reference for s in missing))
-            requests[site] = self._exchange.sign(place, site, body, tuple(c for s in missing for c in s.chunks))
-        replies = self._exchange.ask(place, requests, m.TrainReply)
+        place = self._exchange.address("train", round_)
+        replies = self._exchange.ask(place, partial(self._with_sums, place, m.TrainRequest), m.TrainReply)
         models = {(reply.model, reply.state) for _, reply in replies.values()}
         if len(models) > 1:
             raise SealingError(
@@ -237,49 +262,59 @@ class Coordinator:
             )
         if models:
             self._progress.model = next(iter(models))[0]
-        latest = self._progress.sums[-1].round if self._progress.sums else 0
-        for site in replies:
-            self._progress.applied[site] = latest
         self._progress.last = {site: envelope for site, (envelope, _) in replies.items()}
         return self._progress.last
 
-    def _sum(self, round_: int, replies: Mapping[str, Envelope]) -> tuple[_Sum, int] | None:
+    def _with_sums(
+        self, place: Address, kind: Callable[..., m.TrainRequest | m.ReleaseRequest], **fields: Any
+    ) -> dict[str, Envelope]:
+        """A request to every member that is there, with the sums that it has not applied yet."""
+        applied = {s: round_ for s, round_ in self._journal.applied().items() if s in self._exchange.nodes}
+        totals = self._journal.totals(min(applied.values(), default=0) + 1, place.round - 1)
+        requests = {}
+        for site in sorted(applied):
+            missing = [s for s in totals if s.round > applied[site]]
+            body = kind(sums=tuple(s.reference for s in missing), **fields)
+            requests[site] = self._exchange.sign(place, site, body, tuple(c for s in missing for c in s.chunks))
+        return requests
+
+    def _sum(self, round_: int, replies: Mapping[str, Envelope]) -> Total | None:
         """The sum over everybody who trained; where the run retries, without those who then did not seal."""
-        cohort = tuple(sorted(replies))
-        for attempt in range(_ATTEMPTS if self.manifest.sealing.retry else 1):
-            total, uplink, sealed = self._seal(round_, attempt, {s: replies[s] for s in cohort})
+        retry = self.manifest.sealing.retry
+        total = next(iter(self._journal.totals(round_, round_)), None)
+        places = [self._exchange.address("seal", round_, attempt=a) for a in range(_ATTEMPTS if retry else 1)]
+        asked = [names for place in places if (names := self._journal.asked(place))]
+        cohort = asked[-1] if asked else tuple(sorted(replies))
+        for place in places[max(0, len(asked) - 1) :] if total is None else ():
+            total, uplink, sealed = self._seal(round_, place.attempt, {s: replies[s] for s in cohort})
             if total is not None:
-                if self.manifest.trains_in(round_):
-                    self._progress.update_bytes.append(uplink / len(cohort) / self.manifest.layout.size)
-                return (total, uplink) if not self.manifest.sealing.retry else self._unlock(total, sealed, uplink)
-            cohort = tuple(sorted(sealed))
-            if len(cohort) < self.manifest.min_sites:
+                total = replace(total, uplink=uplink, sealed=sealed)
+                self._journal.put_total(total)
                 break
-        return None
+            cohort = tuple(sorted(sealed))
+            if len(cohort) < self._quorum(len(replies)):
+                break
+        return self._unlock(total) if retry and total is not None else total
+
+    def _quorum(self, committed: int) -> int:
+        """The smallest cohort that a round is sealed for, where so many sites have trained for it: what two thirds of
+        them paid for is not thrown away for the sake of a few, nor is a sum made of a few."""
+        return max(self.manifest.min_sites, -(-2 * committed // 3))
 
     def _seal(
         self, round_: int, attempt: int, replies: Mapping[str, Envelope]
-    ) -> tuple[_Sum | None, int, dict[str, Envelope]]:
+    ) -> tuple[Total | None, int, dict[str, Envelope]]:
         """One attempt: (the sum if everybody sealed, bytes that arrived, who sealed and with which signed reply)."""
         cohort, place = tuple(sorted(replies)), self._exchange.address("seal", round_, attempt=attempt)
-        body = m.SealRequest(cohort=cohort, statements=tuple(m.Statement.of(s, replies[s]) for s in cohort))
         digests = {s: replies[s].digest for s in cohort}
         agreed = transcript(
             self.manifest.digest, self.manifest.roster_version, place.key_epoch, round_, digests, attempt
         )
-        headers = {s: Header.model_validate_json(replies[s].header) for s in cohort}
-        self.log.append(
-            audit.Cohort(
-                run=self.manifest.run, round=round_, attempt=attempt, key_epoch=place.key_epoch, cohort=list(cohort),
-                transcript=agreed, statements=list(digests.values()),
-                checkpoints=[headers[s].checkpoint for s in cohort],
-            )
-        )  # fmt: skip
         accumulator, uplink = self._profile.accumulator(self.manifest.vector_size(round_)), 0
         sealed: dict[str, Envelope] = {}
-        requests = {s: self._exchange.sign(place, s, body) for s in cohort}
         # A payload is added as it arrives and then forgotten: memory is that of one sum and one payload.
-        for site, envelope, reply in self._exchange.each(place, requests, m.SealReply):
+        asking = self._exchange.each(place, partial(self._seal_requests, place, replies, agreed), m.SealReply)
+        for site, envelope, reply in asking:
             uplink += sum(map(len, envelope.chunks))
             try:
                 if reply.transcript != agreed:
@@ -292,68 +327,89 @@ class Coordinator:
             del envelope, reply
         if set(sealed) != set(cohort):
             return None, uplink, sealed
-        total = _Sum(round_, cohort, tuple(digests.values()), agreed, attempt, accumulator.total())
+        total = Total(round_, cohort, tuple(digests.values()), agreed, attempt, accumulator.total())
         if self.manifest.single_updates:
-            total.sealed = tuple(m.Statement.of(site, reply) for site, reply in sealed.items())
+            total = replace(total, signed=tuple(m.Statement.of(site, reply) for site, reply in sealed.items()))
         return total, uplink, sealed
 
-    def _unlock(self, total: _Sum, sealed: Mapping[str, Envelope], uplink: int) -> tuple[_Sum, int] | None:
+    def _seal_requests(self, place: Address, replies: Mapping[str, Envelope], agreed: str) -> dict[str, Envelope]:
+        """Requests to seal for a cohort, which is logged first: the requests show that it was."""
+        cohort = sorted(replies)
+        headers = {s: Header.model_validate_json(replies[s].header) for s in cohort}
+        self._journal.append_once(
+            audit.Cohort(
+                run=self.manifest.run, round=place.round, attempt=place.attempt, key_epoch=place.key_epoch,
+                cohort=cohort, transcript=agreed, statements=[replies[s].digest for s in cohort],
+                checkpoints=[headers[s].checkpoint for s in cohort],
+            )
+        )  # fmt: skip
+        body = m.SealRequest(cohort=tuple(cohort), statements=tuple(m.Statement.of(s, replies[s]) for s in cohort))
+        return {s: self._exchange.sign(place, s, body) for s in cohort}
+
+    def _unlock(self, total: Total) -> Total | None:
         """Every member's own mask of this attempt, against the proof that all of them sealed it."""
         place = self._exchange.address("unlock", total.round, attempt=total.attempt)
-        body = m.UnlockRequest(statements=tuple(m.Statement.of(s, sealed[s]) for s in total.cohort))
-        requests = {s: self._exchange.sign(place, s, body) for s in total.cohort}
-        unlocked = self._exchange.ask(place, requests, m.UnlockReply)
+        body = m.UnlockRequest(statements=tuple(m.Statement.of(s, total.sealed[s]) for s in total.cohort))
+        unlocked = self._exchange.ask(
+            place, lambda: {s: self._exchange.sign(place, s, body) for s in total.cohort}, m.UnlockReply
+        )
         if set(unlocked) != set(total.cohort):
             return None
         statements = tuple(m.Statement.of(s, unlocked[s][0]) for s in total.cohort)
-        return replace(total, unlocked=statements), uplink
+        opened = replace(total, unlocked=statements)
+        self._journal.put_total(opened)
+        return opened
 
     def _release(self) -> Released:
-        requests, place = {}, self._exchange.address("release", self.manifest.rounds + 2)
-        statements = tuple(m.Statement.of(s, e) for s, e in sorted(self._progress.last.items()))
-        for site in self._exchange.nodes:
-            missing = [s for s in self._progress.sums if s.round > self._progress.applied[site]]
-            body = m.ReleaseRequest(sums=tuple(s.reference for s in missing), statements=statements)
-            requests[site] = self._exchange.sign(place, site, body, tuple(c for s in missing for c in s.chunks))
-        replies = self._exchange.ask(place, requests, m.ReleaseReply)
+        place, journal = self._exchange.address("release", self.manifest.rounds + 2), self._journal
+        last = journal.replies(self._exchange.address("train", self.manifest.rounds + 1))
+        statements = tuple(m.Statement.of(s, e) for s, e in sorted(last.items()))
+        asking = partial(self._with_sums, place, m.ReleaseRequest, statements=statements)
+        replies = self._exchange.ask(place, asking, m.ReleaseReply)
         if not replies:
             raise self._too_few("released the model")
+        journal.close(place)
         if len({(reply.model, reply.key, envelope.chunks[:1]) for envelope, reply in replies.values()}) != 1:
             raise SealingError("the sites released different models", where="release", hint="nothing was written")
-        metrics_round, metrics = self._opened_metrics({s: e for s, (e, _) in replies.items()}, skip=1)
+        metrics_round, metrics = self._opened_metrics(
+            {s: e for s, (e, _) in replies.items()}, before=place.round, skip=1
+        )
         envelope, reply = next(iter(replies.values()))
         # The last sum changes no weights, so all of the last cohort have signed this digest already.
         named = keyed_digest(bytes.fromhex(reply.key), "model", envelope.chunks[0]).hex()
         if named != self._progress.model or digest("model", envelope.chunks[0]).hex() != reply.model:
             raise SealingError("the released model is not the one that the sites signed", where="release",
                                hint="nothing was written")  # fmt: skip
-        self.log.append(
+
+        journal.append_once(
             audit.ModelReleased(
-                run=self.manifest.run,
-                model=reply.model,
-                key=reply.key,
-                sites=sorted(replies),
+                run=self.manifest.run, model=reply.model, key=reply.key, sites=sorted(replies),
                 checkpoints=[Header.model_validate_json(replies[s][0].header).checkpoint for s in sorted(replies)],
-            ),
-            audit.RunEnded(run=self.manifest.run, status="finished"),
-        )
+            )
+        )  # fmt: skip
+        journal.append_once(audit.RunEnded(run=self.manifest.run, status="finished"))
+        journal.finish()
+        outcomes = tuple(journal.outcomes())
+        sent = [o.update_bytes for o in outcomes if o.update_bytes is not None]
         return Released(
             weights=np.frombuffer(envelope.chunks[0], dtype="<f4").astype(np.float32),
             model=reply.model,
-            outcomes=tuple(self._progress.outcomes),
+            outcomes=outcomes,
             metrics_round=metrics_round,
             metrics=metrics,
-            bytes_per_parameter=float(np.mean(self._progress.update_bytes)) if self._progress.update_bytes else 0.0,
+            bytes_per_parameter=float(np.mean(sent)) if sent else 0.0,
         )
 
     # --- parts -------------------------------------------------------------------------------------------------
 
     def _log_abandoned(self, round_: int, reason: str) -> None:
-        self.log.append(audit.RoundAbandoned(run=self.manifest.run, round=round_, reason=reason))
+        self._journal.append_once(audit.RoundAbandoned(run=self.manifest.run, round=round_, reason=reason))
 
-    def _opened_metrics(self, replies: Mapping[str, Envelope], skip: int = 0) -> tuple[int | None, Floats | None]:
-        """The metric coordinates that the sites opened from the latest sum; all of them must agree."""
-        latest = self._progress.sums[-1].round if self._progress.sums else 0
+    def _opened_metrics(
+        self, replies: Mapping[str, Envelope], *, before: int, skip: int = 0
+    ) -> tuple[int | None, Floats | None]:
+        """The metric coordinates that the sites opened from the latest sum before a round; all of them must agree."""
+        latest, cohort = self._journal.latest(before)
         if latest not in self.manifest.metric_rounds or not replies:
             return None, None
         opened = {e.chunks[skip:] for e in replies.values()}
@@ -361,9 +417,9 @@ class Coordinator:
             raise SealingError("the sites report different metrics", where=f"round {latest}")
         values = np.frombuffer(next(iter(opened))[0], dtype="<f8").astype(np.float64)
         if latest != self._progress.metrics_logged:
-            self.log.append(
+            self._journal.append_once(
                 audit.MetricsReleased(
-                    run=self.manifest.run, round=latest, cohort_size=len(self._progress.sums[-1].cohort),
+                    run=self.manifest.run, round=latest, cohort_size=len(cohort),
                     values=[repr(float(v)) for v in values],
                 )
             )  # fmt: skip

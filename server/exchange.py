@@ -2,17 +2,20 @@
 
 A reply counts only if it is signed by the roster's key of the site it was asked of, answers this very request, and is
 of the type asked for. Anything else is a refusal by that site, whatever it meant.
+
+Requests are stored before they are sent, and replies as they arrive: where an earlier process of the run has come by
+here, its requests go out again, byte for byte, to those whose replies it did not keep.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from confide.errors import SealingError
+from confide.errors import PeerError, SealingError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.protocol import messages as m
@@ -20,9 +23,14 @@ from confide.protocol.envelope import MAX_REPLY_BODY, Address, Envelope, Header,
 from confide.protocol.flower import from_records, to_records
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
+from confide.server.journal import Journal
 
 __all__ = ["Exchange"]
 
+#: What came for a request: an unverified envelope, or why there is none.
+_Arrived = Envelope | SealingError | PeerError
+#: What a site's own error codes mean (`confide.clients.app`); all others are Flower's.
+_FAULTS = {200: "the request was not authentic there", 201: "a fault at the site"}
 _POLL_SECONDS = 0.2
 
 _MESSAGE_TYPES = {
@@ -44,42 +52,78 @@ class Exchange:
         identity: The coordinator's name and signing key.
         manifest: The run.
         log: The coordinator's log; its state stands in every request, and refusals are noted in it.
+        journal: The run in the coordinator's store.
         timeout: Seconds to wait for replies; None waits for ever.
     """
 
-    def __init__(self, grid: Grid, identity: Identity, manifest: Manifest, log: Log, timeout: float | None) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        identity: Identity,
+        manifest: Manifest,
+        log: Log,
+        journal: Journal,
+        timeout: float | None,
+    ) -> None:
         self._grid, self._identity, self._manifest, self.log, self._timeout = grid, identity, manifest, log, timeout
-        self.refusals: dict[str, m.Refusal] = {}
+        self.journal, self.refusals = journal, journal.refusals()
         #: Which node each participating site lives on.
         self.nodes: dict[str, int] = {}
         #: Which run secret is in force.
         self.key_epoch = 0
 
     def ask(
-        self, place: Address, requests: Mapping[str, Envelope], kind: type[m._M]
+        self, place: Address, make: Callable[[], Mapping[str, Envelope]], kind: type[m._M]
     ) -> dict[str, tuple[Envelope, m._M]]:
-        """Send a signed request to each site; authentic, positive replies come back by site."""
-        return {site: (envelope, reply) for site, envelope, reply in self.each(place, requests, kind)}
+        """Send a signed request to each site; authentic, positive replies come back by site, and are kept.
+
+        Args:
+            place: The step.
+            make: Signs the requests, where none was stored for the step.
+            kind: The reply's type.
+        """
+        kept = self.journal.replies(place)
+        found = {s: (e, m.decode(kind, kind.TYPE, e.body)) for s, e in kept.items()}
+        if not self.journal.closed(place):
+            for site, envelope, reply in self.each(place, make, kind, skip=frozenset(kept)):
+                self.journal.put_reply(place, site, envelope)
+                found[site] = envelope, reply
+        return {site: found[site] for site in sorted(found)}
 
     def each(
-        self, place: Address, requests: Mapping[str, Envelope], kind: type[m._M]
+        self,
+        place: Address,
+        make: Callable[[], Mapping[str, Envelope]],
+        kind: type[m._M],
+        skip: frozenset[str] = frozenset(),
     ) -> Iterator[tuple[str, Envelope, m._M]]:
-        """The same, one reply at a time as they arrive: (site, envelope, reply). None is kept here."""
-        by_node = {self.nodes[site]: (site, request) for site, request in requests.items()}
+        """One reply at a time as they arrive: (site, envelope, reply). None is kept here."""
+        requests = self.journal.requests(place)
+        if not requests and (requests := dict(make())):
+            self.journal.put_requests(place, requests)
+        by_node = {self.nodes[s]: (s, request) for s, request in requests.items() if s in self.nodes and s not in skip}
+        del requests
+        silent = {site for site, _ in by_node.values()}
         for arrived in self.send(place.step, {n: r for n, (_, r) in by_node.items()}):
             node, envelope = arrived
+            if node not in by_node:
+                continue  # nobody asked it
             site, request = by_node[node]
+            silent.discard(site)
             reply = self._reply(place, site, request, envelope, kind)
             if reply is not None and isinstance(envelope, Envelope):
                 yield site, envelope, reply
             del arrived, envelope, reply  # before the next one is asked for
+        for site in sorted(silent):
+            self._failed(place, site, "no answer in time")
 
-    def _reply(
-        self, place: Address, site: str, request: Envelope, envelope: Envelope | SealingError, kind: type[m._M]
-    ) -> m._M | None:
+    def _reply(self, place: Address, site: str, request: Envelope, envelope: _Arrived, kind: type[m._M]) -> m._M | None:
         """What a site says, if it is authentic and not a refusal; else that is noted."""
         member = self._manifest.member(site)
         if member is None:
+            return None
+        if isinstance(envelope, PeerError):
+            self._failed(place, site, envelope.what)
             return None
         try:
             if isinstance(envelope, SealingError):
@@ -90,9 +134,15 @@ class Exchange:
             self.reject(place, site, error)
             return None
 
+    def _failed(self, place: Address, site: str, reason: str) -> None:
+        """Note that a site gave no answer. Why is known there only."""
+        self.log.append(
+            audit.Fault(run=self._manifest.run, round=place.round, step=place.step, party=site, reason=reason)
+        )
+
     def reject(self, place: Address, site: str, error: SealingError) -> None:
         """Note that what came from a site counts as a refusal, and why."""
-        self.refusals[site] = m.Refusal(kind="sealing", reason=error.what)
+        self._refused(site, m.Refusal(kind="sealing", reason=error.what, final=False))
         self.log.append(
             audit.Rejected(run=self._manifest.run, round=place.round, step=place.step, party=site, reason=error.what)
         )
@@ -114,7 +164,7 @@ class Exchange:
         expect(header, place, sender=site, recipient=self._identity.name, request=request.digest)
         if header.type == m.Refusal.TYPE:
             refusal = m.decode(m.Refusal, header.type, envelope.body)
-            self.refusals[site] = refusal
+            self._refused(site, refusal)
             self.log.append(
                 audit.Refused(
                     run=self._manifest.run, round=place.round, step=place.step, party=site, reason=refusal.reason
@@ -123,7 +173,11 @@ class Exchange:
             return None
         return m.decode(kind, header.type, envelope.body)
 
-    def send(self, step: str, requests: Mapping[int, Envelope]) -> Iterator[tuple[int, Envelope | SealingError]]:
+    def _refused(self, site: str, refusal: m.Refusal) -> None:
+        self.refusals[site] = refusal
+        self.journal.refuse(site, refusal)
+
+    def send(self, step: str, requests: Mapping[int, Envelope]) -> Iterator[tuple[int, _Arrived]]:
         """Send each node its request; (node, unverified reply, or why it is none) as they arrive, one at a time.
 
         Flower's own `send_and_receive` would hold all replies at once.
@@ -143,10 +197,7 @@ class Exchange:
                 if replies:
                     waiting.pop(identifier, None)
                 while replies:
-                    arrived = _parse(replies.pop())
-                    if arrived is not None:
-                        yield arrived
-                    del arrived
+                    yield _parse(replies.pop())
             if waiting and deadline is not None and time.monotonic() > deadline:
                 return
             if waiting:
@@ -179,10 +230,11 @@ class Exchange:
         )
 
 
-def _parse(reply: Message) -> tuple[int, Envelope | SealingError] | None:
-    """(node, unverified envelope, or why there is none); None where the node failed."""
+def _parse(reply: Message) -> tuple[int, _Arrived]:
+    """(node, unverified envelope, or why there is none)."""
     if reply.has_error():
-        return None
+        reason = _FAULTS.get(reply.error.code, "the node cannot be reached")
+        return reply.metadata.src_node_id, PeerError(reason)
     try:
         return reply.metadata.src_node_id, from_records(reply.content)
     except SealingError as error:

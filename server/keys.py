@@ -2,7 +2,7 @@
 
 Each secret has its own key epoch. Where not everybody could take one, another maker is asked: one that dies, or wraps
 nonsense for some, must not decide who takes part. As sites never return to an earlier secret, the best maker makes a
-new one where the last one did worse.
+new one where the last one did worse. A restarted coordinator comes by the same epochs again, each as it ended.
 """
 
 from __future__ import annotations
@@ -53,17 +53,23 @@ def _agree(exchange: Exchange, manifest: Manifest, joined: Mapping[str, Envelope
     """Who holds the secret that `maker` makes in this epoch."""
     names, place = sorted(joined), exchange.address("secret")
     statements = tuple(m.Statement.of(s, joined[s]) for s in names)
-    made = exchange.ask(
-        place, {maker: exchange.sign(place, maker, m.SecretRequest(statements=statements))}, m.SecretReply
-    )
+    asking = m.SecretRequest(statements=statements)
+    made = exchange.ask(place, lambda: {maker: exchange.sign(place, maker, asking)}, m.SecretReply)
+    exchange.journal.close(place)
     if maker not in made or len(made[maker][0].chunks) != len(names):
         return {}
-    envelope, place = made[maker][0], exchange.address("keys")
+    envelope, handing = made[maker][0], exchange.address("keys")
     body = m.KeysRequest(
         statements=statements, made=m.Statement.of(maker, envelope), wraps=chunk_digests(envelope.chunks)
     )
-    requests = {}
-    for site, wrap in zip(names, envelope.chunks, strict=True):
-        seen = (c for w in watchers_of(manifest, site) if w in joined for c in joined[w].chunks)
-        requests[site] = exchange.sign(place, site, body, (wrap, *seen))
-    return exchange.ask(place, requests, m.KeysReply)
+
+    def requests() -> dict[str, Envelope]:
+        found = {}
+        for site, wrap in zip(names, envelope.chunks, strict=True):
+            seen = (c for w in watchers_of(manifest, site) if w in joined for c in joined[w].chunks)
+            found[site] = exchange.sign(handing, site, body, (wrap, *seen))
+        return found
+
+    agreed = exchange.ask(handing, requests, m.KeysReply)
+    exchange.journal.close(handing)  # sites never return to an earlier secret: whoever comes late is not in this one
+    return agreed

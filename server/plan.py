@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.dp.statistics import RELEASES
 from confide.privacy.sealing import make_profile
 from confide.protocol.manifest import Layout, Manifest, Member
+from confide.protocol.roster import Roster
 from confide.strategies import admit_strategy, make_strategy
 
 __all__ = ["make_manifest"]
@@ -24,30 +25,29 @@ __all__ = ["make_manifest"]
 def make_manifest(
     experiment: Experiment,
     *,
-    federation: str,
-    coordinator_key: bytes,
-    members: Sequence[Member],
+    roster: Roster,
     schema: SchemaConfig,
     initial_model: NDArray[np.float32],
     layout: Layout,
     statistics: bool = False,
+    sites: Collection[str] | None = None,
 ) -> Manifest:
     """Fix a run.
 
     Args:
         experiment: What is asked.
-        federation: The federation's name.
-        coordinator_key: Its Ed25519 public key.
-        members: The roster, frozen for the run.
+        roster: The federation's complete roster, frozen for the run.
         schema: The experiment's schema with its patterns expanded.
         initial_model: The first weights.
         layout: How they lie in the vector.
         statistics: Fix the run that learns the schema's unknown bounds, not the training.
+        sites: Who takes part; None: the whole roster.
 
     Raises:
-        ConfigError: Too few sites, or a strategy that this run cannot have.
+        ConfigError: Too few sites, one that is not in the roster, or a strategy that this run cannot have.
         BudgetError: No noise is enough for the ε asked.
     """
+    members = _members(roster, sites)
     if len(members) < experiment.sites.min_sites:
         raise ConfigError(
             f"the data have {len(members)} sites, fewer than sites.min_sites = {experiment.sites.min_sites}",
@@ -60,11 +60,12 @@ def make_manifest(
     sigma, metrics_sigma = _noise(experiment)
     manifest = Manifest(
         run=_run_name(experiment, statistics),
-        federation=federation,
-        roster_version=1,
+        federation=roster.federation,
+        roster_version=roster.version,
+        roster=roster.digest,
         purpose=experiment.run.purpose,
-        coordinator_key=coordinator_key.hex(),
-        members=tuple(sorted(members, key=lambda m: m.site)),
+        coordinator_key=roster.coordinator_key,
+        members=members,
         min_sites=experiment.sites.min_sites,
         min_subjects=experiment.sites.min_subjects,
         rounds=1 if statistics else experiment.run.rounds,
@@ -87,6 +88,19 @@ def make_manifest(
     )
     admit_strategy(strategy, manifest)
     return manifest
+
+
+def _members(roster: Roster, sites: Collection[str] | None) -> tuple[Member, ...]:
+    """Those of the roster that take part, as the manifest names them; sorted by name, as the roster is."""
+    unknown = sorted(set(sites or ()) - {m.site for m in roster.members})
+    if unknown:
+        raise ConfigError(f"no site {unknown[0]!r} stands in {roster.where}", where="sites",
+                          hint=f"known: {', '.join(m.site for m in roster.members)}")  # fmt: skip
+    return tuple(
+        Member(site=m.site, public_key=m.signing_key, population=m.population)
+        for m in roster.members
+        if sites is None or m.site in sites
+    )
 
 
 def _run_name(experiment: Experiment, statistics: bool) -> str:

@@ -15,6 +15,7 @@ from confide.config import Experiment
 from confide.errors import ConfigError
 from confide.privacy.dp.statement import LEDGER
 from confide.privacy.files import write_atomically
+from confide.simulations.keeping import KEPT
 
 __all__ = ["fresh_folder", "run_folders", "write_json"]
 
@@ -26,8 +27,9 @@ def run_folders(
     """The output and ledger folders; what was made for a run that never started is taken away again."""
     folder = Path(out) if out is not None else fresh_folder(Path("runs"), experiment.run.name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        begun = "; --resume goes on with the one that was begun there" if (folder / KEPT).is_dir() else ""
         raise ConfigError("is there already and is not an empty folder", where=f"--out {folder}",
-                          hint="name a new folder: runs are never overwritten")  # fmt: skip
+                          hint=f"name a new folder: runs are never overwritten{begun}")  # fmt: skip
     ledgers = Path(ledger) if ledger is not None else folder / "ledgers"
     made = [_topmost_missing(path) for path in (folder, ledgers) if not path.exists()]
     before = set(ledgers.rglob("*")) if ledgers.is_dir() else set()
@@ -41,7 +43,7 @@ def run_folders(
         yield folder, ledgers
     except BaseException:
         if not (folder / "status.json").exists():
-            for part in ("sites", "logs"):
+            for part in ("sites", "logs", KEPT):
                 shutil.rmtree(folder / part, ignore_errors=True)
             _remove_new(ledgers, before)
             for path in made:

@@ -10,7 +10,17 @@ from typing import Any
 
 from confide.privacy.sealing import Exposure
 
-__all__ = ["Epsilon", "Intervals", "Plan", "Progress", "Result", "SitePlan", "json_intervals", "json_number"]
+__all__ = [
+    "Epsilon",
+    "Intervals",
+    "Plan",
+    "Progress",
+    "Result",
+    "SitePlan",
+    "intervals_from_json",
+    "json_intervals",
+    "json_number",
+]
 
 NEIGHBOURS = "add or remove one"
 #: 95 % intervals by metric, over noise and sampling error; None where the noise is too large to give one.
@@ -25,6 +35,11 @@ def json_number(value: Any) -> Any:
 def json_intervals(intervals: Intervals | None) -> dict[str, list[float] | None] | None:
     """JSON has no tuples."""
     return None if intervals is None else {k: None if v is None else list(v) for k, v in intervals.items()}
+
+
+def intervals_from_json(tree: Mapping[str, Any] | None) -> Intervals | None:
+    """Inverse of `json_intervals`."""
+    return None if tree is None else {k: None if v is None else (v[0], v[1]) for k, v in tree.items()}
 
 
 @dataclass(frozen=True, slots=True)

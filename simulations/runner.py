@@ -1,17 +1,16 @@
 """`confide.simulate`: from an experiment to a trained model, through the deployed code.
 
-Everything that can be wrong with the input is found before the output folder is made. Interrupted, the folder says so
-and everything charged stays charged.
+Everything that can be wrong with the input is found before the output folder is made. Interrupted, the folder says so,
+everything charged stays charged, and the run can be resumed from there: a new run and a resumed one are executed alike.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from confide.clients.app import make_client_app
 from confide.clients.data.preprocess import encoded_width
 from confide.clients.training.artifact import save_model
 from confide.clients.training.models import build_model
-from confide.config import Experiment
 from confide.errors import ConfideError, PeerError, StorageError
 from confide.privacy.dp import RUN_LABEL, Role
 from confide.privacy.dp import metrics as dp_metrics
@@ -32,11 +30,14 @@ from confide.privacy.files import write_atomically
 from confide.privacy.sealing import make_profile
 from confide.server.app import make_server_app
 from confide.server.coordinator import Coordinator, Released, RoundOutcome
+from confide.server.runs import RunStore
 from confide.simulations.evaluation import ExactEvaluator
 from confide.simulations.figures import write_figures
 from confide.simulations.folders import run_folders, write_json
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
+from confide.simulations.keeping import KEPT
 from confide.simulations.page import write_index
+from confide.simulations.place import Place, new_place, resumed_place
 from confide.simulations.planning import Source, any_bounds, load_source, schedule_epsilon
 from confide.simulations.result import (
     NEIGHBOURS,
@@ -44,10 +45,11 @@ from confide.simulations.result import (
     Intervals,
     Progress,
     Result,
+    intervals_from_json,
     json_intervals,
     json_number,
 )
-from confide.simulations.statistics import learn_bounds
+from confide.simulations.statistics import learn_bounds, read_learned
 from confide.simulations.world import World, load_sources
 
 __all__ = ["simulate"]
@@ -59,6 +61,7 @@ def simulate(
     overrides: Iterable[str] = (),
     out: str | Path | None = None,
     ledger: str | Path | None = None,
+    resume: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Result:
     """Run an experiment in this process.
@@ -68,68 +71,96 @@ def simulate(
         overrides: `section.key=value` assignments that win over the file.
         out: Output folder; must not hold anything yet. Default: `runs/<run id>`.
         ledger: Folder of the sites' ledgers. Runs that name the same one compose; default: a new one in `out`.
+        resume: Go on with the run in `out`, wherever its process came to its end; without an experiment, with the one
+            that it was begun with.
         progress: Called as each round ends.
 
     Raises:
         ConfideError: Wrong input (nothing was written), or the run could not go on.
     """
     started = time.perf_counter()
+    if resume:
+        with resumed_place(experiment, list(overrides), out, ledger) as place, _one_thread():
+            return _execute(place, progress, started)
     loaded, base = load_source(experiment, overrides)
     sources = load_sources(loaded, base, bounds=any_bounds)
-    with run_folders(loaded, out, ledger) as (folder, ledgers), _one_thread():
-        world = World(sources, folder / "sites", ledgers, folder / "logs")
-        try:
+    with run_folders(loaded, out, ledger) as (folder, ledgers), _one_thread(), new_place(folder, ledgers) as place:
+        # Where bounds are learned first, this world is only asked whether the run may be.
+        world = place.world(sources, kept=not sources.learned)
+        with _told(folder, world):
             world.check()
-            write_atomically(folder / "experiment.json", loaded.model_dump_json(by_alias=True, indent=2).encode())
+            place.begin(loaded, base)
             write_json(folder / "status.json", {"status": "running", "run_id": world.manifest.run})
-            if sources.learned:
-                world = _with_learned_bounds(world, loaded, base, folder, ledgers)
-            result = _Run(world, folder, progress, started).execute()
-        except BaseException as error:
-            with suppress(ConfideError, sqlite3.Error):  # the first error is the one to tell
-                world.export()
-            if (folder / "status.json").exists():
-                status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-                with suppress(OSError):  # the first error is the one to tell
-                    write_json(folder / "status.json", {"status": status, "run_id": world.manifest.run})
-            if isinstance(error, OSError):
-                raise StorageError(f"cannot be written: {error.strerror}", where=str(error.filename or folder),
-                                   hint="free space and start again: what was durable is kept") from error  # fmt: skip
-            lost = next(
-                (s.last_refusal for s in world.sites.values() if isinstance(s.last_refusal, StorageError)), None
-            )
-            if isinstance(error, PeerError) and lost is not None:
-                raise lost from error
-            raise
-        finally:
-            world.close()
+            if not sources.learned:
+                return _run(place, world, progress, started)
+        return _execute(place, progress, started)
+
+
+def _execute(place: Place, progress: Callable[[Progress], None], started: float) -> Result:
+    """Run what was begun in a place, from wherever it has come to."""
+    sources = place.sources(any_bounds)
+    if sources.learned:
+        sources = place.sources(_learned_bounds(place).__getitem__)
+    world = place.world(sources)
+    with _told(place.folder, world):
+        write_json(place.folder / "status.json", {"status": "running", "run_id": world.manifest.run})
+        return _run(place, world, progress, started)
+
+
+def _run(place: Place, world: World, progress: Callable[[Progress], None], started: float) -> Result:
+    with closing(place.keeping.store()) as store:
+        result = _Run(world, place.folder, progress, started, store).execute()
+    place.keeping.destroy()
     return result
 
 
-def _with_learned_bounds(world: World, loaded: Experiment, base: Path, folder: Path, ledgers: Path) -> World:
-    """The same sites with the bounds that a statistics run learns, in a folder of its own."""
-    world.close()
-    part = folder / "statistics"
-    statistics = World(load_sources(loaded, base), part / "sites", ledgers, part / "logs")
+def _learned_bounds(place: Place) -> dict[str, tuple[float, float]]:
+    """The bounds that a statistics run learns, in a folder of its own; found there if it is over."""
+    part = place.folder / "statistics"
+    if (found := read_learned(part)) is not None:
+        if (part / KEPT).is_dir():
+            with place.part(part) as inner:
+                inner.keeping.destroy()
+        return found
+    with place.part(part) as inner:
+        world = inner.world(place.sources())
+        with _told(place.folder, world), closing(inner.keeping.store()) as store:
+            bounds = learn_bounds(world, part, store)
+        inner.keeping.destroy()
+    return bounds
+
+
+@contextmanager
+def _told(folder: Path, world: World) -> Iterator[None]:
+    """Where it ends before its time, the folder says so, and the logs so far lie there."""
     try:
-        bounds = learn_bounds(statistics, part)
-        statistics.export()
-    except BaseException:
+        yield
+    except BaseException as error:
         with suppress(ConfideError, sqlite3.Error):  # the first error is the one to tell
-            statistics.export()
+            world.export()
+        if (folder / "status.json").exists():
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            with suppress(OSError):  # the first error is the one to tell
+                write_json(folder / "status.json", {"status": status, "run_id": world.manifest.run})
+        if isinstance(error, OSError):
+            raise StorageError(f"cannot be written: {error.strerror}", where=str(error.filename or folder),
+                               hint="free space and start again: what was durable is kept") from error  # fmt: skip
+        lost = next((s.last_refusal for s in world.sites.values() if isinstance(s.last_refusal, StorageError)), None)
+        if isinstance(error, PeerError) and lost is not None:
+            raise lost from error
         raise
     finally:
-        statistics.close()
-    for name in ("sites", "logs"):  # nothing has happened there yet
-        shutil.rmtree(folder / name)
-    return World(load_sources(loaded, base, bounds=bounds.__getitem__), folder / "sites", ledgers, folder / "logs")
+        world.close()
 
 
 class _Run:
     """One execution over the in-process grid."""
 
-    def __init__(self, world: World, folder: Path, progress: Callable[[Progress], None], started: float) -> None:
+    def __init__(
+        self, world: World, folder: Path, progress: Callable[[Progress], None], started: float, store: RunStore
+    ) -> None:
         self._world, self._folder, self._progress, self._started = world, folder, progress, started
+        self._store = store
         manifest = world.manifest
         self._task = manifest.label.task
         self._evaluator = None
@@ -148,7 +179,7 @@ class _Run:
         grid = LocalGrid(make_client_app(self._site_of), world.sites)
 
         def start(flower_grid: Grid) -> Coordinator:
-            return Coordinator(
+            coordinator = Coordinator(
                 flower_grid,
                 world.coordinator,
                 world.manifest,
@@ -156,7 +187,10 @@ class _Run:
                 world.log,
                 before_round=world.before_round,
                 after_round=self._after_round,
+                store=self._store,
             )
+            self._recall(coordinator)
+            return coordinator
 
         app = make_server_app(start, released.append)
         app(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}))
@@ -165,8 +199,23 @@ class _Run:
     def _site_of(self, context: Context) -> Any:
         return self._world.sites[str(context.node_config[NODE_CONFIG_SITE])]
 
+    def _recall(self, coordinator: Coordinator) -> None:
+        """What an earlier process of this run wrote down round by round."""
+        self._cohort_sizes = {o.round: len(o.cohort) for o in coordinator.outcomes}
+        path = self._folder / "rounds.jsonl"
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            tree = json.loads(line)
+            self._lines.append(tree)
+            self._curve += [tree["metrics"]] if tree["metrics"] is not None else []
+            self._saturated = max(self._saturated, tree["saturated"])
+            if tree["released_metrics"] is not None:
+                self._released_metrics = tree["released_metrics"]
+                self._released_intervals = intervals_from_json(tree["released_intervals"])
+
     def _after_round(self, outcome: RoundOutcome) -> None:
         manifest = self._world.manifest
+        if outcome.round <= len(self._lines):
+            return  # an earlier process wrote it down
         trained = outcome.round - 1  # rounds whose sum the sites have applied by now
         model = next(iter(self._world.sites.values())).current_model(manifest.run)
         self._saturated = max(self._saturated, model.saturated)

@@ -15,18 +15,22 @@ from confide.privacy.files import write_atomically
 from confide.protocol.bounds import learned_bounds
 from confide.server.app import make_server_app
 from confide.server.coordinator import Coordinator, Released
+from confide.server.runs import RunStore
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
 from confide.simulations.world import World
 
-__all__ = ["learn_bounds"]
+__all__ = ["learn_bounds", "read_learned"]
+
+_FILE = "learned.json"
 
 
-def learn_bounds(world: World, folder: Path) -> dict[str, tuple[float, float]]:
+def learn_bounds(world: World, folder: Path, store: RunStore) -> dict[str, tuple[float, float]]:
     """Execute a statistics run; bounds by column, also written to `learned.json`.
 
     Args:
         world: Sites whose schema has unknown bounds.
         folder: Where the run's evidence lies.
+        store: The coordinator's run store.
 
     Raises:
         DataError: A column cannot be told from the noise.
@@ -38,7 +42,7 @@ def learn_bounds(world: World, folder: Path) -> dict[str, tuple[float, float]]:
         return world.sites[str(context.node_config[NODE_CONFIG_SITE])]
 
     def start(grid: Grid) -> Coordinator:
-        return Coordinator(grid, world.coordinator, world.manifest, world.initial, world.log)
+        return Coordinator(grid, world.coordinator, world.manifest, world.initial, world.log, store=store)
 
     app = make_server_app(start, released.append)
     grid = LocalGrid(make_client_app(site_of), world.sites)
@@ -49,6 +53,15 @@ def learn_bounds(world: World, folder: Path) -> dict[str, tuple[float, float]]:
         raise PeerError("the statistics were not released", where=f"run {world.manifest.run}",
                         hint="see the sites' logs, or declare the bounds")  # fmt: skip
     found = learned_bounds(world.manifest, first, second)
+    world.export()  # the bounds say that this run is over: its evidence lies there before they do
     tree = {"run_id": world.manifest.run, "bounds": found}
-    write_atomically(folder / "learned.json", (json.dumps(tree, indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(folder / _FILE, (json.dumps(tree, indent=2, allow_nan=False) + "\n").encode())
     return found
+
+
+def read_learned(folder: Path) -> dict[str, tuple[float, float]] | None:
+    """What a statistics run in this folder has learned; None where it is not over."""
+    path = folder / _FILE
+    if not path.is_file():
+        return None
+    return {name: (low, high) for name, (low, high) in json.loads(path.read_text())["bounds"].items()}

@@ -266,7 +266,8 @@ def _check(experiment: Experiment, base: Path, point: _Point) -> None:
     try:
         sources = load_sources(experiment, base)
         with tempfile.TemporaryDirectory() as scratch:
-            world = World(sources, *(Path(scratch) / name for name in ("sites", "ledgers", "logs")))
+            sites, ledgers, logs = (Path(scratch) / name for name in ("sites", "ledgers", "logs"))
+            world = World(sources, sites, ledgers, logs)
             try:
                 world.check()
             finally:

@@ -9,7 +9,7 @@ import hashlib
 import importlib.resources
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +17,7 @@ import pandas as pd
 from confide.clients.data.preprocess import encoded_width, expand, require_columns
 from confide.clients.data.records import SiteRecords
 from confide.clients.data.source import read_table, resolve
+from confide.clients.membership import Membership, SiteKeys
 from confide.clients.policy import SitePolicy
 from confide.clients.site import Site
 from confide.clients.store import SiteStore
@@ -34,13 +35,17 @@ from confide.privacy.consent import (
     now_micros,
     read_csv,
 )
+from confide.privacy.consent.desk import filed
 from confide.privacy.dp import Ledger, PrivacyEvent, RenyiBudget, Role
 from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.dp.personal import PersonalLosses
 from confide.privacy.dp.statistics import RELEASES
 from confide.protocol.identity import Identity
-from confide.protocol.manifest import Manifest, Member
+from confide.protocol.manifest import Manifest
+from confide.protocol.roster import NO_AUTHORITY, RosterMember, SignedRoster, first_roster, sign_roster
+from confide.protocol.standing import Standing
 from confide.server.plan import make_manifest
+from confide.simulations.keeping import Keeping
 
 __all__ = ["FEDERATION", "Sources", "World", "builtin_example", "load_sources"]
 
@@ -120,20 +125,30 @@ class World:
         run_folder: Where each site keeps this run's state and registry.
         ledger_folder: Where each site keeps what outlives a run: ledger and key.
         log_folder: Where the logs that may travel lie.
+        keeping: What makes it possible to go on with the run in another process; where it holds a run already, this
+            is that run. None: with this process the run is over.
     """
 
-    def __init__(self, sources: Sources, run_folder: Path, ledger_folder: Path, log_folder: Path) -> None:
+    def __init__(
+        self, sources: Sources, run_folder: Path, ledger_folder: Path, log_folder: Path, keeping: Keeping | None = None
+    ) -> None:
         self.sources = sources
         self.experiment = sources.experiment
-        self.coordinator = Identity.generate(COORDINATOR)
+        self._keeping, begun = keeping, keeping.manifest if keeping is not None else None
+        self._resumed = begun is not None
+        self._identities: dict[str, Identity] = {}
+        self.coordinator = self._identity(COORDINATOR)
         self._logs = log_folder
         log_folder.mkdir(parents=True, exist_ok=True)
         self._registries: dict[str, Registry] = {}
         self._pseudonyms: dict[str, dict[str, bytes]] = {}
         self.sites: dict[str, Site] = {}
         try:
+            chain, memberships = self._found()
+            self.roster: tuple[SignedRoster, ...] = chain
             for name, records in sources.records.items():
-                self.sites[name] = self._make_site(name, records, run_folder / name, ledger_folder / name)
+                folders = run_folder / name, ledger_folder / name
+                self.sites[name] = self._make_site(name, records, memberships[name], *folders)
             self._run_folder = run_folder
             self.log = self.coordinator.open_log(run_folder / f"{COORDINATOR}.db", "coordinator", FEDERATION)
             self.initial, layout = initial_model(
@@ -142,19 +157,16 @@ class World:
                 self.experiment.data.label.outputs,
                 self.experiment.run.seed,
             )
-            self.manifest: Manifest = make_manifest(
+            self.manifest: Manifest = begun or make_manifest(
                 self.experiment,
-                federation=FEDERATION,
-                coordinator_key=self.coordinator.public_key,
-                members=[
-                    Member(site=n, public_key=s.identity.public_key.hex(), population=sources.population[n])
-                    for n, s in self.sites.items()
-                ],
+                roster=chain[-1].roster,
                 schema=sources.schema,
                 initial_model=self.initial,
                 layout=layout,
                 statistics=bool(sources.schema.unknown_bounds),
             )
+            if keeping is not None and begun is None:
+                keeping.begin(self.manifest)
         except BaseException:
             self.close()
             raise
@@ -207,9 +219,34 @@ class World:
         for site in self.sites.values():
             site.close()
 
-    def _make_site(self, name: str, records: SiteRecords, run_folder: Path, ledger_folder: Path) -> Site:
+    def _found(self) -> tuple[tuple[SignedRoster, ...], dict[str, Membership]]:
+        """The federation's first roster: every site signs it and, once it is complete, accepts it, as anywhere else.
+        What no simulation has is people who compare fingerprints."""
+        if self._keeping is not None and (chain := self._keeping.chain):
+            found = {member.site: self._member(member) for member in chain[-1].roster.members}
+        else:
+            keys = [SiteKeys.generate(self._identity(name)) for name in self.sources.records]
+            members = [k.member(self.sources.population[k.identity.name]) for k in keys]
+            roster = first_roster(FEDERATION, self.coordinator.public_key.hex(), NO_AUTHORITY, members)
+            signed = SignedRoster(roster=roster, signatures=sign_roster(roster, self.coordinator))
+            found, signatures = {member.site: self._member(member) for member in members}, dict[str, str]()
+            for own in keys:
+                signatures |= found[own.identity.name].countersign([signed], own).signatures
+            chain = (signed.with_signatures(signatures),)
+        for site in found.values():
+            site.accept(chain)
+        if self._keeping is not None:
+            self._keeping.keep_chain(chain)
+        return chain, found
+
+    def _member(self, member: RosterMember) -> Membership:
+        return Membership(None, Standing(federation=FEDERATION, me=member))
+
+    def _make_site(
+        self, name: str, records: SiteRecords, membership: Membership, run_folder: Path, ledger_folder: Path
+    ) -> Site:
         experiment, privacy = self.experiment, self.experiment.privacy
-        identity = Identity.generate(name)
+        identity = self._identity(name)
         run_folder.mkdir(parents=True, exist_ok=True)
         ledger_folder.mkdir(parents=True, exist_ok=True)
         # Splits are reproducible from the seed, but a ledger's first key stays: roles are for ever.
@@ -217,7 +254,7 @@ class World:
         budget = RenyiBudget.for_limit(privacy.site_epsilon_limit, privacy.delta)
         registry = Registry(run_folder / "consent.db", key)
         self._registries[name] = registry
-        self._record_consent(name, records, registry)
+        self._record_consent(name, records, registry, key)
         policy = SitePolicy(
             coordinator=COORDINATOR,
             coordinator_key=self.coordinator.public_key,
@@ -235,10 +272,12 @@ class World:
             delta=privacy.delta,
             release=True,
             statistics=True,
+            local_steps_limit=experiment.training.local_steps,
         )
         return Site(
             identity=identity,
             policy=policy,
+            membership=membership,
             records=records,
             registry=registry,
             ledger=Ledger(ledger_folder / "ledger.db", budget, privacy.unit, experiment.data.held_out),
@@ -247,21 +286,33 @@ class World:
             store=SiteStore(run_folder / "state.db"),
             log=identity.open_log(run_folder / "federated.db", "federated", FEDERATION),
             local_log=identity.open_log(run_folder / "local.db", "local", FEDERATION),
+            vault=self._keeping.vault(name) if self._keeping is not None else None,
         )
 
-    def _record_consent(self, name: str, records: SiteRecords, registry: Registry) -> None:
+    def _identity(self, party: str) -> Identity:
+        """A party's signing key; the same whenever it is asked for."""
+        if party not in self._identities:
+            kept = self._keeping
+            self._identities[party] = kept.identity(party) if kept is not None else Identity.generate(party)
+        return self._identities[party]
+
+    def _record_consent(self, name: str, records: SiteRecords, registry: Registry, key: SiteKey) -> None:
         experiment = self.experiment
         if self.sources.consent is not None:
             here = set(records.persons)
             mine = [e for e in self.sources.consent if e.subject in here]
             names = registry.enrol({e.subject for e in mine})
             self._pseudonyms[name] = names
-            registry.append([_file_under(e, names[e.subject]) for e in mine])
+            if self._resumed:  # what was recorded then stands
+                return
+            registry.append([filed(e, names[e.subject], key) for e in mine])
             return
         fraction = experiment.consent.simulate.fraction if experiment.consent.simulate else 0.0
         seed = experiment.run.seed
         given = [p for p in records.persons if _share(seed, "consent", name, p) < fraction]
         self._pseudonyms[name] = registry.enrol(given)
+        if self._resumed:
+            return
         registry.append([self._simulated(name, p, EventType.GIVEN, 0) for p in given])
 
     def _withdraw(self, name: str, fraction: float, round_: int) -> None:
@@ -323,14 +374,6 @@ def _populations(experiment: Experiment, parts: Mapping[str, object]) -> dict[st
             raise DataError(f"site {name!r} has no records", where=f"column {experiment.data.site!r}",
                             hint="drop it from sites.population, or check data.site")  # fmt: skip
     return found
-
-
-def _file_under(imported: ImportedEvent, pseudonym: bytes) -> ConsentEvent:
-    fields = {n: getattr(imported, n) for n in ImportedEvent.__slots__ if n != "subject"}
-    return replace(
-        ConsentEvent(event_id="", pseudonym=pseudonym, purpose="", type=imported.type, effective_at=0),
-        **fields,
-    )
 
 
 def _derive(seed: int, label: str, name: str) -> bytes:

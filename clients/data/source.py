@@ -5,15 +5,20 @@ from __future__ import annotations
 import csv
 import gzip
 import importlib.metadata
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import sqlalchemy
 
+from confide.config.site import SourceConfig
 from confide.errors import DataError
 
-__all__ = ["read_table", "resolve"]
+__all__ = ["read_source", "read_table", "resolve"]
+
+_ENVIRONMENT = "env:"
 
 _PACKAGE = "package:"
 #: What to install for a data package, where its import name is not enough.
@@ -78,6 +83,42 @@ def read_table(path: Path, text: Sequence[str] = ()) -> pd.DataFrame:
     repeated = table.columns[table.columns.duplicated()]
     if len(repeated):
         raise DataError(f"names the column {repeated[0]!r} twice", where=str(path), hint="rename one of them")
+    return table
+
+
+def read_source(source: SourceConfig, base: Path) -> pd.DataFrame:
+    """The table of a site's `[data]`; the index is the row's number, or its line in the file.
+
+    Args:
+        source: A file, or a database and a query.
+        base: The folder that relative paths start from.
+
+    Raises:
+        DataError: It cannot be read. The text never holds the address: it may hold a password.
+    """
+    if source.file is not None:
+        return read_table(resolve(source.file, base), text=(source.subject,))
+    url, where = source.url or "", "site.toml [data] url"
+    if url.startswith(_ENVIRONMENT):
+        name = url.removeprefix(_ENVIRONMENT)
+        url = os.environ.get(name, "")
+        if not url:
+            raise DataError("is not in the environment", where=f"variable {name}", hint=f"set it, or change {where}")
+    try:
+        engine = sqlalchemy.create_engine(url)
+        try:
+            with engine.connect() as connection:
+                table = pd.read_sql(sqlalchemy.text(source.query or ""), connection)
+        finally:
+            engine.dispose()
+    except (sqlalchemy.exc.SQLAlchemyError, pd.errors.DatabaseError, ImportError) as error:
+        raise DataError(f"cannot be read ({type(error).__name__})", where=where,
+                        hint="try the query with the database's own client, as the same user") from None  # fmt: skip
+    if table.empty:
+        raise DataError("gives no rows", where="site.toml [data] query")
+    if source.subject in table.columns:  # an identifier stays as the database has it
+        table[source.subject] = table[source.subject].map(str, na_action="ignore")
+    table.index = pd.RangeIndex(1, len(table) + 1)
     return table
 
 

@@ -201,6 +201,10 @@ def _by_run(
                     evidence.findings.append(
                         Finding(site, number, "joined another manifest than the coordinator's")
                     )  # fmt: skip
+                elif joined.roster != evidence.manifest.get("roster"):
+                    evidence.findings.append(
+                        Finding(site, number, "joined under another roster than the manifest names", "high")
+                    )
         found.append(evidence)
     return found
 

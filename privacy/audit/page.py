@@ -13,7 +13,7 @@ from confide.privacy.files import write_atomically
 __all__ = ["write_page"]
 
 
-def write_page(template: Path, context: dict[str, Any], path: Path) -> None:
+def write_page(template: Path, context: dict[str, Any], path: Path, *, mode: int = 0o644) -> None:
     """Render a Jinja template (everything escaped) with the common style, and write it atomically.
 
     Raises:
@@ -23,4 +23,4 @@ def write_page(template: Path, context: dict[str, Any], path: Path) -> None:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     rendered = environment.from_string(template.read_text(encoding="utf-8"))
     # Markup: the style sheet is part of this package.
-    write_atomically(path, rendered.render({**context, "css": Markup(css)}).encode())  # noqa: S704
+    write_atomically(path, rendered.render({**context, "css": Markup(css)}).encode(), mode=mode)  # noqa: S704

@@ -64,10 +64,12 @@ class RunCreated(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Joined(Record):
-    """Site: its policy admits the run; `coordinator` is the checkpoint the coordinator showed."""
+    """Site: its policy admits the run, whose members stand in the roster that it has accepted (named by its digest);
+    `coordinator` is the checkpoint the coordinator showed."""
 
     KIND = "joined"
     manifest: str
+    roster: str
     coordinator: str
 
 

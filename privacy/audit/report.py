@@ -266,7 +266,7 @@ def _consent_source(config: Mapping[str, Any]) -> str:
 def _refusals(evidence: Evidence) -> list[dict[str, Any]]:
     found = [
         {"party": e.party, "round": e.round, "step": e.step, "reason": e.reason, "entry": f"{COORDINATOR} {n}"}
-        for kind in (r.Refused, r.Rejected)
+        for kind in (r.Refused, r.Rejected, r.Fault)
         for n, e in evidence.coordinator.of(kind)
     ]
     for site, log in evidence.sites.items():
@@ -302,6 +302,7 @@ def _versions(evidence: Evidence) -> list[tuple[str, str]]:
     return [
         *sorted(evidence.software.items()),
         ("manifest", evidence.manifest_digest),
+        (f"roster, version {evidence.manifest['roster_version']}", evidence.manifest["roster"]),
         ("first model", evidence.manifest["initial_model"]),
         ("released model", released),
         *((f"log of {p.party}: {len(p.entries)} entries, root", p.tree.root().hex())

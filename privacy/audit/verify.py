@@ -2,19 +2,22 @@
 
 Steps (numbered in the code):
 1. Every log parses line by line, in its one canonical form, and matches its signed checkpoint.
-2. The coordinator's log starts with the run; every log is about that run, and signed by the key its manifest names.
+2. The coordinator's log starts with the run; every log is about that run, and signed by the key its manifest names;
+   every site that joined did so under this manifest and under the roster that it names.
 3. Times never go backwards inside a log.
 4. What one party recorded of another's log (checkpoints in envelopes) is what that log held at that size.
 5. Every cohort is at least `min_sites` of the roster; its transcript is the hash of what was agreed; every member
    committed to its update under the keys it agreed on and sealed under exactly this transcript, once; where the run
-   retries, once an attempt, of which every member unlocked the opened one and no other.
+   retries, once an attempt, of which every member unlocked the opened one and no other. All of a cohort were shown the
+   same state of the coordinator's log.
 6. Every update has its charges before it, with the manifest's parameters; ε recomputed from them by two accountants is
    within what the manifest promises.
 7. All sites opened each sum to the same model, and the released model is the last of these.
 8. Every refusal received was sent, and in a run that ended every refusal sent was received.
 9. Every log still holds the state that an independent witness has cosigned of it.
 
-Keys come from the manifest in the coordinator's log: whoever doubts the roster compares its fingerprints out of band.
+Keys come from the manifest in the coordinator's log, which names the roster by its digest: whoever doubts it asks a
+site for the roster that it has accepted, whose chain of signatures `confide federation show` verifies.
 """
 
 from __future__ import annotations
@@ -182,6 +185,7 @@ def _cohorts(evidence: Evidence) -> Iterator[Finding]:
             for n, entry in sealed:
                 if entry.transcript != cohort.transcript or entry.cohort != members:
                     yield _broken(site, n, f"sealed round {cohort.round} for another cohort than the coordinator's")
+        yield from _same_view(evidence, cohort)
     for site, log in evidence.sites.items():
         seen: set[tuple[int, int]] = set()
         for number, entry in log.of(r.Sealed):
@@ -192,6 +196,23 @@ def _cohorts(evidence: Evidence) -> Iterator[Finding]:
                 yield _broken(
                     site, number, f"sealed round {entry.round}, of which the coordinator's log knows no cohort"
                 )
+
+
+def _same_view(evidence: Evidence, cohort: r.Cohort) -> Iterator[Finding]:
+    """Step 5: all of a cohort cosigned one state of the coordinator's log; whoever was shown another one is named."""
+    shown = [
+        (site, number, entry.coordinator)
+        for site in cohort.cohort
+        if site in evidence.sites
+        for number, entry in evidence.sites[site].of(r.UpdateCommitted)
+        if entry.round == cohort.round
+    ]
+    usual = Counter(state for _, _, state in shown).most_common(1)
+    for site, number, state in shown:
+        if state != usual[0][0]:
+            yield _broken(
+                site, number, f"was shown another state of the coordinator's log than others of round {cohort.round}"
+            )
 
 
 def _unlocked(evidence: Evidence) -> Iterator[Finding]:

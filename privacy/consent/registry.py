@@ -1,91 +1,53 @@
-"""The consent registry: an append-only table of events, and snapshots of who may participate.
+"""The consent registry: an append-only table of events, and answers about who may participate.
 
 Invariants:
 1. Events are only ever added: the database refuses UPDATE and DELETE.
 2. A snapshot depends on (purpose, instant, sequence number) alone, so it can be reproduced.
 3. An import is applied whole or not at all; an event id that is already known adds nothing.
+4. The present never lies before the latest event's record or the latest snapshot, however the clock is set: what has
+   expired or was withdrawn does not stand again.
+5. What was erased is denied, and the same identifier is not enrolled again.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    Connection,
-    Engine,
-    Float,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    String,
-    Table,
-    create_engine,
-    event,
-    func,
-    select,
-    text,
-)
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection, update
 
 from confide.errors import ConsentError
-from confide.privacy.consent.events import ConsentEvent, EventType, now_micros
+from confide.privacy.consent import projection
+from confide.privacy.consent.bulk import insert_rows, rows_with
+from confide.privacy.consent.erasure import DEFAULT_GROUND, closing_events, destroy_key, forget_bytes
+from confide.privacy.consent.events import ConsentEvent, now_micros
+from confide.privacy.consent.notices import EVERYTHING, Notice
+from confide.privacy.consent.projection import Difference
 from confide.privacy.consent.pseudonyms import KEY_BYTES, SiteKey
-from confide.privacy.consent.state import Standing, decide
+from confide.privacy.consent.queries import Heads, erased_among, events_of, heads, keys_of, notices_at
+from confide.privacy.consent.state import Standing, Status, decide
+from confide.privacy.consent.storage import Storage
+from confide.privacy.consent.tables import (
+    CLOCK,
+    CONTENT,
+    EVENTS,
+    NOTICES,
+    PROJECTION,
+    SUBJECTS,
+    event_from_row,
+    event_row,
+    refusal,
+)
+from confide.privacy.consent.view import View, participants_of_events, standing_of
 
 __all__ = ["Registry", "Snapshot"]
 
-SCHEMA_VERSION = 2
-
-_metadata = MetaData()
-_events = Table(
-    "consent_event",
-    _metadata,
-    Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
-    Column("event_id", String(200), nullable=False, unique=True),
-    Column("pseudonym", LargeBinary(32), nullable=False),
-    Column("purpose", String(200), nullable=False),
-    Column("type", String(20), nullable=False),
-    Column("effective_at", BigInteger, nullable=False),
-    Column("valid_until", BigInteger),
-    Column("notice_digest", String(200), nullable=False),
-    Column("lawful_basis", String(200), nullable=False),
-    Column("jurisdiction", String(50), nullable=False),
-    Column("evidence_ref", String(500), nullable=False),
-    Column("max_epsilon", Float),
-    Column("recorded_at", BigInteger, nullable=False),
-    Index("consent_event_purpose", "purpose", "pseudonym", "seq"),
-)
-#: One key per person, found by locator. Erasure will delete a row here and nowhere else.
-_subjects = Table(
-    "consent_subject",
-    _metadata,
-    Column("locator", LargeBinary(32), primary_key=True),
-    Column("personal_key", LargeBinary(32), nullable=False),
-)
-#: The event's own columns, after `seq`, in the order of its fields.
-_CONTENT = [column for column in _events.c if column.name != "recorded_at"]
-_schema = Table("consent_schema", _metadata, Column("version", Integer, primary_key=True))
-
-_TRIGGERS = (
-    *(
-        f"CREATE TRIGGER IF NOT EXISTS consent_event_no_{verb.lower()} BEFORE {verb} ON consent_event "
-        "BEGIN SELECT RAISE(ABORT, 'consent events are append-only'); END"
-        for verb in ("UPDATE", "DELETE")
-    ),
-    # REPLACE removes the row in its way without asking a DELETE trigger; BEFORE INSERT still sees it.
-    "CREATE TRIGGER IF NOT EXISTS consent_event_no_replace BEFORE INSERT ON consent_event "
-    "WHEN EXISTS (SELECT 1 FROM consent_event WHERE seq = NEW.seq OR event_id = NEW.event_id) "
-    "BEGIN SELECT RAISE(ABORT, 'consent events are append-only'); END",
-)
-_CHUNK = 500
+_BATCH = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,41 +62,88 @@ class Snapshot:
 
 
 class Registry:
-    """One site's registry, in one SQLite file.
+    """One site's registry, in one SQLite file or one PostgreSQL database.
 
     Args:
-        path: The file; made where it does not exist.
+        path: The file, made where it does not exist; or `postgresql://user@host/database`.
         key: The site's key.
+
+    Raises:
+        ConsentError: It cannot be opened, or is of a version that this program does not know.
     """
 
-    def __init__(self, path: Path, key: SiteKey) -> None:
-        self._path, self._key = path, key
-        self._engine = _open(path)
-        self._locators: dict[str, bytes] = {}
-        self._read: dict[str, tuple[int, dict[bytes, list[tuple[int, ConsentEvent]]]]] = {}
+    def __init__(self, path: Path | str, key: SiteKey) -> None:
+        self._key = key
+        self._storage = Storage(path)
+        self._views: dict[str, View] = {}
+        self._noticed: tuple[int, dict[str, Notice]] = (0, {})
+        self._one_view = threading.Lock()
+
+    # --- persons ---
 
     def enrol(self, subjects: Iterable[str]) -> dict[str, bytes]:
-        """Pseudonyms of these identifiers, making personal keys for new ones."""
-        by_locator = {self._locator(s): s for s in subjects}
-        known = self._personal_keys(list(by_locator))
-        new = {loc: secrets.token_bytes(KEY_BYTES) for loc in by_locator if loc not in known}
-        if new:
-            with self._engine.begin() as connection:
-                connection.execute(
-                    _subjects.insert(), [{"locator": loc, "personal_key": key} for loc, key in new.items()]
-                )
-        keys = {**known, **new}
-        return {s: self._key.pseudonym(s, keys[loc]) for loc, s in by_locator.items()}
+        """Pseudonyms of these identifiers, making personal keys for new ones.
+
+        Raises:
+            ConsentError: One of them was erased; nobody was enrolled. `erased` says which.
+        """
+        by_locator = {self._key.locator(s): s for s in subjects}
+        known = self._personal_keys(by_locator)
+        if len(known) < len(by_locator):
+            with self._storage.writing() as connection:
+                missing = [locator for locator in by_locator if locator not in known]
+                if erased_among(connection, missing):
+                    raise ConsentError(
+                        "a person who is to be enrolled was erased, and stays so", where=self._storage.where,
+                        hint="leave her out; her consent cannot be recorded under this identifier again",
+                    )  # fmt: skip
+                known |= keys_of(connection, missing)  # another process may have been faster
+                new = {loc: secrets.token_bytes(KEY_BYTES) for loc in missing if loc not in known}
+                insert_rows(connection, SUBJECTS, list(new.items()))
+                known |= new
+        return {s: self._key.pseudonym(s, known[loc]) for loc, s in by_locator.items()}
 
     def pseudonyms(self, subjects: Iterable[str]) -> dict[str, bytes]:
         """Pseudonyms of those identifiers that the registry knows; an unknown person has none."""
-        keys = self._personal_keys(None)
-        found = {}
-        for subject in subjects:
-            key = keys.get(self._locator(subject))
-            if key is not None:
-                found[subject] = self._key.pseudonym(subject, key)
-        return found
+        by_locator = {self._key.locator(s): s for s in subjects}
+        keys = self._personal_keys(by_locator)
+        return {s: self._key.pseudonym(s, keys[loc]) for loc, s in by_locator.items() if loc in keys}
+
+    def erased(self, subjects: Iterable[str]) -> set[str]:
+        """Those of these identifiers that were erased and are not enrolled again."""
+        by_locator = {self._key.locator(s): s for s in subjects}
+        with self._storage.reading() as connection:
+            return {by_locator[loc] for loc in erased_among(connection, by_locator)}
+
+    def erase(self, subject: str, ground: str = DEFAULT_GROUND) -> int:
+        """Close everything that is on record of a person and destroy the key to it; see `erasure`. Asked again, it only
+        finishes what another program was in the way of.
+
+        Args:
+            subject: Her identifier.
+            ground: Why a tombstone is kept.
+
+        Returns:
+            How many events were added.
+
+        Raises:
+            ConsentError: Nobody of this identifier is on record; or it cannot be written; or the last copy of the key
+                could not be overwritten yet.
+        """
+        locator, added = self._key.locator(subject), 0
+        with self._storage.writing() as connection:
+            if not erased_among(connection, [locator]):
+                personal_key = keys_of(connection, [locator]).get(locator)
+                if personal_key is None:
+                    raise ConsentError("nobody of this identifier is on record", where=self._storage.where,
+                                       hint="check how the registry's imports spell it")  # fmt: skip
+                pseudonym = self._key.pseudonym(subject, personal_key)
+                added = self._add(connection, closing_events(self._storage, pseudonym, self.now()))
+                destroy_key(self._storage, locator, ground)
+        forget_bytes(self._storage)
+        return added
+
+    # --- events and notices ---
 
     def append(self, events: Sequence[ConsentEvent]) -> int:
         """Add events in one transaction; known event ids are skipped.
@@ -145,42 +154,95 @@ class Registry:
         Raises:
             ConsentError: The database refused, or an id is known with another content; nothing was added.
         """
-        fresh: dict[str, ConsentEvent] = {}
-        for item in events:
-            if fresh.setdefault(item.event_id, item) != item:
-                raise _reused(item, self._path)
-        try:
-            with self._engine.begin() as connection:
-                ids = list(fresh)
-                for start in range(0, len(ids), _CHUNK):
-                    query = select(*_CONTENT).where(_events.c.event_id.in_(ids[start : start + _CHUNK]))
-                    for _, *values in connection.execute(query):
-                        known = _event(values)
-                        if fresh.pop(known.event_id) != known:
-                            raise _reused(known, self._path)
-                if fresh:
-                    connection.execute(_events.insert(), [_row(e) for e in fresh.values()])
-        except SQLAlchemyError as error:
-            raise ConsentError(
-                f"cannot be written ({type(error).__name__})",
-                where=str(self._path),
-                hint="nothing was added; check the disk and the file's permissions",
-            ) from None
-        return len(fresh)
+        return self.append_all(events)
+
+    def append_all(self, events: Iterable[ConsentEvent], progress: Callable[[int], None] | None = None) -> int:
+        """Add any number of events in one transaction, in bounded memory. While it runs others wait to write. The
+        iterable may enrol persons: they are part of the transaction.
+
+        Args:
+            events: May raise; then nothing was added.
+            progress: Told how many events have been taken in so far.
+
+        Returns:
+            How many were new.
+
+        Raises:
+            ConsentError: The database refused, or an id is known with another content; nothing was added.
+        """
+        added = taken = 0
+        with self._storage.writing() as connection:
+            remaining, put_off = iter(events), False
+            while part := list(islice(remaining, _BATCH)):
+                for event in part:
+                    reason = refusal(event)
+                    if reason:
+                        raise ConsentError(f"event {event.event_id!r} {reason}", where=self._storage.where,
+                                           hint="nothing was added")  # fmt: skip
+                if len(part) == _BATCH and heads(connection).sequence == 0:
+                    put_off = True
+                    projection.put_off(connection)
+                added += self._add(connection, part, project=not put_off)
+                taken += len(part)
+                if progress is not None:
+                    progress(taken)
+            if put_off:
+                projection.rebuild(connection)
+        return added
+
+    def register_notice(self, digest: str, purposes: Iterable[str], covers_beneath: bool = False) -> Notice:
+        """Put on record what a version of a notice was written for; see `notice_digest`. Known already: adds nothing.
+
+        Raises:
+            ConsentError: It is empty, is on record with another content, or cannot be written.
+        """
+        notice = Notice(digest=digest, purposes=frozenset(purposes), covers_beneath=covers_beneath)
+        if not digest or not notice.purposes or EVERYTHING in notice.purposes:
+            raise ConsentError("a notice has a digest and was written for a purpose", where=self._storage.where,
+                               hint="name both")  # fmt: skip
+        with self._storage.writing() as connection:
+            known = notices_at(connection).get(digest)
+            if known is not None:
+                if replace(known, sequence=0, registered_at=0) != notice:
+                    raise ConsentError(
+                        f"notice {digest[:80]!r} is known as written for something else", where=self._storage.where,
+                        hint="a new version of a notice has a digest of its own",
+                    )  # fmt: skip
+                return known
+            fresh = replace(notice, sequence=heads(connection).sequence + 1, registered_at=self.now())
+            row = (fresh.sequence, digest, json.dumps(sorted(fresh.purposes)), covers_beneath, fresh.registered_at)
+            insert_rows(connection, NOTICES, [row])
+            return fresh
+
+    def notices(self, sequence: int | None = None) -> dict[str, Notice]:
+        """The notices on record, by digest, as of a sequence number; None is the latest."""
+        with self._storage.reading() as connection:
+            return notices_at(connection, sequence)
 
     def head(self) -> int:
-        """The sequence number of the latest event; 0 where there is none."""
-        with self._reading() as connection:
-            return int(connection.scalar(select(func.max(_events.c.seq))) or 0)
+        """The sequence number of the latest event or notice; 0 where there is none."""
+        with self._storage.reading() as connection:
+            return heads(connection).sequence
+
+    # --- the present ---
 
     def latest_recorded(self) -> int:
-        """When the latest event was put on record (microseconds UTC); 0 where there is none. No honest clock is behind
-        it."""
-        with self._reading() as connection:
-            return int(connection.scalar(select(func.max(_events.c.recorded_at))) or 0)
+        """When the latest event was put on record, or as of when the latest snapshot was taken (microseconds UTC); 0
+        where there is neither. No honest clock is behind it."""
+        with self._storage.reading() as connection:
+            return heads(connection).recorded
+
+    def now(self) -> int:
+        """The present as answers about it are given: the clock, or `latest_recorded` where the clock is behind."""
+        return max(now_micros(), self.latest_recorded())
+
+    # --- answers ---
 
     def snapshot(self, purpose: str, as_of: int, sequence: int | None = None) -> Snapshot:
-        """Who may participate for exactly this purpose.
+        """Who may participate for this purpose.
+
+        As of the latest sequence number it is a snapshot of the present: that it was taken is on record before it is
+        returned (instants that are still to come are not).
 
         Args:
             purpose: The run's purpose.
@@ -190,14 +252,44 @@ class Registry:
         Raises:
             ConsentError: The registry cannot be read. The site then abstains.
         """
-        latest = self.head()
-        head = latest if sequence is None else sequence
-        by_person = self._events_of(purpose, min(head, latest))
-        standings: dict[bytes, Standing] = {
-            p: decide((e for seq, e in events if seq <= head), as_of) for p, events in by_person.items()
-        }
-        participants = {p: s.max_epsilon for p, s in standings.items() if s.may_participate}
-        return Snapshot(purpose, as_of, head, participants)
+        if sequence is None:
+            self._put_forward(min(as_of, now_micros()))
+        with self._one_view, self._storage.reading() as connection:
+            latest = heads(connection)
+            head = latest.sequence if sequence is None else sequence
+            if head < latest.sequence or not latest.projected:
+                notices = notices_at(connection, head)
+                found = participants_of_events(connection, purpose, as_of, head, notices)
+            else:
+                found = self._present(connection, purpose, as_of, latest)
+        return Snapshot(purpose, as_of, head, found)
+
+    def state(self, subject: str, purpose: str, at: int | None = None, sequence: int | None = None) -> Standing:
+        """One person's standing for a purpose.
+
+        Args:
+            subject: Her identifier; somebody unknown has consented to nothing.
+            purpose: The purpose.
+            at: Microseconds UTC; None is the present.
+            sequence: Consider events up to this number; None is the latest.
+
+        Raises:
+            ConsentError: The registry cannot be read.
+        """
+        locator = self._key.locator(subject)
+        with self._storage.reading() as connection:
+            latest = heads(connection)
+            at = max(now_micros(), latest.recorded) if at is None else at
+            personal_key = keys_of(connection, [locator]).get(locator)
+            if personal_key is None:
+                gone = erased_among(connection, [locator])
+                return Standing(Status.REFUSED if gone else Status.UNKNOWN)
+            pseudonym = self._key.pseudonym(subject, personal_key)
+            if latest.projected and (sequence is None or sequence >= latest.sequence):
+                self._check_projection(latest)
+                return standing_of(connection, pseudonym, purpose, at, self._notices(connection, latest))
+            notices = notices_at(connection, sequence)
+            return decide((e for _, e in events_of(connection, pseudonym, sequence)), at, purpose, notices)
 
     def history(self, subject: str) -> list[tuple[int, ConsentEvent]]:
         """(sequence number, event) of everything that is on record of a person, oldest first.
@@ -208,110 +300,96 @@ class Registry:
         pseudonym = self.pseudonyms([subject]).get(subject)
         if pseudonym is None:
             return []
-        query = select(*_CONTENT).where(_events.c.pseudonym == pseudonym).order_by(_events.c.seq)
-        with self._reading() as connection:
-            return [(seq, _event(values)) for seq, *values in connection.execute(query)]
+        with self._storage.reading() as connection:
+            return list(events_of(connection, pseudonym))
+
+    # --- the projection ---
+
+    def check(self) -> list[Difference]:
+        """Compare what is kept for speed with the events. Where they differ nothing is answered until `rebuild`.
+
+        Raises:
+            ConsentError: The registry cannot be read.
+        """
+        with self._storage.reading() as connection:
+            found = list(projection.differences(connection))
+        if found:
+            with self._storage.writing() as connection:
+                connection.execute(update(PROJECTION).values(damaged=True))
+        return found
+
+    def rebuild(self) -> None:
+        """Make what is kept for speed anew from the events."""
+        with self._one_view, self._storage.writing() as connection:
+            self._views.clear()
+            projection.rebuild(connection)
 
     def close(self) -> None:
-        """Release the file."""
-        self._engine.dispose()
+        """Release the file or the connections."""
+        self._storage.close()
 
-    def _locator(self, subject: str) -> bytes:
-        found = self._locators.get(subject)
-        if found is None:
-            found = self._locators[subject] = self._key.locator(subject)
-        return found
+    def _add(self, connection: Connection, events: Sequence[ConsentEvent], project: bool = True) -> int:
+        fresh: dict[str, ConsentEvent] = {}
+        for item in events:
+            if fresh.setdefault(item.event_id, item) != item:
+                raise self._reused(item)
+        for _, *values in rows_with(connection, EVENTS, [column.name for column in CONTENT], "event_id", list(fresh)):
+            known = event_from_row(values)
+            if fresh.pop(known.event_id) != known:
+                raise self._reused(known)
+        latest = heads(connection)
+        numbered = list(enumerate(fresh.values(), latest.sequence + 1))
+        if numbered:
+            recorded_at = max(now_micros(), latest.recorded)
+            insert_rows(connection, EVENTS, [event_row(seq, event, recorded_at) for seq, event in numbered])
+            if project:
+                projection.apply(connection, numbered)
+        return len(numbered)
 
-    @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        """A connection; what cannot be read or understood is one error, after which the site abstains."""
-        try:
-            with self._engine.connect() as connection:
-                yield connection
-        except (SQLAlchemyError, ValueError) as error:
+    def _reused(self, item: ConsentEvent) -> ConsentError:
+        """Skipping it silently could lose a withdrawal."""
+        return ConsentError(f"event {item.event_id!r} is known with another content", where=self._storage.where,
+                            hint="give every event an id of its own; nothing was added")  # fmt: skip
+
+    def _put_forward(self, at: int) -> None:
+        """Note durably that a snapshot was taken as of this instant."""
+        with self._storage.reading() as connection:
+            if heads(connection).recorded >= at:
+                return
+        with self._storage.writing() as connection:
+            connection.execute(update(CLOCK).where(CLOCK.c.latest < at).values(latest=at))
+
+    def _present(self, connection: Connection, purpose: str, at: int, latest: Heads) -> dict[bytes, float | None]:
+        self._check_projection(latest)
+        view, notices = self._views.get(purpose), self._notices(connection, latest)
+        if view is not None and view.sequence <= latest.sequence and view.notices == notices:
+            if at < view.at:
+                return participants_of_events(connection, purpose, at, latest.sequence, notices)
+            try:
+                view.move_on(connection, at, latest.sequence)
+            except BaseException:
+                del self._views[purpose]  # half moved, it would answer wrongly
+                raise
+        else:
+            self._views.pop(purpose, None)
+            view = self._views[purpose] = View(connection, purpose, at, latest.sequence, notices)
+        return dict(view.participants)
+
+    def _notices(self, connection: Connection, latest: Heads) -> dict[str, Notice]:
+        """All notices; they never change, so they are read again only where there are new ones."""
+        read_to, notices = self._noticed
+        if read_to != latest.notice:
+            notices = notices_at(connection)
+            self._noticed = latest.notice, notices
+        return notices
+
+    def _check_projection(self, latest: Heads) -> None:
+        if latest.damaged:
             raise ConsentError(
-                f"cannot be read ({type(error).__name__})",
-                where=str(self._path),
-                hint="without the registry nobody may take part; restore it from the site's backup",
-            ) from None
+                "what is kept for speed does not agree with the events", where=self._storage.where,
+                hint="find out who wrote to the database, then rebuild it from the events (Registry.rebuild)",
+            )  # fmt: skip
 
-    def _events_of(self, purpose: str, head: int) -> dict[bytes, list[tuple[int, ConsentEvent]]]:
-        """A purpose's events by person. What was read once is kept: events never change, so only new ones are read."""
-        read_to, by_person = self._read.get(purpose, (0, {}))
-        if head > read_to:
-            query = select(*_CONTENT).where(
-                _events.c.purpose == purpose, _events.c.seq > read_to, _events.c.seq <= head
-            )
-            with self._reading() as connection:
-                new = [(seq, _event(values)) for seq, *values in connection.execute(query.order_by(_events.c.seq))]
-            for seq, event_ in new:  # only once all of them could be read
-                by_person.setdefault(event_.pseudonym, []).append((seq, event_))
-            self._read[purpose] = (head, by_person)
-        return by_person
-
-    def _personal_keys(self, locators: Sequence[bytes] | None) -> dict[bytes, bytes]:
-        """Personal keys by locator; None asks for all."""
-        query = select(_subjects.c.locator, _subjects.c.personal_key)
-        with self._reading() as connection:
-            if locators is None:
-                return {loc: key for loc, key in connection.execute(query)}
-            found: dict[bytes, bytes] = {}
-            for start in range(0, len(locators), _CHUNK):
-                part = query.where(_subjects.c.locator.in_(locators[start : start + _CHUNK]))
-                found.update({loc: key for loc, key in connection.execute(part)})
-        return found
-
-
-def _open(path: Path) -> Engine:
-    engine = create_engine(f"sqlite:///{path}")
-
-    @event.listens_for(engine, "connect")
-    def _durable(connection: object, _record: object) -> None:
-        cursor = connection.cursor()  # type: ignore[attr-defined]  # the DB-API connection is untyped
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.close()
-
-    try:
-        with engine.begin() as connection:
-            _metadata.create_all(connection)
-            for trigger in _TRIGGERS:
-                connection.execute(text(trigger))
-            version = connection.scalar(select(_schema.c.version))
-            if version is None:
-                connection.execute(_schema.insert().values(version=SCHEMA_VERSION))
-    except SQLAlchemyError as error:
-        raise ConsentError(
-            f"is not a consent registry ({type(error).__name__})",
-            where=str(path),
-            hint="check the path, or restore the file from the site's backup",
-        ) from None
-    if version not in (None, SCHEMA_VERSION):
-        raise ConsentError(
-            f"has schema version {version}; this program writes {SCHEMA_VERSION}",
-            where=str(path),
-            hint="use the version of confide that made it, or a newer one",
-        )
-    return engine
-
-
-def _reused(item: ConsentEvent, path: Path) -> ConsentError:
-    """Skipping it silently could lose a withdrawal."""
-    return ConsentError(f"event {item.event_id!r} is known with another content", where=str(path),
-                        hint="give every event an id of its own; nothing was added")  # fmt: skip
-
-
-def _row(item: ConsentEvent) -> dict[str, object]:
-    content = {name: getattr(item, name) for name in ConsentEvent.__slots__}
-    return content | {"type": item.type.value, "recorded_at": now_micros()}
-
-
-def _event(values: Sequence[Any]) -> ConsentEvent:
-    """From a row's columns after `seq`, which stand in the order of the event's fields."""
-    event_id, pseudonym, purpose, kind, *rest = values
-    effective_at, valid_until, notice_digest, lawful_basis, jurisdiction, evidence_ref, max_epsilon = rest
-    return ConsentEvent(
-        event_id=event_id, pseudonym=pseudonym, purpose=purpose, type=EventType(kind), effective_at=effective_at,
-        valid_until=valid_until, notice_digest=notice_digest, lawful_basis=lawful_basis, jurisdiction=jurisdiction,
-        evidence_ref=evidence_ref, max_epsilon=max_epsilon,
-    )  # fmt: skip
+    def _personal_keys(self, locators: Iterable[bytes]) -> dict[bytes, bytes]:
+        with self._storage.reading() as connection:
+            return keys_of(connection, locators)

@@ -184,13 +184,15 @@ class _CkksSession(Session):
         self._mac_key, self._rng = secret[-MAC_KEY_BYTES:], SecureRandom()
         self.secret_digest = hashlib.sha256(b"confide/1/run-secret" + secret).hexdigest()
 
-    def seal(self, vector: Floats, segments: Sequence[Segment], agreement: Agreement) -> Sealing:
+    def seal(
+        self, vector: Floats, segments: Sequence[Segment], agreement: Agreement, rounding: SecureRandom | None = None
+    ) -> Sealing:
         """Quantise, encrypt, tag the ciphertext."""
         if self._site not in agreement.cohort or len(agreement.cohort) > self._sites:
             raise SealingError("a cohort that this site cannot seal for", where=f"site {self._site}")
         encoder, mac, totals = Encoder(segments, self._bits, agreement.transcript), self._mac(agreement), [0]
         count = _chunks(encoder.size)
-        parts = regroup(encoder.encode(vector, self._rng), [SLOTS] * count)
+        parts = regroup(encoder.encode(vector, rounding or self._rng), [SLOTS] * count)
         job = _SealJob(self._alive(), mac)
 
         def chunks() -> Iterator[bytes]:

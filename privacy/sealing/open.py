@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confide.errors import SealingError
+from confide.privacy.randomness import SecureRandom
 from confide.privacy.sealing.encoding import SATURATION
 from confide.privacy.sealing.exposure import Exposure, exposure_table
 from confide.privacy.sealing.profile import (
@@ -106,7 +107,9 @@ class _OpenSession(Session):
     def __init__(self, gather: bool) -> None:
         self._gather = gather
 
-    def seal(self, vector: Floats, segments: Sequence[Segment], agreement: Agreement) -> Sealing:
+    def seal(
+        self, vector: Floats, segments: Sequence[Segment], agreement: Agreement, rounding: SecureRandom | None = None
+    ) -> Sealing:
         low = np.concatenate([np.full(s.size, s.low) for s in segments])
         high = np.concatenate([np.full(s.size, s.high) for s in segments])
         clipped = np.clip(vector, low, high)

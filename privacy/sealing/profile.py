@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from confide.privacy.randomness import SecureRandom
 from confide.privacy.sealing.exposure import Exposure
 
 __all__ = ["Accumulator", "Agreement", "Opened", "Payload", "Profile", "Sealing", "Segment", "Session"]
@@ -126,8 +127,11 @@ class Session(ABC):
     secret_digest: str
 
     @abstractmethod
-    def seal(self, vector: Floats, segments: Sequence[Segment], agreement: Agreement) -> Sealing:
-        """This site's payload for its vector, chunk by chunk."""
+    def seal(
+        self, vector: Floats, segments: Sequence[Segment], agreement: Agreement, rounding: SecureRandom | None = None
+    ) -> Sealing:
+        """This site's payload for its vector, chunk by chunk; `rounding` draws how it is rounded (None: the operating
+        system's stream)."""
 
     @abstractmethod
     def open(self, total: Payload, segments: Sequence[Segment], agreement: Agreement) -> Opened:

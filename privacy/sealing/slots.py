@@ -104,7 +104,9 @@ class SlotSession(Session):
         self._rng, self._own_key = SecureRandom(), SecureRandom().words(4).tobytes()
         self.secret_digest = hashlib.sha256(b"confide/1/run-secret" + secret).hexdigest()
 
-    def seal(self, vector: Floats, segments: Sequence[Segment], agreement: Agreement) -> Sealing:
+    def seal(
+        self, vector: Floats, segments: Sequence[Segment], agreement: Agreement, rounding: SecureRandom | None = None
+    ) -> Sealing:
         """Quantise, pack, mask, tag, lock: chunk by chunk."""
         if self._site not in agreement.cohort or len(agreement.cohort) > self._packing.sites:
             raise SealingError("a cohort that this site cannot seal for", where=f"site {self._site}")
@@ -114,7 +116,7 @@ class SlotSession(Session):
         mac = self._mac(agreement)
         job, totals = _SealJob(self._alive(), masks, mac, packing.modulus), [0] * self._tags
         lengths = chunk_words(packing, encoder.size, whole=self._whole)
-        parts = regroup(encoder.encode(vector, self._rng), [packing.coordinates] * len(lengths))
+        parts = regroup(encoder.encode(vector, rounding or self._rng), [packing.coordinates] * len(lengths))
         packed = (packing.pack(part, words) for part, words in zip(parts, lengths, strict=True))
 
         def chunks() -> Iterator[bytes]:

@@ -18,15 +18,19 @@ from confide.errors import ConfigError, SealingError
 from confide.privacy.atrest import close_box, open_box
 from confide.privacy.files import write_private
 
-__all__ = ["Vault", "close_vault_file", "open_vault_file"]
+__all__ = ["MAGIC", "Vault", "close_vault_file", "open_vault_file"]
 
-_MAGIC = b"confide1"
+#: How every such file begins.
+MAGIC = b"confide1"
 _HEAD = struct.Struct(">8sIII16s")
 #: RFC 9106's second recommended choice: 64 MiB, 3 passes, 4 lanes.
 _MEMORY, _ITERATIONS, _LANES = 64 * 1024, 3, 4
 _MOST_MEMORY, _MOST_ITERATIONS, _MOST_LANES = 256 * 1024, 10, 16
 _MOST_BYTES = 2**20
 _FEWEST_CHARACTERS = 8
+#: Characters of a passphrase that nobody can guess: 32 random bytes in hexadecimal. To stretch it only costs time.
+_RANDOM = 64
+_NO_STRETCHING = (8, 1, 1)
 
 
 class Vault:
@@ -35,14 +39,17 @@ class Vault:
     Args:
         folder: Made readable for its owner only.
         passphrase: The operator's; at least 8 characters.
+        random: It is a machine's, of 32 random bytes, and need not be stretched.
 
     Raises:
         ConfigError: The passphrase is too short.
     """
 
-    def __init__(self, folder: Path, passphrase: str) -> None:
-        if len(passphrase) < _FEWEST_CHARACTERS:
-            raise ConfigError(f"needs at least {_FEWEST_CHARACTERS} characters", where="passphrase of the vault",
+    def __init__(self, folder: Path, passphrase: str, *, random: bool = False) -> None:
+        self._cost = _NO_STRETCHING if random else None
+        fewest = _RANDOM if random else _FEWEST_CHARACTERS
+        if len(passphrase) < fewest:
+            raise ConfigError(f"needs at least {fewest} characters", where="passphrase of the vault",
                               hint="a few random words are easy to keep")  # fmt: skip
         self._folder, self._passphrase = folder, passphrase
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +57,7 @@ class Vault:
 
     def save(self, name: str, data: bytes) -> None:
         """Write or replace an entry."""
-        write_private(self._path(name), close_vault_file(data, self._passphrase, name))
+        write_private(self._path(name), close_vault_file(data, self._passphrase, name, self._cost))
 
     def load(self, name: str) -> bytes | None:
         """An entry, or None where there is none.
@@ -79,9 +86,9 @@ class Vault:
         return self._folder / f"{name}.vault"
 
 
-def close_vault_file(data: bytes, passphrase: str, name: str) -> bytes:
-    """A file's content."""
-    head = _HEAD.pack(_MAGIC, _MEMORY, _ITERATIONS, _LANES, secrets.token_bytes(16))
+def close_vault_file(data: bytes, passphrase: str, name: str, cost: tuple[int, int, int] | None = None) -> bytes:
+    """A file's content; `cost` is (KiB, passes, lanes), None what a passphrase of an operator needs."""
+    head = _HEAD.pack(MAGIC, *(cost or (_MEMORY, _ITERATIONS, _LANES)), secrets.token_bytes(16))
     return head + close_box(_derive(head, passphrase), head + name.encode(), data)
 
 
@@ -95,7 +102,7 @@ def open_vault_file(content: bytes, passphrase: str, name: str) -> bytes:
         raise SealingError("has a size that no honest vault file has", where=f"vault file {name}")
     magic, memory, iterations, lanes, _ = _HEAD.unpack(content[: _HEAD.size])
     within = 8 * lanes <= memory <= _MOST_MEMORY and 1 <= iterations <= _MOST_ITERATIONS and 1 <= lanes <= _MOST_LANES
-    if magic != _MAGIC or not within:
+    if magic != MAGIC or not within:
         raise SealingError("is no vault file, or asks for an absurd cost", where=f"vault file {name}")
     head = content[: _HEAD.size]
     try:

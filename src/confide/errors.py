@@ -13,6 +13,7 @@ __all__ = [
     "ConfigError",
     "ConsentError",
     "DataError",
+    "LeftError",
     "PeerError",
     "PolicyError",
     "SealingError",
@@ -71,6 +72,10 @@ class SealingError(ConfideError):
     """A sum, an envelope or a digest is not authentic, or not what was agreed."""
 
     exit_code, kind, shareable = 6, "sealing", True
+
+
+class LeftError(SealingError):
+    """A site has left a run for good: its keys are gone, or it was shown a sum that is not authentic."""
 
 
 class AuditError(ConfideError):

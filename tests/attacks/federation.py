@@ -135,6 +135,7 @@ class Federation:
         address: Address | None = None,
         request: str = "",
         manifest: Manifest | None = None,
+        checkpoint: str = CHECKPOINT,
     ) -> Envelope:
         """A message under the coordinator's key, or under `identity`'s."""
         return seal_envelope(
@@ -143,7 +144,7 @@ class Federation:
             recipient=recipient,
             type_=message.TYPE,
             body=message.to_bytes(),
-            checkpoint=CHECKPOINT,
+            checkpoint=checkpoint,
             chunks=chunks,
             request=request,
         )

@@ -38,6 +38,27 @@ def test_an_honest_cohort_is_sealed_for(federation: Federation) -> None:
     assert not any(map(is_refusal, federation.seal(2, federation.train(2), federation.names[:3]).values()))
 
 
+def test_sites_that_were_shown_different_logs_of_the_coordinator_make_no_sum(federation: Federation) -> None:
+    """A split view: each site cosigns, with its reply, the state of the coordinator's log that it was shown."""
+    committed, round_ = federation.agree().train(1), m.TrainRequest(sums=())
+    for number, odd in ((2, {}), (3, {ASH: "2:" + "cd" * 32})):
+        committed = {
+            site: federation.sites[site].handle(
+                "train", federation.sign("train", number, site, round_, checkpoint=odd.get(site, "2:" + "ab" * 32))
+            )
+            for site in federation.names
+        }
+        assert not any(map(is_refusal, committed.values()))
+        answers = federation.seal(number, committed)
+        if not odd:
+            assert not any(map(is_refusal, answers.values())), "the control: they were all shown the same"
+    for site, answer in answers.items():
+        assert "different states of the coordinator's log" in refusal_of(answer).reason
+        assert federation.sites[site]._store.sealed_transcript(federation.manifest.run, 3) is None
+    # Those who saw the same may still be summed.
+    assert not any(map(is_refusal, federation.seal(3, committed, [s for s in federation.names if s != ASH]).values()))
+
+
 @pytest.mark.parametrize("cohort", [(ASH,), (ASH, "birch"), (ASH, "birch", "birch"), (ASH, ASH, ASH), ()])
 def test_a_cohort_below_min_sites_is_refused_also_with_a_site_counted_twice(
     federation: Federation, cohort: tuple[str, ...]

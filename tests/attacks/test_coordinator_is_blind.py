@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tenseal.sealapi as seal
 from numpy.typing import NDArray
+from sqlalchemy import select
 
 from confide.clients.keys import RunKeys
 from confide.clients.run import SiteRun
@@ -32,6 +33,8 @@ from confide.privacy.sealing.profile import Opened, Session
 from confide.privacy.sealing.slots import Lock, SlotSession
 from confide.protocol.envelope import Envelope
 from confide.server.coordinator import Coordinator
+from confide.server.runs import RunStore
+from confide.server.tables import metadata
 from tests.attacks.federation import Federation, header_of, open_federation
 
 _KEYS = (
@@ -182,7 +185,9 @@ class Watched:
 
         monkeypatch.setattr(SiteRun, "compute", computed)
         monkeypatch.setattr(SlotSession, "open", opening)
-        self.coordinator: Coordinator = federation.coordinator(self._grid, after_round=self._look)
+        self.store_path = federation.folder / "runs.db"
+        self.store = RunStore(f"sqlite:///{self.store_path}")
+        self.coordinator: Coordinator = federation.coordinator(self._grid, after_round=self._look, store=self.store)
 
     def _arrives(self, site: str, _request: Envelope, reply: Envelope) -> Envelope:
         """What a site sends to be summed is added to the sum as it arrives, and not kept."""
@@ -198,9 +203,17 @@ class Watched:
         if model.round:
             self.secrets.vectors[f"model after round {model.round}"] = model.weights.astype(np.float64)
         stop = {id(self.federation), id(self.federation.world), id(self), id(self._grid._app), id(self._grid._drop)}
+        stop.add(id(self.store._engine))  # what lies in the database is looked at row by row instead
         self.objects = sum(1 for _ in walk(self.coordinator, stop))
         assert memory_files() == [], "SEAL's objects are never left lying in a file"
-        self.found[outcome.round] = self.secrets.found_in([self.coordinator, outcome], stop)
+        self.found[outcome.round] = self.secrets.found_in([self.coordinator, outcome, self.stored()], stop)
+
+    def stored(self) -> list[Any]:
+        """Every row of the run store."""
+        with self.store._engine.connect() as db:
+            rows = [tuple(row) for table in metadata.sorted_tables for row in db.execute(select(table))]
+        assert len(rows) > 5, "it holds something"
+        return rows
 
 
 @pytest.fixture
@@ -272,13 +285,15 @@ def test_a_file_in_memory_would_be_found() -> None:
 
 def test_the_coordinators_files_hold_no_secret_update_or_sum(watched: Watched) -> None:
     watched.coordinator.run()
-    path = watched.coordinator.log.path
+    path, store = watched.coordinator.log.path, watched.store_path
     lying = [path.read_bytes(), path.with_name(f"{path.name}-wal").read_bytes()]
+    kept = [store.read_bytes(), store.with_name(f"{store.name}-wal").read_bytes()]
     travelling = watched.federation.exported("coordinator")
     files = [*lying, travelling]
     assert watched.federation.manifest.run.encode() in travelling
     assert any(watched.federation.manifest.run.encode() in data for data in lying), "the control: entries can be read"
     assert watched.secrets.found_in(files, set()) == set()
+    assert watched.secrets.found_in(kept, set()) == {"model after round 3"}, "the released one, and nothing else"
     planted = [*files, b"line " + watched.secrets.blobs["MAC key"].hex().encode()]
     assert watched.secrets.found_in(planted, set()) == {"MAC key"}, "the control"
 
@@ -296,5 +311,8 @@ def test_in_an_open_run_the_coordinator_does_hold_sums(tmp_path: Path, monkeypat
             return found
 
         monkeypatch.setattr(open_profile._OpenSession, "open", opening)
+        rows: dict[int, list[Any]] = {}
+        watched.coordinator._after_round = lambda outcome: rows.update({outcome.round: watched.stored()})
         watched.coordinator.run()
-        assert "open sum" in watched.found[2]
+        assert "open sum" in watched.secrets.found_in([rows[3]], set()), "until everybody has applied it"
+        assert "open sum" not in watched.secrets.found_in([rows[4]], set())

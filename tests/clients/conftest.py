@@ -15,17 +15,19 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-_MEMORY = Path("/dev/shm")  # noqa: S108  # a folder of one's own is made in it
+_SHARED = Path("/dev/shm")  # noqa: S108  # a folder of one's own is made in it
+#: Where folders are made that need not outlive the machine; None: where the system makes them.
+MEMORY = _SHARED if _SHARED.is_dir() and os.access(_SHARED, os.W_OK) else None
 
 
 class Stage:
     """Jobs are forked from a process that has imported and tried everything already."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, program: str = "tests.clients.killing") -> None:
         self._folder, self._count = folder, 0
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         self._program = subprocess.Popen(
-            [sys.executable, "-m", "tests.clients.killing", str(folder / "warm"), "2"],
+            [sys.executable, "-m", program, str(folder / "warm"), "2"],
             cwd=ROOT, env={**os.environ, **threads}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -58,8 +60,7 @@ class Stage:
 @pytest.fixture(scope="session")
 def program() -> Iterator[Stage]:
     """A kill loses nothing that was written, synced or not: memory will do where there is such a folder."""
-    parent = _MEMORY if _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=parent) as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         stage = Stage(Path(folder))
         yield stage
         stage.close()

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import confide
-from confide.config import StrategyConfig, load_experiment
+from confide.clients.training.code import package_digest
+from confide.config import STRATEGY_OPTIONS, StrategyConfig, load_experiment
+from confide.config.site import PolicyConfig
 from confide.errors import ConfigError, PeerError, SealingError
 from confide.privacy.audit.verify import verify
 from confide.strategies import make_strategy
@@ -178,7 +180,34 @@ def test_a_site_runs_the_code_that_its_policy_names_and_no_other(
     if not joins:
         refused = refusal_of(answer)
         assert refused.kind == "policy"
-        assert refused.reason == f"strategies allows {sorted(allowed)}, the run asks for {OWN}"
+        assert refused.reason == f"site.toml [policy] strategies allows {sorted(allowed)}, the run asks for {OWN}"
+
+
+def test_a_site_runs_the_code_that_its_operator_has_read(federation: Federation, package: Path) -> None:
+    sys.modules.pop("own_strategies", None)
+    federation.set_policy("ash", strategy_digests={OWN: package_digest(OWN)})
+    code = package / "own_strategies.py"
+    code.write_text(code.read_text() + "# one more line\n")
+    assert "strategy_digests allows other code" in refusal_of(federation.join(("ash",))["ash"]).reason
+    assert "own_strategies" not in sys.modules
+    federation.set_policy("birch", strategy_digests={OWN: package_digest(OWN)})
+    assert not is_refusal(federation.join(("birch",))["birch"]), "the control"
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ({"strategies": ["own_strategies:Half"]}, "own_strategies:Half runs code here: give its digest"),
+        ({"strategies": ["fedprocs"]}, "strategies holds 'fedprocs': a built-in name or module:Class"),
+        ({"strategy_digests": {OWN: "0" * 64}}, "which strategies does not allow"),
+    ],
+)
+def test_site_toml_names_no_code_without_its_digest(lines: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        PolicyConfig(population=20, **lines)
+    assert set(PolicyConfig(population=20).strategies) == set(STRATEGY_OPTIONS)
+    allowed = PolicyConfig(population=20, strategies=[OWN], strategy_digests={OWN: "0" * 64})
+    assert allowed.strategies == (OWN,)
 
 
 def test_the_default_policy_allows_the_built_in_ones_and_nothing_else(federation: Federation) -> None:

@@ -9,7 +9,7 @@ import click
 import typer
 
 from confide import __version__
-from confide.cli import audit, data, model, render, simulate, site, sweep
+from confide.cli import audit, consent, data, federation, model, render, simulate, site, sweep
 from confide.errors import ConfideError, ConfigError
 
 __all__ = ["app", "main"]
@@ -24,9 +24,11 @@ app = typer.Typer(
 app.command("simulate")(simulate.simulate)
 app.command("sweep")(sweep.sweep)
 app.add_typer(data.app, name="data")
+app.add_typer(consent.app, name="consent")
 app.add_typer(model.app, name="model")
 app.add_typer(audit.app, name="audit")
 app.add_typer(site.app, name="site")
+app.add_typer(federation.app, name="federation")
 
 
 def _version(value: bool) -> None:

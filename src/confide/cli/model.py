@@ -79,3 +79,18 @@ def show(
         ("label", f"{card.label.column} ({card.label.task})"), ("features", f"{len(card.schema_.features)}"),
         ("digest", card.digest), ("privacy", card.privacy),
     ]))  # fmt: skip
+
+
+@app.command("digest")
+def digest(
+    kind: Annotated[str, typer.Argument(help="A model of your own: package.module:function.")],
+    as_json: _Json = False,
+) -> None:
+    """What a site writes into [policy.model_digests]: the digest of the installed package. Nothing of it is run."""
+    from confide.clients.training.code import package_digest
+
+    if kind.count(":") != 1:
+        raise ConfigError(f"{kind[:80]!r} is not module:function", where="confide model digest",
+                          hint="built-in models need no digest")  # fmt: skip
+    found = package_digest(kind)
+    show_json({"kind": kind, "digest": found}) if as_json else out.print(f'"{kind}" = "{found}"', soft_wrap=True)

@@ -46,6 +46,9 @@ def simulate(
         Path | None, typer.Option(help="Folder of the sites' privacy ledgers; runs that share it compose.")
     ] = None,
     engine: Annotated[Engine, typer.Option(help="Where the sites run.")] = Engine.LOCAL,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, wherever it was interrupted.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its ε; run nothing, write nothing.")
     ] = False,
@@ -54,6 +57,11 @@ def simulate(
     """Train over simulated sites, with consent and person-level privacy."""
     from confide import simulations
 
+    if resume and dry_run:
+        raise ConfigError("--dry-run plans a new run", where="--resume", hint="leave one of them out")
+    if resume and out_folder is not None and (done := simulations.finished_result(out_folder)) is not None:
+        show_json(done) if as_json else out.print(f"{out_folder}: this run is finished already", soft_wrap=True)
+        return
     with err.status("reading…") if err.is_terminal else _Quiet():
         if dry_run:
             plan = simulations.plan(experiment, overrides=assignments or (), ledger=ledger)
@@ -67,9 +75,11 @@ def simulate(
                 overrides=assignments or (),
                 out=out_folder,
                 ledger=ledger,
+                resume=resume,
                 progress=display.update,
             )
     except KeyboardInterrupt:
+        err.print("confide simulate --resume --out FOLDER goes on with this run", markup=False)
         err.print(
             "[yellow]interrupted[/] the folder says so; what was charged stays charged, nothing else was released"
         )

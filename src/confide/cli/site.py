@@ -21,6 +21,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from confide.cli import site_setup
 from confide.cli.render import number, out, plain, show_json
 from confide.errors import ConfigError
 
@@ -36,6 +37,11 @@ _BAR = 24
 @app.callback()
 def root() -> None:
     """For a site's operator, beside the data."""
+
+
+app.command("init")(site_setup.init)
+app.command("confirm")(site_setup.confirm)
+app.command("rotate")(site_setup.rotate)
 
 
 @app.command("ledger")

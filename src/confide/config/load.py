@@ -7,14 +7,16 @@ import tomllib
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from confide.config.experiment import Experiment, describe_value
 from confide.errors import ConfigError
 
-__all__ = ["load_experiment", "parse_assignment", "read_toml"]
+_C = TypeVar("_C", bound=BaseModel)
+
+__all__ = ["load_experiment", "parse_assignment", "read_toml", "validate"]
 
 
 _KIND = ("strategy", "kind")
@@ -36,15 +38,24 @@ def load_experiment(source: Path | Mapping[str, Any], assignments: Iterable[str]
     # A kind brings its own options, in whatever order they are given.
     for path, value, text in sorted(parsed, key=lambda item: item[0] != _KIND):
         _assign(tree, path, value, text)
-    _refuse_unknown(Experiment, tree, (), where)
+    return validate(Experiment, tree, where, "mend the experiment, or override a key with --set section.key=value")
+
+
+def validate(kind: type[_C], tree: Mapping[str, Any], where: str, hint: str) -> _C:
+    """A configuration from its tree.
+
+    Raises:
+        ConfigError: A key is unknown (with the nearest known one), or a value is not allowed; `hint` says what to do.
+    """
+    _refuse_unknown(kind, tree, (), where)
     try:
-        return Experiment.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, where) from None
+        raise _explain(error, where, hint) from None
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Parse a TOML file.
+def read_toml(path: Path, name: str = "give the path of an experiment file") -> dict[str, Any]:
+    """Parse a TOML file; `name` says what to give where there is none.
 
     Raises:
         ConfigError: It is missing, not UTF-8, or not TOML (with line and column).
@@ -52,9 +63,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            "there is no such file", where=str(path), hint="give the path of an experiment file"
-        ) from None
+        raise ConfigError("there is no such file", where=str(path), hint=name) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot be read: {error}", where=str(path), hint="give a readable UTF-8 TOML file") from None
     except (ValueError, RecursionError) as error:
@@ -126,7 +135,7 @@ def _unknown(key: str, path: tuple[str, ...], known: list[str], where: str) -> C
     return ConfigError(f"unknown key {'.'.join((*path, key))}", where=where, hint=hint)
 
 
-def _explain(error: ValidationError, where: str) -> ConfigError:
+def _explain(error: ValidationError, where: str, hint: str) -> ConfigError:
     lines = []
     for item in error.errors():
         parts = list(item["loc"])
@@ -142,8 +151,4 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
             lines.append(f"{loc}: {message}" if loc else message)
         else:
             lines.append(f"{loc} = {describe_value(item['input'])}: {message[0].lower()}{message[1:]}")
-    return ConfigError(
-        "; ".join(lines),
-        where=where,
-        hint="mend the experiment, or override a key with --set section.key=value",
-    )
+    return ConfigError("; ".join(lines), where=where, hint=hint)

@@ -30,6 +30,7 @@ __all__ = [
     "Address",
     "Envelope",
     "Header",
+    "LogState",
     "carries",
     "chunk_digests",
     "chunk_root",
@@ -47,6 +48,10 @@ MAX_REPLY_BODY = 4096
 MAX_CHUNKS = 65_536
 #: Recipient of a request that goes to every node before the coordinator knows which site lives where.
 EVERYBODY = "*"
+
+
+#: State of a log: how many entries it has, and the root over them, `size:root`.
+LogState = Annotated[str, Field(pattern=r"^[0-9]{1,18}:[0-9a-f]{64}$")]
 
 
 class Address(BaseModel):
@@ -80,7 +85,7 @@ class Header(Address):
     chunks: Annotated[int, Field(ge=0, le=MAX_CHUNKS)]
     chunk_root: Hex32
     #: State of the sender's log, `size:root`: whoever keeps the envelope can prove later what the log held.
-    checkpoint: Annotated[str, Field(pattern=r"^[0-9]{1,18}:[0-9a-f]{64}$")]
+    checkpoint: LogState
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import Field
 
 from confide.privacy.audit.log import Log
 
-__all__ = ["Identity", "verify_signature"]
+__all__ = ["Hex32", "Identity", "verify_signature"]
+
+#: A digest or a public key in a message.
+Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True, slots=True, repr=False)

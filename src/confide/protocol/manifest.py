@@ -23,10 +23,9 @@ from confide.privacy.digest import digest
 from confide.privacy.dp import PrivacyEvent, Role, metrics, statistics
 from confide.privacy.dp.events import merge_events
 from confide.privacy.randomness import UNSAFE_NOISE
+from confide.protocol.identity import Hex32
 
 __all__ = ["Hex32", "Layout", "Manifest", "Member"]
-
-Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _computable(sigma: float) -> float:
@@ -44,7 +43,7 @@ class _Part(BaseModel):
 
 
 class Member(_Part):
-    """A site of the roster: its name, signing key and declared population."""
+    """A site of the roster that takes part in a run: its name, signing key and declared population."""
 
     site: str
     public_key: Hex32
@@ -70,7 +69,9 @@ class Manifest(_Part):
     #: Charges are called `run/round/role`, and are found by that beginning: no name may be the beginning of another's.
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     federation: str
+    #: The federation's roster: which version, and its digest. `members` are those of it that take part in this run.
     roster_version: int
+    roster: Hex32
     purpose: str
     coordinator_key: Hex32
     members: Annotated[tuple[Member, ...], FailFast()]
@@ -116,7 +117,7 @@ class Manifest(_Part):
     def _roster(self) -> Manifest:
         for values in ([m.site for m in self.members], [m.public_key for m in self.members]):
             if len(set(values)) != len(values):
-                raise ValueError("a site or a key stands in the roster twice")
+                raise ValueError("a site or a key takes part twice")
         return self
 
     def to_bytes(self) -> bytes:
@@ -143,7 +144,7 @@ class Manifest(_Part):
         return getattr(self.schema_.features.get(column), "bounds", None)
 
     def member(self, site: str) -> Member | None:
-        """The roster's entry of a site."""
+        """The entry of a site that takes part."""
         return next((m for m in self.members if m.site == site), None)
 
     def weight(self, site: str) -> float:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from confide.errors import SealingError
-from confide.protocol.envelope import Envelope
+from confide.protocol.envelope import Envelope, LogState
 from confide.protocol.manifest import Hex32
 
 __all__ = [
@@ -173,6 +173,8 @@ class TrainReply(Message):
     state: Hex32
     #: Digest of the run secret that the site holds.
     secret: Hex32
+    #: The state of the coordinator's log that came with the request: the site cosigns it, as it signs this reply.
+    coordinator: LogState
 
 
 class SealRequest(Message):
@@ -233,6 +235,8 @@ class Refusal(Message):
     TYPE: ClassVar[str] = "refusal"
     kind: Annotated[str, Field(max_length=32)]
     reason: Annotated[str, Field(max_length=500)]
+    #: It has left the run for good: nobody need keep for it what it has missed.
+    final: bool
 
 
 _M = TypeVar("_M", bound=Message)

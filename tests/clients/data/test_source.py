@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import importlib.metadata
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from confide.clients.data.source import read_table, resolve
+from confide.clients.data.source import read_source, read_table, resolve
+from confide.config.site import SourceConfig
 from confide.errors import DataError
 
 TABLE = pd.DataFrame({"who": ["a", "b", "c"], "age": [1.5, np.nan, 3.0], "n": [1, 2, 3]})
@@ -200,3 +203,35 @@ def test_whatever_a_csv_holds_it_is_a_table_or_a_data_error(
     except DataError:
         rows = 0
     assert rows <= content.count(b"\n") + content.count(b"\r") + 1
+
+
+# --- a site's own source ----------------------------------------------------------------------------------------------
+
+
+def test_a_site_reads_the_same_table_from_a_file_and_from_a_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pd.DataFrame({"person": ["007", "7", None], "age": [1.5, 2.0, 3.0]})
+    table.to_csv(tmp_path / "d.csv", index=False)
+    with contextlib.closing(sqlite3.connect(tmp_path / "d.db")) as db:
+        table.to_sql("visits", db, index=False)
+    monkeypatch.setenv("OUR_DATABASE", f"sqlite:///{tmp_path / 'd.db'}")
+    file = read_source(SourceConfig(file="d.csv", subject="person"), tmp_path)
+    query = "SELECT * FROM visits"
+    base = read_source(SourceConfig(url="env:OUR_DATABASE", query=query, subject="person"), tmp_path)
+    for read in (file, base):
+        assert list(read.person.dropna()) == ["007", "7"], "identifiers as they are written"
+        assert read.person.isna().sum() == 1, "and nobody is called None"
+    assert list(file.age) == list(base.age)
+
+
+@pytest.mark.parametrize(
+    ("url", "query"),
+    [("sqlite:////no/such/folder/secret.db", "SELECT 1"), ("sqlite://", "SELECT secret FROM nothing"),
+     ("nonsense:secret", "SELECT 1"), ("postgresql+nodriver://u:secret@h/d", "SELECT 1"), ("env:NOT_SET_ANYWHERE", "x"),
+     ("sqlite://", "SELECT 1 AS p WHERE 0")],
+)  # fmt: skip
+def test_a_database_that_cannot_be_read_says_so_without_its_address(tmp_path: Path, url: str, query: str) -> None:
+    with pytest.raises(DataError) as refused:
+        read_source(SourceConfig(url=url, query=query, subject="p"), tmp_path)
+    assert "secret" not in str(refused.value)

@@ -42,7 +42,7 @@ FEDERATED_FIELDS = {
     # attempt, key_epoch: how often the coordinator had to ask again; that hangs on which sites answered, not on people.
     "cohort": {"run", "round", "attempt", "key_epoch", "cohort", "statements", "checkpoints", "transcript"},
     "fault": {"run", "round", "step", "party", "reason"},
-    "joined": {"run", "manifest", "coordinator"},
+    "joined": {"run", "manifest", "roster", "coordinator"},  # roster: a digest of public keys and declared populations
     "keys_agreed": {"run", "epoch", "maker", "secret"},  # epoch: as a cohort's
     "keys_destroyed": {"run", "secret"},  # secret: the digest that stands in keys_agreed already
     "metrics_released": {"run", "round", "cohort_size", "values"},  # values: noised, charged, of a whole cohort

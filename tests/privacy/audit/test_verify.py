@@ -263,6 +263,15 @@ def test_an_older_state_of_a_log_put_back_with_its_honest_checkpoint_is_found(ru
     assert any("entries are missing that coordinator saw" in f.what and f.entry == 10 for f in found)
 
 
+def test_a_site_that_joined_under_another_roster_than_the_runs_is_found(run: Run) -> None:
+    assert findings(run) == []
+    book = Logbook(run)
+    number = book.index("doum", r.Joined)
+    book.change("doum", number, roster="ab" * 32)
+    book.conspire()
+    assert Finding("doum", number, "joined under another roster than the manifest names") in findings(run)
+
+
 # --- a log of another run, with the right key ------------------------------------------------------------------------
 
 
@@ -287,7 +296,7 @@ def test_the_coordinators_log_of_another_run_is_found(run: Run, another: Run) ->
         shutil.copy(another.log(COORDINATOR).with_suffix(suffix), run.log(COORDINATOR).with_suffix(suffix))
     found = findings(run)
     assert set(run.sites) <= parties(found)
-    assert any("joined another manifest" in f.what for f in found)
+    assert all(any("belongs to another run" in f.what for f in found if f.party == site) for site in run.sites)
 
 
 def test_a_run_by_others_under_the_same_names_is_found(run: Run) -> None:
@@ -959,7 +968,7 @@ def test_the_command_gives_one_object_as_json(finished: Run) -> None:
     assert finished.result is not None
     assert answer.code == 0
     assert found == {
-        "run_id": finished.result.run_id, "parties": 5, "verified": True, "findings": [],
+        "run_id": (run := finished.result.run_id), "runs": [run], "parties": 5, "verified": True, "findings": [],
         "entries": len(evidence.coordinator.entries) + sum(len(s.entries) for s in evidence.sites.values()),
     }  # fmt: skip
 

@@ -112,7 +112,7 @@ class Waiting:
             federation="f", roster_version=1, run="r", digest="0" * 64, members=members, rounds=9, min_sites=3,
             sealing=SealingConfig.model_validate({"profile": "sealed", "bits": 20}), vector_size=lambda _: SIZE,
             layout=SimpleNamespace(size=SIZE), trains_in=lambda _: True,
-            member=lambda site: next(x for x in members if x.site == site),
+            member=lambda site: next(x for x in members if x.site == site), to_bytes=lambda: b"{}",
         )  # fmt: skip
         grid = LocalGrid(make_client_app(self._find), self.names)
         self.log = coordinator.open_log(folder / f"{count}.db", "coordinator", "f")

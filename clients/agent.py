@@ -1,0 +1,212 @@
+"""A site's agent: keeps Flower's SuperNode and one long-lived executor alive, and connects outwards only.
+
+Invariants:
+1. Two processes, so that what talks to the network holds neither data nor keys of a run, and what holds them talks to
+   nobody but the loopback interface.
+2. Either one that dies is started again, after a wait that grows. A SuperNode alone: the executor keeps the run's keys
+   in memory. An executor takes its SuperNode with it: what that had handed over is lost, and starting anew tells the
+   coordinator's link so.
+3. Whatever way the agent ends, its processes end: by their ids on a signal, by the closed pipe otherwise.
+4. Their logs lie in the agent's folder and hold nothing computed from data.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from confide.clients.executor import GIVE_UP
+from confide.errors import ConfigError
+from confide.privacy.files import write_private
+
+__all__ = ["AgentConfig", "free_port", "run_agent"]
+
+_log = logging.getLogger(__name__)
+_LOOPBACK = "127.0.0.1"
+_WATCH_SECONDS = 0.2
+#: Seconds before a process is started again: doubles up to the second, starts over after a life of the third.
+_FIRST_WAIT, _LONGEST_WAIT, _LONG_LIFE = 0.5, 30.0, 60.0
+#: Seconds that processes get to end by themselves: a site finishes the request at hand, a node says goodbye.
+_SITE_GRACE, _NODE_GRACE = 30.0, 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """One site's agent.
+
+    Args:
+        folder: Its own: logs, Flower's home, the secret between its processes. Nobody else may read it.
+        superlink: The coordinator's link, `host:port`.
+        ca: PEM file of the certificates that may vouch for it.
+        node_key: This node's private key in OpenSSH form (NIST curve).
+        factory: `package.module:function` that opens the site; it runs in the executor.
+        arguments: Its keyword arguments, as JSON knows them. They travel through a pipe: a vault's passphrase may be
+            among them.
+    """
+
+    folder: Path
+    superlink: str
+    ca: Path
+    node_key: Path
+    factory: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_agent(config: AgentConfig, stop: threading.Event | None = None) -> None:
+    """Run until `stop` is set, or until SIGTERM or SIGINT where this is the main thread.
+
+    Raises:
+        ConfigError: A file is missing, the factory is none, or the site refused to start.
+    """
+    ended = stop or threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: ended.set())
+    agent = _Agent(config)
+    try:
+        while not ended.wait(_WATCH_SECONDS):
+            agent.watch()
+    finally:
+        agent.close()
+
+
+class _Process:
+    """One supervised process."""
+
+    def __init__(self, role: str, folder: Path) -> None:
+        self.role, self._folder = role, folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self._wait, self._started_at, self._not_before = _FIRST_WAIT, 0.0, 0.0
+
+    @property
+    def alive(self) -> bool:
+        """Is it running?"""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def code(self) -> int | None:
+        """How it ended; None while it runs or never ran."""
+        return None if self._process is None else self._process.poll()
+
+    @property
+    def due(self) -> bool:
+        """May it be started?"""
+        return not self.alive and time.monotonic() >= self._not_before
+
+    def start(self, order: Mapping[str, Any]) -> None:
+        """Start it with its order; ready to be started again later than the last time if it dies soon."""
+        now = time.monotonic()
+        if self._process is not None:
+            soon = now - self._started_at < _LONG_LIFE
+            self._wait = min(2 * self._wait, _LONGEST_WAIT) if soon else _FIRST_WAIT
+        with (self._folder / f"{self.role}.log").open("ab") as log:
+            os.chmod(log.fileno(), 0o600)
+            self._process = subprocess.Popen(  # noqa: S603  # our own interpreter and module
+                [sys.executable, "-m", "confide.clients.executor", self.role],
+                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=self._environment(),
+                start_new_session=True,
+            )  # fmt: skip
+        self._started_at, self._not_before = now, now + self._wait
+        self.tell(order)
+        write_private(self._folder / f"{self.role}.pid", str(self._process.pid).encode())
+
+    def tell(self, line: Mapping[str, Any]) -> None:
+        """Write a line to its standard input; nothing where it is gone."""
+        pipe: IO[bytes] | None = None if self._process is None else self._process.stdin
+        if pipe is not None:
+            with suppress(OSError):
+                pipe.write(json.dumps(line).encode() + b"\n")
+                pipe.flush()
+
+    def end(self, grace: float) -> None:
+        """Stop it: politely first."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=grace)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        if self._process.stdin is not None:
+            with suppress(OSError):
+                self._process.stdin.close()
+
+    def _environment(self) -> dict[str, str]:
+        """The agent's own, but for Flower's home; and what goes to the loopback interface goes through no proxy."""
+        exempt = ",".join(filter(None, (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), _LOOPBACK)))
+        return {**os.environ, "FLWR_HOME": str(self._folder / "flower"), "NO_PROXY": exempt, "no_proxy": exempt}
+
+
+class _Agent:
+    """Both processes of a site."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        for path in (config.ca, config.node_key):
+            if not path.is_file():
+                raise ConfigError("is not there", where=str(path), hint="see the kit that the coordinator sent")
+        config.folder.mkdir(parents=True, exist_ok=True)
+        config.folder.chmod(0o700)
+        self._config = config
+        self._secret = secrets.token_bytes(32)
+        self._secret_file = config.folder / "tasks.secret"
+        write_private(self._secret_file, self._secret)
+        self._node, self._site = _Process("node", config.folder), _Process("site", config.folder)
+        self.watch()
+
+    def watch(self) -> None:
+        """Start what is not running.
+
+        Raises:
+            ConfigError: The site says that starting it again would not help.
+        """
+        if self._site.code == GIVE_UP:
+            raise ConfigError("cannot start", where="site",
+                              hint=f"the reason stands in {self._config.folder / 'site.log'}")  # fmt: skip
+        if not self._site.alive and self._node.alive:
+            self._node.end(0.0)  # whatever it handed over is lost: its next start tells the link so
+        if self._site.due:
+            self._note(self._site)
+            self._site.start({
+                "factory": self._config.factory, "arguments": dict(self._config.arguments),
+                "secret": self._secret.hex(),
+            })  # fmt: skip
+        if self._site.alive and self._node.due:
+            self._note(self._node)
+            port = free_port()
+            self._site.tell({"address": f"{_LOOPBACK}:{port}"})
+            self._node.start({
+                "superlink": self._config.superlink, "ca": str(self._config.ca), "secret_file": str(self._secret_file),
+                "node_key": str(self._config.node_key), "port": port,
+            })  # fmt: skip
+
+    def close(self) -> None:
+        """Stop both: the site first, so that its last answer still goes out."""
+        self._site.end(_SITE_GRACE)
+        self._node.end(_NODE_GRACE)
+        self._secret_file.unlink(missing_ok=True)
+
+    def _note(self, process: _Process) -> None:
+        if process.code is not None:
+            _log.warning("the %s process ended with code %d and is started again", process.role, process.code)
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on. Whoever takes it in between only costs another start."""
+    with socket.socket() as probe:
+        probe.bind((_LOOPBACK, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,1 @@
+"""A revision a module, oldest first. A revision that was released never changes."""

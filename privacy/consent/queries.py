@@ -1,0 +1,87 @@
+"""What is asked of the registry's database in several places; each in one statement."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, func, select
+
+from confide.privacy.consent.bulk import rows_with
+from confide.privacy.consent.events import ConsentEvent
+from confide.privacy.consent.notices import Notice
+from confide.privacy.consent.tables import (
+    CLOCK,
+    CONTENT,
+    EVENTS,
+    NOTICES,
+    PROJECTION,
+    SUBJECTS,
+    TOMBSTONES,
+    event_from_row,
+)
+
+__all__ = ["Heads", "erased_among", "events_of", "heads", "keys_of", "notices_at"]
+
+#: All that says how far a registry is, in one statement.
+_HEADS = select(
+    select(func.max(EVENTS.c.seq)).scalar_subquery(),
+    select(func.max(NOTICES.c.seq)).scalar_subquery(),
+    select(EVENTS.c.recorded_at).order_by(EVENTS.c.seq.desc()).limit(1).scalar_subquery(),
+    select(CLOCK.c.latest).scalar_subquery(),
+    select(PROJECTION.c.seq).scalar_subquery(),
+    select(PROJECTION.c.damaged).scalar_subquery(),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The latest sequence number, that of the latest notice, the latest instant on record, whether the projection was
+    brought up to the latest event, and whether it was found to differ from the events."""
+
+    sequence: int
+    notice: int
+    recorded: int
+    projected: bool
+    damaged: bool
+
+
+def heads(connection: Connection) -> Heads:
+    """How far the registry is."""
+    event, notice, recorded, taken, projected, damaged = connection.execute(_HEADS).one()
+    event = event or 0
+    return Heads(max(event, notice or 0), notice or 0, max(recorded or 0, taken), projected == event, bool(damaged))
+
+
+def notices_at(connection: Connection, sequence: int | None = None) -> dict[str, Notice]:
+    """The notices on record, by digest, as of a sequence number; None is the latest."""
+    query = select(NOTICES) if sequence is None else select(NOTICES).where(NOTICES.c.seq <= sequence)
+    return {
+        digest: Notice(
+            digest=digest, purposes=frozenset(json.loads(purposes)), covers_beneath=beneath, sequence=seq,
+            registered_at=at,
+        )
+        for seq, digest, purposes, beneath, at in connection.execute(query)
+    }  # fmt: skip
+
+
+def events_of(
+    connection: Connection, pseudonym: bytes, sequence: int | None = None
+) -> Iterator[tuple[int, ConsentEvent]]:
+    """A person's events and their sequence numbers, in order."""
+    query = select(*CONTENT).where(EVENTS.c.pseudonym == pseudonym).order_by(EVENTS.c.seq)
+    if sequence is not None:
+        query = query.where(EVENTS.c.seq <= sequence)
+    return ((seq, event_from_row(values)) for seq, *values in connection.execute(query))
+
+
+def keys_of(connection: Connection, locators: Iterable[bytes]) -> dict[bytes, bytes]:
+    """The personal keys on record, by locator."""
+    rows = rows_with(connection, SUBJECTS, ["locator", "personal_key"], "locator", locators)
+    return {locator: key for locator, key in rows}
+
+
+def erased_among(connection: Connection, locators: Iterable[bytes]) -> set[bytes]:
+    """Those of the locators that have a tombstone."""
+    return {locator for (locator,) in rows_with(connection, TOMBSTONES, ["locator"], "locator", locators)}

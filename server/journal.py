@@ -1,0 +1,396 @@
+"""One run in the store: what the coordinator must find again after it was killed at any point.
+
+Invariants:
+1. A request is stored before it is sent, so that the very same bytes are sent again: sites answer the same request from
+   their own store, and refuse another one for the same step.
+2. A step that is closed stays as it ended: nobody is asked again who did not answer then.
+3. Every change belongs to the process that opened the run last; the state of the log is noted with each.
+4. What nobody needs any more goes: a round's messages when it ends, and a sum once every member that has not left for
+   good has applied it. So the store grows with what replay needs, and by one short row a round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Connection, Table, and_, delete, func, insert, select, update
+
+from confide.errors import StorageError
+from confide.privacy.audit import records as audit
+from confide.privacy.audit.log import Log
+from confide.privacy.sealing import Payload
+from confide.protocol import messages as m
+from confide.protocol.envelope import Address, Envelope
+from confide.server import tables as t
+
+__all__ = ["Journal", "Position", "RoundOutcome", "Total"]
+
+Floats = NDArray[np.float64]
+_AT_ONCE = 400
+#: Entries of the coordinator's own doing, of which there is one each.
+_ONCE = (
+    audit.RunCreated, audit.Cohort, audit.RoundAbandoned, audit.MetricsReleased, audit.ModelReleased, audit.RunEnded,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RoundOutcome:
+    """What the coordinator knows after a round; `metrics` are those opened from an earlier round's sum."""
+
+    round: int
+    cohort: tuple[str, ...]
+    abandoned: bool
+    uplink_bytes: int
+    metrics_round: int | None = None
+    metrics: Floats | None = None
+    #: Bytes a parameter that each site sent; None where nothing was trained.
+    update_bytes: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """A round's sum, kept for sites that still have to apply it."""
+
+    round: int
+    cohort: tuple[str, ...]
+    statements: tuple[str, ...]
+    transcript: str
+    attempt: int
+    payload: Payload
+    unlocked: tuple[m.Statement, ...] = ()
+    uplink: int = 0
+    #: Each member's signed `seal` reply, without its bulk.
+    sealed: Mapping[str, Envelope] = field(default_factory=dict)
+    #: Where single updates are passed on: who signed which chunks, in their order.
+    signed: tuple[m.Statement, ...] = ()
+
+    @property
+    def chunks(self) -> tuple[bytes, ...]:
+        """Its bulk."""
+        return self.payload.chunks
+
+    @property
+    def reference(self) -> m.SumReference:
+        """What a request says of it."""
+        return m.SumReference(
+            round=self.round, cohort=self.cohort, statements=self.statements, transcript=self.transcript,
+            attempt=self.attempt, chunks=len(self.chunks), tags=tuple(f"{tag:x}" for tag in self.payload.tags),
+            unlocked=self.unlocked, sealed=self.signed,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far a run is: `members` agreed on keys (None: not yet), `next` is the round under way."""
+
+    finished: bool
+    epoch: int
+    members: tuple[str, ...] | None
+    next: int
+    #: What the sites called the model that they trained from last.
+    model: str
+
+
+class Journal:
+    """See the module; made by `RunStore.open`.
+
+    Args:
+        transaction: Begins one.
+        run: The run.
+        owner: Names this process.
+        log: The coordinator's log.
+    """
+
+    def __init__(
+        self, transaction: Callable[[], AbstractContextManager[Connection]], run: str, owner: str, log: Log
+    ) -> None:
+        self._transaction, self._run, self._owner, self._log = transaction, run, owner, log
+        at, latest = self.position(), self.latest()[0]
+        since = min(at.next, latest) if latest else 0
+        #: What the log holds already of what a resumed process comes by again.
+        keys = (_key(e) for e in log.entries() if e.run == run)
+        self._logged = {k for k in keys if k is not None and (at.finished or k[1] >= since)}
+
+    # --- the log --------------------------------------------------------------------------------------------------
+
+    def append_once(self, record: audit.Record) -> None:
+        """Add an entry to the log, unless an earlier process of this run has."""
+        if _key(record) not in self._logged:
+            self._log.append(record)
+
+    # --- messages -------------------------------------------------------------------------------------------------
+
+    def put_requests(self, place: Address, requests: Mapping[str, Envelope]) -> None:
+        """Store signed requests before any of them is sent."""
+        with self._write() as db:
+            self._put_messages(db, place, "request", requests)
+
+    def requests(self, place: Address) -> dict[str, Envelope]:
+        """The signed requests of a step, by site; empty where none was stored."""
+        return self._messages(place, "request")
+
+    def put_reply(self, place: Address, site: str, reply: Envelope) -> None:
+        """Keep a verified reply."""
+        with self._write() as db:
+            self._put_messages(db, place, "reply", {site: reply})
+
+    def replies(self, place: Address) -> dict[str, Envelope]:
+        """The replies of a step that were kept, by site."""
+        return self._messages(place, "reply")
+
+    def asked(self, place: Address) -> tuple[str, ...]:
+        """Whom the requests of a step are for; empty where none was stored."""
+        query = select(t.message.c.site).where(_at(t.message, place), t.message.c.kind == "request")
+        with self._transaction() as db:
+            return tuple(sorted(db.scalars(query)))
+
+    def close(self, place: Address) -> None:
+        """Nobody is waited for any more."""
+        if not self.closed(place):
+            with self._write() as db:
+                db.execute(insert(t.closed).values(**_columns(place)))
+
+    def closed(self, place: Address) -> bool:
+        """Was a step closed?"""
+        with self._transaction() as db:
+            return db.scalar(select(t.closed.c.round).where(_at(t.closed, place))) is not None
+
+    def refuse(self, site: str, refusal: m.Refusal) -> None:
+        """Keep why a site did not take part; its latest reason counts."""
+        with self._write() as db:
+            db.execute(delete(t.refusal).where(t.refusal.c.run == self._run, t.refusal.c.site == site))
+            db.execute(insert(t.refusal).values(run=self._run, site=site, kind=refusal.kind, reason=refusal.reason))
+            if refusal.final:
+                here = and_(t.applied.c.run == self._run, t.applied.c.site == site)
+                db.execute(update(t.applied).where(here).values(gone=1))
+
+    def refusals(self) -> dict[str, m.Refusal]:
+        """Each site's latest refusal."""
+        with self._transaction() as db:
+            found = db.execute(select(t.refusal).where(t.refusal.c.run == self._run))
+            return {row.site: m.Refusal(kind=row.kind, reason=row.reason, final=False) for row in found}
+
+    # --- how far the run is ---------------------------------------------------------------------------------------
+
+    def position(self) -> Position:
+        """As it was stored last."""
+        with self._transaction() as db:
+            row = db.execute(select(t.run).where(t.run.c.run == self._run)).one()
+        members = None if row.members is None else tuple(json.loads(row.members))
+        return Position(row.status == "finished", row.epoch, members, row.next, row.model)
+
+    def agree(self, epoch: int, members: Sequence[str]) -> None:
+        """Keys are agreed on; how is no longer of interest."""
+        with self._write(epoch=epoch, members=json.dumps(list(members))) as db:
+            passing = t.message.c.step.in_(("secret", "keys"))
+            db.execute(delete(t.message).where(t.message.c.run == self._run, passing))
+            db.execute(insert(t.applied), [{"run": self._run, "site": s, "round": 0, "gone": 0} for s in members])
+            self._forget_bulk(db)
+
+    def put_total(self, total: Total) -> None:
+        """Keep a round's sum."""
+        with self._write() as db:
+            (chunks,) = self._put_chunks(db, [total.chunks])
+            reference = total.reference.model_dump_json()
+            sealed = json.dumps([m.Statement.of(s, e).model_dump() for s, e in total.sealed.items()])
+            values = {"reference": reference, "chunks": chunks, "sealed": sealed, "uplink": total.uplink}
+            db.execute(delete(t.total).where(t.total.c.run == self._run, t.total.c.round == total.round))
+            db.execute(insert(t.total).values(run=self._run, round=total.round, **values))
+
+    def totals(self, first: int, last: int) -> list[Total]:
+        """The sums kept of these rounds, oldest first."""
+        here = and_(t.total.c.run == self._run, t.total.c.round >= first, t.total.c.round <= last)
+        with self._transaction() as db:
+            rows = db.execute(select(t.total).where(here).order_by(t.total.c.round)).all()
+            bulk = self._bulk(db, [row.chunks for row in rows])
+        return [_total(row, chunks) for row, chunks in zip(rows, bulk, strict=True)]
+
+    def latest(self, before: int | None = None) -> tuple[int, tuple[str, ...]]:
+        """(round, cohort) of the latest sum, or of the latest before a round; (0, ()) where there is none."""
+        query = select(t.total.c.round, t.total.c.reference).where(t.total.c.run == self._run)
+        if before is not None:
+            query = query.where(t.total.c.round < before)
+        with self._transaction() as db:
+            row = db.execute(query.order_by(t.total.c.round.desc()).limit(1)).first()
+        return (0, ()) if row is None else (row.round, m.SumReference.model_validate_json(row.reference).cohort)
+
+    def applied(self) -> dict[str, int]:
+        """The latest sum that each member has applied that has not left for good."""
+        there = and_(t.applied.c.run == self._run, t.applied.c.gone == 0)
+        with self._transaction() as db:
+            rows = db.execute(select(t.applied.c.site, t.applied.c.round).where(there))
+            return {site: round_ for site, round_ in rows}
+
+    def end_round(self, outcome: RoundOutcome, present: Iterable[str], model: str) -> None:
+        """Close a round, and let go of what nobody needs any more.
+
+        Args:
+            outcome: How it ended.
+            present: Who has applied every sum before it.
+            model: What the sites call the model that they trained from; empty where nobody did.
+        """
+        number, run = outcome.round, self._run
+        before = self.latest(before=number)[0]
+        with self._write(next=number + 1, **({"model": model} if model else {})) as db:
+            metrics = None if outcome.metrics is None else outcome.metrics.astype("<f8").tobytes()
+            db.execute(
+                insert(t.outcome).values(
+                    run=run, round=number, cohort=json.dumps(outcome.cohort), abandoned=int(outcome.abandoned),
+                    uplink=outcome.uplink_bytes, update_bytes=outcome.update_bytes,
+                    metrics_round=outcome.metrics_round, metrics=metrics,
+                )
+            )  # fmt: skip
+            members = [t.applied.c.site.in_(part) for part in _slices(list(present))]
+            for some in members:
+                db.execute(update(t.applied).where(t.applied.c.run == run, some).values(round=before))
+            if outcome.abandoned:
+                db.execute(delete(t.total).where(t.total.c.run == run, t.total.c.round == number))
+            self._prune(db, number)
+
+    def outcomes(self) -> Iterator[RoundOutcome]:
+        """Of every round that has ended, oldest first."""
+        with self._transaction() as db:
+            rows = db.execute(select(t.outcome).where(t.outcome.c.run == self._run).order_by(t.outcome.c.round)).all()
+        for row in rows:
+            metrics = None if row.metrics is None else np.frombuffer(row.metrics, dtype="<f8").astype(np.float64)
+            yield RoundOutcome(
+                row.round, tuple(json.loads(row.cohort)), bool(row.abandoned), row.uplink, row.metrics_round, metrics,
+                row.update_bytes,
+            )  # fmt: skip
+
+    def outcome(self, round_: int) -> RoundOutcome | None:
+        """How a round ended; None where it has not."""
+        return next((o for o in self.outcomes() if o.round == round_), None)
+
+    def finish(self) -> None:
+        """The model is released; only what was, and how the rounds ended, stays."""
+        with self._write(status="finished") as db:
+            run = self._run
+            db.execute(delete(t.closed).where(t.closed.c.run == run, t.closed.c.step != "release"))
+            db.execute(delete(t.applied).where(t.applied.c.run == run))
+            db.execute(update(t.total).where(t.total.c.run == run).values(chunks="[]"))
+            released = and_(t.message.c.step == "release", t.message.c.kind == "reply")
+            db.execute(delete(t.message).where(t.message.c.run == run, ~released))
+            db.execute(update(t.run).where(t.run.c.run == run).values(initial=""))
+            self._forget_bulk(db)
+
+    # --- parts ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _write(self, **changes: Any) -> Iterator[Connection]:
+        """A change of the run, if it is still this process's.
+
+        Raises:
+            StorageError: Another process has taken the run over, or the database does not take it.
+        """
+        mine = and_(t.run.c.run == self._run, t.run.c.owner == self._owner)
+        with self._transaction() as db:
+            values = {"position": self._log.checkpoint().short, **changes}
+            if db.execute(update(t.run).where(mine).values(**values)).rowcount != 1:
+                raise StorageError("another process has taken this run over", where=f"run {self._run}",
+                                   hint="one coordinator drives a run; this one stops")  # fmt: skip
+            yield db
+
+    def _prune(self, db: Connection, ended: int) -> None:
+        """Messages of rounds that are over (but the last `train` replies: they show who was at the end), and sums that
+        everybody has who may still ask."""
+        run, of = self._run, t.message.c
+        kept = and_(of.round == ended, of.step == "train", of.kind == "reply")
+        db.execute(delete(t.message).where(of.run == run, of.round.between(1, ended), ~kept))
+        db.execute(delete(t.closed).where(t.closed.c.run == run, t.closed.c.round.between(1, ended)))
+        here = and_(t.applied.c.run == run, t.applied.c.gone == 0)
+        least = db.scalar(select(func.min(t.applied.c.round)).where(here))
+        latest = db.scalar(select(func.max(t.total.c.round)).where(t.total.c.run == run))
+        if least is not None and latest is not None:  # the latest one also says whose metrics come next
+            old = and_(t.total.c.run == run, t.total.c.round <= least, t.total.c.round < latest)
+            db.execute(delete(t.total).where(old))
+        self._forget_bulk(db)
+
+    def _forget_bulk(self, db: Connection) -> None:
+        named = {db.scalar(select(t.run.c.initial).where(t.run.c.run == self._run))}
+        for table in (t.message, t.total):
+            for (text,) in db.execute(select(table.c.chunks).where(table.c.run == self._run)):
+                named.update(json.loads(text))
+        held = db.scalars(select(t.blob.c.digest).where(t.blob.c.run == self._run)).all()
+        for part in _slices([digest for digest in held if digest not in named]):
+            db.execute(delete(t.blob).where(t.blob.c.run == self._run, t.blob.c.digest.in_(part)))
+
+    def _put_messages(self, db: Connection, place: Address, kind: str, messages: Mapping[str, Envelope]) -> None:
+        bulk = self._put_chunks(db, [e.chunks for e in messages.values()])
+        rows = [
+            {**_columns(place), "site": site, "kind": kind, "header": e.header, "signature": e.signature,
+             "body": e.body, "chunks": chunks}
+            for (site, e), chunks in zip(messages.items(), bulk, strict=True)
+        ]  # fmt: skip
+        if rows:
+            db.execute(insert(t.message), rows)
+
+    def _messages(self, place: Address, kind: str) -> dict[str, Envelope]:
+        query = select(t.message).where(_at(t.message, place), t.message.c.kind == kind)
+        with self._transaction() as db:
+            rows = db.execute(query).all()
+            bulk = self._bulk(db, [row.chunks for row in rows])
+        return {
+            row.site: Envelope(row.header, row.signature, row.body, chunks)
+            for row, chunks in zip(rows, bulk, strict=True)
+        }
+
+    def _put_chunks(self, db: Connection, many: Sequence[tuple[bytes, ...]]) -> list[str]:
+        """Names of the chunks of each message, in JSON; what several carry is hashed and stored once."""
+        data = {id(chunk): chunk for chunks in many for chunk in chunks}
+        names = {place: hashlib.sha256(chunk).hexdigest() for place, chunk in data.items()}
+        new = {names[place]: chunk for place, chunk in data.items()}
+        for part in _slices(list(new)):
+            known = select(t.blob.c.digest).where(t.blob.c.run == self._run, t.blob.c.digest.in_(part))
+            for digest in db.scalars(known).all():
+                del new[digest]
+        for digest, chunk in new.items():
+            db.execute(insert(t.blob).values(run=self._run, digest=digest, data=chunk))
+        return [json.dumps([names[id(chunk)] for chunk in chunks]) for chunks in many]
+
+    def _bulk(self, db: Connection, many: Sequence[str]) -> list[tuple[bytes, ...]]:
+        """The chunks that these lists name, each in memory once."""
+        lists = [json.loads(text) for text in many]
+        found: dict[str, bytes] = {}
+        for part in _slices(sorted({digest for names in lists for digest in names})):
+            here = and_(t.blob.c.run == self._run, t.blob.c.digest.in_(part))
+            found.update((row.digest, row.data) for row in db.execute(select(t.blob).where(here)))
+        return [tuple(found[digest] for digest in names) for names in lists]
+
+
+def _total(row: Any, chunks: tuple[bytes, ...]) -> Total:
+    of = m.SumReference.model_validate_json(row.reference)
+    sealed = (m.Statement.model_validate(tree) for tree in json.loads(row.sealed))
+    return Total(
+        of.round, of.cohort, of.statements, of.transcript, of.attempt,
+        Payload(chunks, tuple(int(tag, 16) for tag in of.tags)), of.unlocked, row.uplink,
+        {statement.site: statement.envelope() for statement in sealed}, of.sealed,
+    )  # fmt: skip
+
+
+def _columns(place: Address) -> dict[str, Any]:
+    return {
+        "run": place.run, "epoch": place.key_epoch, "round": place.round, "step": place.step, "attempt": place.attempt,
+    }  # fmt: skip
+
+
+def _at(table: Table, place: Address) -> Any:
+    return and_(*(table.c[name] == value for name, value in _columns(place).items()))
+
+
+def _key(record: audit.Record) -> tuple[str, int, int] | None:
+    """What an entry is found by, of those that there is one of each; rounds that no entry names are the last."""
+    if not isinstance(record, _ONCE):
+        return None
+    return record.KIND, getattr(record, "round", 1 << 30), getattr(record, "attempt", 0)
+
+
+def _slices(items: list[str]) -> Iterator[list[str]]:
+    return (items[i : i + _AT_ONCE] for i in range(0, len(items), _AT_ONCE))

@@ -1,0 +1,161 @@
+"""The coordinator's run store: where runs lie (SQLite, or another database by URL), and who may write one.
+
+Invariants:
+1. A run is written by one process: whoever opens it takes it over, and nothing that an earlier one still wants to write
+   is taken. As requests are stored before they are sent, an earlier one sends nothing new either.
+2. A run is opened with the manifest that it was made with, and with a log that still holds what it held.
+
+What a run's rows mean, and when they go, is `server/journal.py`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, select
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import StaticPool
+
+from confide.errors import AuditError, ConfigError, StorageError
+from confide.privacy.audit.log import Log
+from confide.server import tables as t
+from confide.server.journal import Journal
+
+__all__ = ["MEMORY", "RunStore"]
+
+#: Nothing outlives the process.
+MEMORY = "sqlite://"
+
+
+class RunStore:
+    """All runs of one coordinator.
+
+    Args:
+        url: SQLAlchemy's, e.g. `sqlite:////var/lib/confide/runs.db` or `postgresql+psycopg://…`.
+
+    Raises:
+        ConfigError: The URL names no database that can be used here.
+        StorageError: The database does not open, or is of another version.
+    """
+
+    def __init__(self, url: str = MEMORY) -> None:
+        self._engine, self._where = _engine(url), _shown(url)
+        with self._errors(), self._engine.begin() as db:
+            t.metadata.create_all(db)
+            version = db.scalar(select(t.schema.c.version))
+            if version is None:
+                db.execute(t.schema.insert().values(version=t.SCHEMA_VERSION))
+        if version not in (None, t.SCHEMA_VERSION):
+            raise StorageError(f"has schema version {version}; this program writes {t.SCHEMA_VERSION}",
+                               where=self._where, hint="use the version of confide that made it")  # fmt: skip
+
+    def runs(self) -> dict[str, str]:
+        """Every run and its status: `running` or `finished`."""
+        with self._errors(), self._engine.connect() as db:
+            return {run: status for run, status in db.execute(select(t.run.c.run, t.run.c.status))}
+
+    def load(self, run: str) -> tuple[bytes, bytes] | None:
+        """(manifest, initial model) of a run, with which it is resumed; None where it is not here."""
+        with self._errors(), self._engine.connect() as db:
+            row = db.execute(select(t.run.c.manifest, t.run.c.initial).where(t.run.c.run == run)).first()
+            if row is None:
+                return None
+            query = select(t.blob.c.data).where(t.blob.c.run == run, t.blob.c.digest == row.initial)
+            return row.manifest, db.scalar(query) or b""
+
+    def open(self, run: str, manifest: bytes, initial: bytes, log: Log) -> Journal:
+        """Begin a run, or take it over from a process that is gone.
+
+        Args:
+            run: Its name.
+            manifest: The manifest's bytes.
+            initial: The first weights' bytes.
+            log: The coordinator's log of the run.
+
+        Raises:
+            ConfigError: The run was made with another manifest or model.
+            AuditError: The log does not hold what it held when the run was stored.
+        """
+        owner, first = secrets.token_hex(16), hashlib.sha256(initial).hexdigest()
+        with self._errors(), self._engine.begin() as db:
+            row = db.execute(select(t.run).where(t.run.c.run == run).with_for_update()).mappings().first()
+            if row is None:
+                values = {
+                    "run": run, "owner": owner, "status": "running", "position": log.checkpoint().short,
+                    "manifest": manifest, "initial": first, "epoch": 0, "members": None, "next": 1, "model": "",
+                }  # fmt: skip
+                db.execute(t.run.insert().values(**values))
+                db.execute(t.blob.insert().values(run=run, digest=first, data=initial))
+            else:
+                self._same(row, manifest, first, log)
+                db.execute(t.run.update().where(t.run.c.run == run).values(owner=owner))
+        return Journal(self.transaction, run, owner, log)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """Everything in it is durable when it ends, or nothing.
+
+        Raises:
+            StorageError: The database does not take it.
+        """
+        with self._errors(), self._engine.begin() as db:
+            yield db
+
+    def close(self) -> None:
+        """Release the database."""
+        self._engine.dispose()
+
+    def _same(self, row: Any, manifest: bytes, initial: str, log: Log) -> None:
+        where = f"run {row['run']} in {self._where}"
+        if row["manifest"] != manifest or (row["initial"] != initial and row["status"] != "finished"):
+            raise ConfigError("was made with another manifest or first model", where=where,
+                              hint="a run is resumed as it was begun; a changed one needs a new name")  # fmt: skip
+        size, _, root = row["position"].partition(":")
+        if not log.held(int(size), bytes.fromhex(root)):
+            raise AuditError("the coordinator's log does not hold what it held when the run was stored", where=where,
+                             hint="restore log and run store from one backup")  # fmt: skip
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except SQLAlchemyError as error:
+            raise StorageError(f"does not take the coordinator's state ({type(error).__name__})", where=self._where,
+                               hint="free space, or check that the database is there; then resume: what was durable "
+                               "is kept") from None  # fmt: skip
+
+
+def _engine(url: str) -> Engine:
+    try:
+        parsed = make_url(url)
+        if parsed.get_backend_name() != "sqlite":
+            return create_engine(parsed, pool_pre_ping=True)
+        if parsed.database in (None, "", ":memory:"):
+            engine = create_engine(parsed, poolclass=StaticPool, connect_args={"check_same_thread": False})
+        else:
+            engine = create_engine(parsed)
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        raise ConfigError(f"names no database that can be used here ({type(error).__name__})", where=_shown(url),
+                          hint="e.g. sqlite:////path/runs.db, or postgresql+psycopg://host/database with psycopg "
+                          "installed") from None  # fmt: skip
+    event.listen(engine, "connect", _durable)
+    return engine
+
+
+def _durable(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _shown(url: str) -> str:
+    """A database's URL without its password."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return "run store"

@@ -1,0 +1,37 @@
+BEGIN TRANSACTION;
+CREATE TABLE consent_event (
+	seq INTEGER NOT NULL, 
+	event_id VARCHAR(200) NOT NULL, 
+	pseudonym BLOB NOT NULL, 
+	purpose VARCHAR(200) NOT NULL, 
+	type VARCHAR(20) NOT NULL, 
+	effective_at BIGINT NOT NULL, 
+	valid_until BIGINT, 
+	notice_digest VARCHAR(200) NOT NULL, 
+	lawful_basis VARCHAR(200) NOT NULL, 
+	jurisdiction VARCHAR(50) NOT NULL, 
+	evidence_ref VARCHAR(500) NOT NULL, 
+	max_epsilon FLOAT, 
+	PRIMARY KEY (seq), 
+	UNIQUE (event_id)
+);
+INSERT INTO "consent_event" VALUES(1,'a',X'D595013A1D9918D2227EBC0D48910ED5ADC5744C141DEA4125B02F83AF3C63B0','research/test','given',10,NULL,'','GDPR-6-1-a','','',2.5);
+INSERT INTO "consent_event" VALUES(2,'b',X'9AF0041D5711BC48F34F9BD869BBACE43AFA588B77217F79554365579396A345','research/test','given',12,NULL,'','','','',NULL);
+INSERT INTO "consent_event" VALUES(3,'c',X'D595013A1D9918D2227EBC0D48910ED5ADC5744C141DEA4125B02F83AF3C63B0','research/test','withdrawn',20,NULL,'','','','',NULL);
+CREATE TABLE consent_schema (
+	version INTEGER NOT NULL, 
+	PRIMARY KEY (version)
+);
+INSERT INTO "consent_schema" VALUES(1);
+CREATE TABLE consent_subject (
+	locator BLOB NOT NULL, 
+	personal_key BLOB NOT NULL, 
+	PRIMARY KEY (locator)
+);
+INSERT INTO "consent_subject" VALUES(X'B61D131AAE57DA4F60846D0F68A3D2CECBC416282E48CC493C565B7ECF259D81',X'0808080808080808080808080808080808080808080808080808080808080808');
+INSERT INTO "consent_subject" VALUES(X'CF27C085B73AD6733AA23223D660A35D9ACD639292ABE21FED9122C8EAC2CF46',X'0707070707070707070707070707070707070707070707070707070707070707');
+CREATE INDEX consent_event_purpose ON consent_event (purpose, pseudonym, seq);
+CREATE TRIGGER consent_event_no_update BEFORE UPDATE ON consent_event BEGIN SELECT RAISE(ABORT, 'consent events are append-only'); END;
+CREATE TRIGGER consent_event_no_delete BEFORE DELETE ON consent_event BEGIN SELECT RAISE(ABORT, 'consent events are append-only'); END;
+CREATE TRIGGER consent_event_no_replace BEFORE INSERT ON consent_event WHEN EXISTS (SELECT 1 FROM consent_event WHERE seq = NEW.seq OR event_id = NEW.event_id) BEGIN SELECT RAISE(ABORT, 'consent events are append-only'); END;
+COMMIT;
