@@ -45,6 +45,7 @@ class Answer:
     chunks: tuple[bytes, ...] = ()
     sealed: str | None = None
     unlocked: str | None = None
+    control: bytes | None = None
 
 
 class RoundSteps:
@@ -140,6 +141,8 @@ class RoundSteps:
         agreement = Agreement(message.cohort, agreed, self_masked=retries)
         rounding = run.rounding(round_)
         payload = run.keys.session.seal(run.pending[1], run.segments(round_), agreement, rounding).payload()
+        control = run.next_control(round_, run.pending[1])
+        boxed = None if control is None else self._store.box_control(name, round_, control, run.keys.storage)
         if not told:
             self._log.append(
                 audit.Sealed(
@@ -152,7 +155,7 @@ class RoundSteps:
         else:
             run.pending = None
         tags = tuple(f"{tag:x}" for tag in payload.tags)
-        return Answer(m.SealReply(transcript=agreed, tags=tags), payload.chunks, sealed=agreed)
+        return Answer(m.SealReply(transcript=agreed, tags=tags), payload.chunks, sealed=agreed, control=boxed)
 
     def unlock(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
         """Give away the seed of this site's own mask in one attempt."""
@@ -196,6 +199,9 @@ class RoundSteps:
     def _compute(self, run: SiteRun, round_: int, model: ModelState) -> Floats:
         """The round's vector under the charges that were made for it, with whose consent it rests on noted."""
         charges = {role: charge for role, (charge, _) in self._charges(run, round_).items()}
+        if run.manifest.control_variates:
+            own = self._store.control(run.manifest.run, run.keys.storage)
+            run.control = run.control if own is None else own
         source, ledger = self._participants(run.manifest), self._ledger if charges else None
         source.reads()  # from here on they are this round's
         try:
@@ -252,7 +258,10 @@ class RoundSteps:
                     model=run.model_tag(model), saturated=f"{model.saturated:.6f}",
                 )
             )  # fmt: skip
-            self._store.put_model(run.manifest.run, model, run.keys.storage)
+            keep = self._store.put_model
+            if run.manifest.control_variates:
+                keep = partial(self._store.put_model_and_control, counted=run.site in reference.cohort)
+            keep(run.manifest.run, model, run.keys.storage)
         if offset != len(chunks):
             raise SealingError("chunks that no sum names", where=f"run {run.manifest.run}")
         return model

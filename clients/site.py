@@ -277,7 +277,9 @@ class Site:
 
     def _commit(self, run: SiteRun, address: Address, request: Envelope, answer: Answer) -> Envelope:
         reply = self._sign(address, request, answer.message, answer.chunks)
-        self._store.commit_reply(address, request.digest, reply, sealed=answer.sealed, unlocked=answer.unlocked)
+        self._store.commit_reply(
+            address, request.digest, reply, sealed=answer.sealed, unlocked=answer.unlocked, control=answer.control
+        )
         return reply
 
     def _sign(

@@ -2,6 +2,7 @@
 
 Invariants:
 1. It never computes with a single site's update except to add it to the round's one accumulator, as it arrives.
+   (Where a strategy needs single updates, under profile `open` only, they are kept and passed on as they were signed.)
 2. A cohort is sealed once: a site that fails while sealing abandons the round, unless the run retries.
 3. All sites must hold the same model after every round; otherwise the run stops.
 4. It holds no data and no key but its own signing key.
@@ -104,7 +105,7 @@ class Coordinator:
     ) -> None:
         self._grid, self.manifest, self._initial = grid, manifest, initial_model
         self._before_round, self._after_round = before_round, after_round
-        self._profile = make_profile(manifest.sealing, len(manifest.members))
+        self._profile = make_profile(manifest.sealing, len(manifest.members), gather=manifest.single_updates)
         self._progress = _Progress()
         self.log = log
         first = initial_model.astype("<f4").tobytes()
@@ -326,7 +327,10 @@ class Coordinator:
             del envelope, reply
         if set(sealed) != set(cohort):
             return None, uplink, sealed
-        return Total(round_, cohort, tuple(digests.values()), agreed, attempt, accumulator.total()), uplink, sealed
+        total = Total(round_, cohort, tuple(digests.values()), agreed, attempt, accumulator.total())
+        if self.manifest.single_updates:
+            total = replace(total, signed=tuple(m.Statement.of(site, reply) for site, reply in sealed.items()))
+        return total, uplink, sealed
 
     def _seal_requests(self, place: Address, replies: Mapping[str, Envelope], agreed: str) -> dict[str, Envelope]:
         """Requests to seal for a cohort, which is logged first: the requests show that it was."""

@@ -68,6 +68,8 @@ class Total:
     uplink: int = 0
     #: Each member's signed `seal` reply, without its bulk.
     sealed: Mapping[str, Envelope] = field(default_factory=dict)
+    #: Where single updates are passed on: who signed which chunks, in their order.
+    signed: tuple[m.Statement, ...] = ()
 
     @property
     def chunks(self) -> tuple[bytes, ...]:
@@ -80,7 +82,7 @@ class Total:
         return m.SumReference(
             round=self.round, cohort=self.cohort, statements=self.statements, transcript=self.transcript,
             attempt=self.attempt, chunks=len(self.chunks), tags=tuple(f"{tag:x}" for tag in self.payload.tags),
-            unlocked=self.unlocked,
+            unlocked=self.unlocked, sealed=self.signed,
         )  # fmt: skip
 
 
@@ -369,7 +371,7 @@ def _total(row: Any, chunks: tuple[bytes, ...]) -> Total:
     return Total(
         of.round, of.cohort, of.statements, of.transcript, of.attempt,
         Payload(chunks, tuple(int(tag, 16) for tag in of.tags)), of.unlocked, row.uplink,
-        {statement.site: statement.envelope() for statement in sealed},
+        {statement.site: statement.envelope() for statement in sealed}, of.sealed,
     )  # fmt: skip
 
 

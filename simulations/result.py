@@ -173,6 +173,8 @@ class Plan:
     purpose: str
     rounds: int
     local_steps: int
+    #: The strategy with all its options.
+    strategy: str
     metric_rounds: list[int]
     #: Columns whose bounds a statistics run learns before the training.
     learned: list[str]

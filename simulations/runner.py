@@ -325,7 +325,9 @@ class _Run:
             },
             consent_is_simulated=world.sources.consent is None,
             saturated=self._saturated,
-            exposure=make_profile(manifest.sealing, len(manifest.members)).describe_exposure(),
+            exposure=make_profile(
+                manifest.sealing, len(manifest.members), gather=manifest.single_updates
+            ).describe_exposure(),
             learned={n: b for n in world.sources.learned if (b := manifest.bounds_of(n)) is not None},
             warnings=manifest.warnings,
         )

@@ -23,7 +23,7 @@ from confide.clients.site import Site
 from confide.clients.store import SiteStore
 from confide.clients.training.admission import admit_model
 from confide.clients.training.models import build_model, initial_model
-from confide.config import Experiment, SchemaConfig
+from confide.config import STRATEGY_OPTIONS, Experiment, SchemaConfig
 from confide.errors import ConfigError, DataError
 from confide.privacy.consent import (
     ConsentEvent,
@@ -263,6 +263,7 @@ class World:
             profiles=frozenset({"sealed", "masked", "ckks"} | ({"open"} if experiment.data.public else set())),
             data_are_public=experiment.data.public,
             models=frozenset({"logistic", "mlp", experiment.model.kind}),
+            strategies=frozenset({*STRATEGY_OPTIONS, experiment.strategy.kind}),
             held_out=experiment.data.held_out,
             min_sites=experiment.sites.min_sites,
             min_subjects=experiment.sites.min_subjects,

@@ -134,6 +134,7 @@ def _show_plan(plan: Plan) -> None:
             "rounds",
             f"{plan.rounds} × {plan.local_steps} local steps; metrics leave after rounds {_list(plan.metric_rounds)}",
         ),
+        ("strategy", plan.strategy),
         ("sites", str(len(plan.sites))),
         ("profile", f"{plan.profile}: {plan.sealing}"),
         (
