@@ -17,7 +17,7 @@ H = "ab" * 32
 STATEMENT = m.Statement(site="ash", header="{}", signature="00" * 64, body="{}")
 SUM = m.SumReference(
     round=1, cohort=("ash", "birch", "cedar"), statements=(H, H, H), transcript=H, attempt=1, chunks=2, tags=("1f",),
-    unlocked=(STATEMENT, STATEMENT, STATEMENT),
+    unlocked=(STATEMENT, STATEMENT, STATEMENT), sealed=(STATEMENT, STATEMENT, STATEMENT),
 )  # fmt: skip
 #: Adding a field to a message means adding it here, and thinking about what it tells of people.
 FIELDS: dict[type[m.Message], set[str]] = {
@@ -30,7 +30,18 @@ FIELDS: dict[type[m.Message], set[str]] = {
     m.KeysReply: {"secret"},
     # attempt: how often the coordinator asked for this round; it depends on which sites answered, on nobody's data.
     # unlocked: signed `unlock` replies, see below; the coordinator has them, and sites check them.
-    m.SumReference: {"round", "cohort", "statements", "transcript", "attempt", "chunks", "tags", "unlocked"},
+    # sealed: signed `seal` replies, where single updates are passed on (profile `open` only): each covers its chunks.
+    m.SumReference: {
+        "round",
+        "cohort",
+        "statements",
+        "transcript",
+        "attempt",
+        "chunks",
+        "tags",
+        "unlocked",
+        "sealed",
+    },
     m.TrainRequest: {"sums"},
     m.TrainReply: {"commitment", "model", "state", "secret", "coordinator"},
     m.SealRequest: {"cohort", "statements"},
@@ -140,6 +151,7 @@ def test_bytes_that_are_no_message_are_refused(body: bytes) -> None:
         (m.SumReference, SUM.model_dump() | {"attempt": -1}),
         (m.SumReference, SUM.model_dump() | {"attempt": 101}),
         (m.SumReference, SUM.model_dump() | {"unlocked": [H]}),
+        (m.SumReference, SUM.model_dump() | {"sealed": [H]}),
         (m.UnlockReply, {"transcript": H, "seed": "ab" * 31}),
         (m.UnlockReply, {"transcript": H, "seed": "AB" * 32}),
         (m.UnlockReply, {"transcript": H, "seed": ""}),

@@ -152,7 +152,7 @@ class SumReference(Message):
     #: Where sites add masks of their own: the cohort's signed `unlock` replies, in the order of names.
     unlocked: Many[Statement]
     #: Where single updates are passed on: the cohort's signed `seal` replies, in the order of their chunks.
-    sealed: Many[Statement] = ()
+    sealed: Many[Statement]
 
 
 class TrainRequest(Message):
