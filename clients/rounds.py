@@ -19,7 +19,7 @@ from confide.clients.policy import SitePolicy
 from confide.clients.run import SiteRun, model_digest
 from confide.clients.snapshots import SnapshotStore
 from confide.clients.store import ModelState, SiteStore
-from confide.errors import ConfideError, LeftError, PolicyError, SealingError
+from confide.errors import ConfideError, PolicyError, SealingError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.consent import RoundKeys
@@ -92,6 +92,11 @@ class RoundSteps:
         model = self._apply(run, message.sums, request.chunks, before=round_)
         self._settle_unsent(run, round_)
         charged = self._ledger.stands(f"{run.manifest.run}/{round_}/")
+        if charged and not run.reproducible and round_ > run.manifest.rounds:
+            held = m.TrainReply(
+                commitment=m.NO_UPDATE, model=run.model_tag(model), state=run.state_tag(model), secret=secret
+            )
+            return Answer(held, model.metric_chunks)
         if charged and not run.reproducible:
             # What was computed under them may have left before this site's state was lost or put back.
             raise SealingError(f"round {round_} was charged before and is not computed again", where=f"site {run.site}")
@@ -251,7 +256,7 @@ class RoundSteps:
                 run.destroy()
                 self._local_log.append(audit.LocalRefusal(run=run.manifest.run, step="open", reason=str(error)))
                 self._log.append(audit.RunStopped(run=run.manifest.run, reason=NOT_AUTHENTIC))
-                raise LeftError(NOT_AUTHENTIC, where=f"round {reference.round}") from error
+                raise SealingError(NOT_AUTHENTIC, where=f"round {reference.round}") from error
             self._log.append(
                 audit.Opened(
                     run=run.manifest.run, round=reference.round, transcript=reference.transcript,

@@ -165,9 +165,9 @@ class Coordinator:
 
     def _round(self, round_: int) -> RoundOutcome:
         committed = self._train(round_)
-        metrics_round, metrics = self._opened_metrics(committed, before=round_)
+        metrics_round, metrics = self._opened_metrics(self._progress.last, before=round_)
         if len(committed) < self.manifest.min_sites:
-            nobody = not committed and set(self._exchange.refusals) >= set(self._exchange.nodes)
+            nobody = not self._progress.last and set(self._exchange.refusals) >= set(self._exchange.nodes)
             if nobody and round_ != self._progress.interrupted:  # sites that died in a round miss that one only
                 raise self._too_few(f"took part in round {round_}")
             self._log_abandoned(round_, "too few sites trained")
@@ -193,7 +193,7 @@ class Coordinator:
         if models:
             self._progress.model = next(iter(models))[0]
         self._progress.last = {site: envelope for site, (envelope, _) in replies.items()}
-        return self._progress.last
+        return {site: envelope for site, (envelope, reply) in replies.items() if reply.commitment != m.NO_UPDATE}
 
     def _with_sums(
         self, place: Address, kind: Callable[..., m.TrainRequest | m.ReleaseRequest], **fields: Any

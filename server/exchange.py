@@ -142,7 +142,7 @@ class Exchange:
 
     def reject(self, place: Address, site: str, error: SealingError) -> None:
         """Note that what came from a site counts as a refusal, and why."""
-        self._refused(site, m.Refusal(kind="sealing", reason=error.what, final=False))
+        self._refused(site, m.Refusal(kind="sealing", reason=error.what))
         self.log.append(
             audit.Rejected(run=self._manifest.run, round=place.round, step=place.step, party=site, reason=error.what)
         )

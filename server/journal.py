@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, Table, and_, delete, func, insert, select, update
 
-from confide.errors import StorageError
+from confide.errors import LeftError, StorageError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.sealing import Payload
@@ -167,7 +167,7 @@ class Journal:
         with self._write() as db:
             db.execute(delete(t.refusal).where(t.refusal.c.run == self._run, t.refusal.c.site == site))
             db.execute(insert(t.refusal).values(run=self._run, site=site, kind=refusal.kind, reason=refusal.reason))
-            if refusal.final:
+            if refusal.kind == LeftError.kind:
                 here = and_(t.applied.c.run == self._run, t.applied.c.site == site)
                 db.execute(update(t.applied).where(here).values(gone=1))
 
@@ -175,7 +175,7 @@ class Journal:
         """Each site's latest refusal."""
         with self._transaction() as db:
             found = db.execute(select(t.refusal).where(t.refusal.c.run == self._run))
-            return {row.site: m.Refusal(kind=row.kind, reason=row.reason, final=False) for row in found}
+            return {row.site: m.Refusal(kind=row.kind, reason=row.reason) for row in found}
 
     # --- how far the run is ---------------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ FIELDS: dict[type[m.Message], set[str]] = {
     m.UnlockReply: {"transcript", "seed"},
     m.ReleaseRequest: {"sums", "statements"},
     m.ReleaseReply: {"model", "key"},
-    m.Refusal: {"kind", "reason", "final"},
+    m.Refusal: {"kind", "reason"},
 }
 EXAMPLES: list[m.Message] = [
     m.JoinRequest(),
@@ -70,7 +70,7 @@ EXAMPLES: list[m.Message] = [
     m.UnlockReply(transcript=H, seed=H),
     m.ReleaseRequest(sums=(SUM,), statements=()),
     m.ReleaseReply(model=H, key=H),
-    m.Refusal(kind="abstains", reason="abstains", final=False),
+    m.Refusal(kind="abstains", reason="abstains"),
 ]
 TYPES = [e.TYPE for e in EXAMPLES]
 FROM_SITES = (
@@ -95,8 +95,6 @@ def test_nothing_that_a_site_says_is_a_number_or_free_text(kind: type[m.Message]
     """Counts, losses, sizes and times are numbers. Digests, keys, tags and a refusal's words are all there is."""
     tags = typing.get_args(m.Tags)[0]
     for name, field in kind.model_fields.items():
-        if (kind, name) == (m.Refusal, "final"):
-            continue  # whether a site has left the run for good: hangs on keys and forged sums, on nobody's data
         assert field.annotation in (str, tags), f"{kind.TYPE}.{name} is a {field.annotation}"
         patterns = [p for x in field.metadata if (p := getattr(x, "pattern", None))]
         assert patterns or name == "tags" or kind is m.Refusal, f"{kind.TYPE}.{name} is free text"

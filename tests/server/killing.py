@@ -122,6 +122,8 @@ IN_A_SITE = [
     for site in ("ash", "cedar")
     for what in ("charged", "computed", "answered train", "logged its seal", "answered seal")
 ]
+#: The same, in the round that only evaluates: all sites that a release needs must come through it.
+AT_THE_END = [f"{site} has {what} {ROUNDS + 1}" for site in ("ash", "cedar") for what in ("charged", "computed")]
 
 
 # --- what is watched --------------------------------------------------------------------------------------------------

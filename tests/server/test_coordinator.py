@@ -445,7 +445,7 @@ def _elsewhere(federation: Federation, reply: Envelope, **place: int) -> Envelop
 def _refusing(federation: Federation, reply: Envelope) -> Envelope:
     header = header_of(reply)
     return federation.sign(
-        header.step, header.round, "coordinator", m.Refusal(kind="abstains", reason="abstains", final=False),
+        header.step, header.round, "coordinator", m.Refusal(kind="abstains", reason="abstains"),
         identity=federation.sites["birch"].identity, request=header.request,
     )  # fmt: skip
 
@@ -572,7 +572,7 @@ def test_a_refusal_of_any_text_is_no_more_than_a_refusal(
         header = header_of(reply)
         return federation.sign(
             header.step, header.round, "coordinator",
-            m.Refusal.model_construct(kind="abstains", reason=reason, final=False),
+            m.Refusal.model_construct(kind="abstains", reason=reason),
             identity=federation.sites["birch"].identity, request=header.request,
         )  # fmt: skip
 
