@@ -94,8 +94,9 @@ class RoundSteps:
         charged = self._ledger.stands(f"{run.manifest.run}/{round_}/")
         if charged and not run.reproducible and round_ > run.manifest.rounds:
             held = m.TrainReply(
-                commitment=m.NO_UPDATE, model=run.model_tag(model), state=run.state_tag(model), secret=secret
-            )
+                commitment=m.NO_UPDATE, model=run.model_tag(model), state=run.state_tag(model), secret=secret,
+                coordinator=header.checkpoint,
+            )  # fmt: skip
             return Answer(held, model.metric_chunks)
         if charged and not run.reproducible:
             # What was computed under them may have left before this site's state was lost or put back.
