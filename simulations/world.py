@@ -300,7 +300,8 @@ class World:
         if self.sources.consent is not None:
             here = set(records.persons)
             mine = [e for e in self.sources.consent if e.subject in here]
-            names = registry.enrol({e.subject for e in mine})
+            asked = {e.subject for e in mine}
+            names = registry.enrol(asked - registry.erased(asked))  # nobody is erased before a run that begins
             self._pseudonyms[name] = names
             if self._resumed:  # what was recorded then stands
                 return
@@ -309,7 +310,7 @@ class World:
         fraction = experiment.consent.simulate.fraction if experiment.consent.simulate else 0.0
         seed = experiment.run.seed
         given = [p for p in records.persons if _share(seed, "consent", name, p) < fraction]
-        self._pseudonyms[name] = registry.enrol(given)
+        self._pseudonyms[name] = registry.enrol(set(given) - registry.erased(given))
         if self._resumed:
             return
         registry.append([self._simulated(name, p, EventType.GIVEN, 0) for p in given])
