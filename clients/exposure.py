@@ -13,12 +13,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from confide.clients.past import manifests_of, released_models, was_used
 from confide.clients.snapshots import SnapshotStore
-from confide.clients.store import SiteStore
 from confide.errors import ConsentError
-from confide.privacy.audit.log import stored_entries
 from confide.privacy.audit.page import write_page
-from confide.privacy.audit.records import ModelReleased
 from confide.privacy.consent import ConsentEvent, Registry, SiteKey, canonical_subject, from_micros
 from confide.privacy.dp import LEDGER_LABEL, RUN_LABEL, Ledger, PrivacyEvent, Role, run_epsilon
 from confide.privacy.dp.events import merge_events
@@ -215,7 +213,7 @@ def _runs(
     for charge in held:
         if charge in charges and charges[charge].steps:
             by_run.setdefault(charge.partition("/")[0], []).append(charge)
-    manifests, released = _manifests(files.state, list(by_run)), _released(files.log)
+    manifests, released = manifests_of(files.state, list(by_run)), released_models(files.log)
     found = []
     for run, names in by_run.items():
         merged, manifest = merge_events(charges[name] for name in names), manifests.get(run)
@@ -237,13 +235,12 @@ def _unprotected(pseudonym: bytes | None, listed: Collection[str], files: SiteFi
     finally:
         store.close()
     names = list(dict.fromkeys(run for run, _, _ in held if run not in listed))
-    manifests, released, found = _manifests(files.state, names), _released(files.log), list[RunOfPerson]()
+    manifests, released, found = manifests_of(files.state, names), released_models(files.log), list[RunOfPerson]()
     for run, manifest in manifests.items():
         if manifest.privacy.is_private:  # what it charged is known, and nothing of these rounds left
             continue
         rounds = [
-            round_ for name, round_, role in held
-            if name == run and (manifest.trains_in(round_) if role is Role.TRAIN else manifest.metric_width(round_))
+            round_ for name, round_, role in held if name == run and was_used(manifest, round_, role)
         ]  # fmt: skip
         if rounds:
             found.append(_run(run, sorted(rounds), math.inf, manifest, released, files))
@@ -269,24 +266,6 @@ def _recipients(manifest: Manifest, site: str) -> list[str]:
         "masked": "sums over the cohort, noised metrics, and what is released",
     }.get(manifest.sealing.profile, "noised metrics, and what is released")
     return [f"sites {others}: sums over the cohort", f"the coordinator: {coordinator}"]
-
-
-def _manifests(state: Path, runs: Sequence[str]) -> dict[str, Manifest]:
-    if not state.is_file():
-        return {}
-    store = SiteStore(state)
-    try:
-        found = {run: store.manifest(run) for run in runs}
-    finally:
-        store.close()
-    return {run: Manifest.from_bytes(data) for run, data in found.items() if data is not None}
-
-
-def _released(log: Path) -> dict[str, tuple[str, str]]:
-    """(model digest, time) by run, from the site's federated log."""
-    if not log.is_file():
-        return {}
-    return {e.run: (e.model, _iso(at)) for e, at in stored_entries(log) if isinstance(e, ModelReleased)}
 
 
 def _iso(micros: int) -> str:

@@ -36,6 +36,7 @@ from confide.privacy.consent import (
     read_csv,
 )
 from confide.privacy.consent.desk import filed
+from confide.privacy.database import copy_database
 from confide.privacy.dp import Ledger, PrivacyEvent, RenyiBudget, Role
 from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.dp.personal import PersonalLosses
@@ -127,15 +128,22 @@ class World:
         log_folder: Where the logs that may travel lie.
         keeping: What makes it possible to go on with the run in another process; where it holds a run already, this
             is that run. None: with this process the run is over.
+        carried: Folder of an earlier run's sites, whose registries hold as they are now; None: consent is recorded.
     """
 
     def __init__(
-        self, sources: Sources, run_folder: Path, ledger_folder: Path, log_folder: Path, keeping: Keeping | None = None
+        self,
+        sources: Sources,
+        run_folder: Path,
+        ledger_folder: Path,
+        log_folder: Path,
+        keeping: Keeping | None = None,
+        carried: Path | None = None,
     ) -> None:
         self.sources = sources
         self.experiment = sources.experiment
         self._keeping, begun = keeping, keeping.manifest if keeping is not None else None
-        self._resumed = begun is not None
+        self._resumed, self._carried = begun is not None, carried
         self._identities: dict[str, Identity] = {}
         self.coordinator = self._identity(COORDINATOR)
         self._logs = log_folder
@@ -252,6 +260,8 @@ class World:
         # Splits are reproducible from the seed, but a ledger's first key stays: roles are for ever.
         key = SiteKey.load_or_create(ledger_folder / "site.key", _derive(experiment.run.seed, "site-key", name))
         budget = RenyiBudget.for_limit(privacy.site_epsilon_limit, privacy.delta)
+        if self._carried is not None and not self._resumed:
+            copy_database(self._carried / name / "consent.db", run_folder / "consent.db")
         registry = Registry(run_folder / "consent.db", key)
         self._registries[name] = registry
         self._record_consent(name, records, registry, key)
@@ -297,6 +307,9 @@ class World:
 
     def _record_consent(self, name: str, records: SiteRecords, registry: Registry, key: SiteKey) -> None:
         experiment = self.experiment
+        if self._carried is not None:
+            self._pseudonyms[name] = registry.pseudonyms(records.persons)
+            return
         if self.sources.consent is not None:
             here = set(records.persons)
             mine = [e for e in self.sources.consent if e.subject in here]

@@ -12,6 +12,7 @@ Every command takes `--json` and then prints one object:
 - check: {differences: [{purpose, pseudonym, kind}], rebuilt}; exit 4 where there are some and nothing was rebuilt
 - status: {subject, known, erased, pseudonym, standings: {purpose: {status, max_epsilon}}, history: [{sequence, …}],
   sequence}
+- impact: {persons, runs: [{site, run, purpose, rounds, persons, epsilon, delta, model, released}], policies}
 - snapshot: {purpose, at, sequence, threshold, participants: null where fewer than the threshold}
 - export: {out, format, events, named, by_pseudonym, left_out}
 - receipt: {json, page, pseudonym, signed_by: hex of the public key, or null}
@@ -27,6 +28,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from confide.cli.consent_impact import impact
 from confide.cli.consent_inputs import (
     HERE,
     JsonOption,
@@ -62,6 +64,7 @@ def root() -> None:
 app.command("init")(init)
 app.command("erase")(erase)
 app.command("check")(check)
+app.command("impact")(impact)
 app.add_typer(notices, name="notice")
 
 
