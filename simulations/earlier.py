@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
-from confide.clients.store import SiteStore
+from confide.clients.past import manifests_of
 from confide.config import Experiment
 from confide.errors import BudgetError, ConfigError
 from confide.privacy.dp import Ledger
-from confide.protocol.manifest import Manifest
 from confide.simulations.place import finished_result
 from confide.simulations.planning import Source, load_source
 
@@ -83,14 +83,10 @@ def ledgers_of(folder: Path, run: str, ledger: str | Path | None) -> Path:
                               hint="without the registry nobody knows who has left")  # fmt: skip
         if not path.is_file():
             raise ConfigError("is missing", where=str(path), hint="name the earlier run's ledgers with --ledger")
-        store, held = SiteStore(state), Ledger.open(path)
-        try:
-            manifest = store.manifest(run)
+        manifest = manifests_of(state, [run]).get(run)
+        with closing(Ledger.open(path)) as held:
             charged = any(charge.startswith(f"{run}/") for charge in held.charges())
-        finally:
-            store.close()
-            held.close()
-        if manifest is not None and Manifest.from_bytes(manifest).privacy.is_private and not charged:
+        if manifest is not None and manifest.privacy.is_private and not charged:
             raise BudgetError(f"holds no charge of run {run}", where=f"ledger of site {name}",
                               hint="name the ledgers that the earlier run was charged to with --ledger")  # fmt: skip
     return ledgers

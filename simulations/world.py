@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import re
+import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from confide.clients.store import SiteStore
 from confide.clients.training.admission import admit_model
 from confide.clients.training.models import build_model, initial_model
 from confide.config import Experiment, SchemaConfig
-from confide.errors import ConfigError, DataError
+from confide.errors import ConfigError, ConsentError, DataError
 from confide.privacy.consent import (
     ConsentEvent,
     EventType,
@@ -261,7 +262,7 @@ class World:
         key = SiteKey.load_or_create(ledger_folder / "site.key", _derive(experiment.run.seed, "site-key", name))
         budget = RenyiBudget.for_limit(privacy.site_epsilon_limit, privacy.delta)
         if self._carried is not None and not self._resumed:
-            copy_database(self._carried / name / "consent.db", run_folder / "consent.db")
+            _carry(self._carried / name / "consent.db", run_folder / "consent.db")
         registry = Registry(run_folder / "consent.db", key)
         self._registries[name] = registry
         self._record_consent(name, records, registry, key)
@@ -387,6 +388,15 @@ def _populations(experiment: Experiment, parts: Mapping[str, object]) -> dict[st
             raise DataError(f"site {name!r} has no records", where=f"column {experiment.data.site!r}",
                             hint="drop it from sites.population, or check data.site")  # fmt: skip
     return found
+
+
+def _carry(source: Path, target: Path) -> None:
+    """An earlier run's registry, as it is now."""
+    try:
+        copy_database(source, target)
+    except (OSError, sqlite3.Error) as error:
+        raise ConsentError(f"cannot be taken over ({type(error).__name__})", where=str(source),
+                           hint="without the earlier run's registry nobody knows who has left") from None  # fmt: skip
 
 
 def _derive(seed: int, label: str, name: str) -> bytes:

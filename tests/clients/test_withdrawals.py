@@ -184,6 +184,16 @@ def test_a_proof_of_her_part_can_be_made_unless_she_was_erased_and_of_the_others
         assert role == (None if absent else "train")
 
 
+def test_nor_that_somebody_left_whom_models_are_evaluated_on(nobody: Observed, tmp_path: Path) -> None:
+    person = min(nobody.watch.of("metric", site="ash"))
+    observed = observe(tmp_path, leaving("before the cut-off", withdraw, person))
+    assert person not in observed.watch.of("metric", rounds=range(3, 100))
+    assert person in nobody.watch.of("metric", rounds=range(3, 100))  # the control
+    assert observed.watch.attempts[2, "ash"] == 2
+    assert observed.transcript.messages == nobody.transcript.messages
+    assert observed.transcript.logs == nobody.transcript.logs
+
+
 def test_a_site_that_abstains_is_told_apart(nobody: Observed, tmp_path: Path) -> None:
     """The control of the transcripts: where a site does not answer for a person's sake, messages and logs differ."""
 

@@ -182,6 +182,21 @@ def test_ledgers_that_do_not_know_the_earlier_run_are_refused(earlier: Path, tmp
     assert "holds no charge of run" in refused.err
 
 
+@pytest.mark.parametrize("damage", ["missing", "a site's folder is missing", "no registry"])
+def test_without_an_earlier_registry_nobody_is_trained_on(earlier: Path, tmp_path: Path, damage: str) -> None:
+    registry = earlier / "sites" / "ash" / "consent.db"
+    if damage == "missing":
+        registry.unlink()
+    elif damage == "no registry":
+        registry.write_bytes(b"no database at all")
+    else:
+        shutil.rmtree(registry.parent)
+    refused = confide("simulate", "--retrain-after", earlier, "--out", tmp_path / "anew")
+    assert refused.code in (2, 4)
+    assert "consent.db" in refused.err
+    assert not (tmp_path / "anew").exists()
+
+
 def test_a_run_that_is_not_finished_is_no_start(earlier: Path, tmp_path: Path) -> None:
     (earlier / "status.json").write_text('{"status": "interrupted", "run_id": "x"}')
     refused = confide("simulate", "--retrain-after", earlier, "--out", tmp_path / "anew")
