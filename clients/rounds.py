@@ -160,7 +160,7 @@ class RoundSteps:
             run.attempts[attempt] = agreement
         else:
             run.pending = None
-        tags = tuple(f"{tag:x}" for tag in payload.tags)
+        tags = tuple(f"{tag:016x}" for tag in payload.tags)  # of one length: sizes tell nothing
         return Answer(m.SealReply(transcript=agreed, tags=tags), payload.chunks, sealed=agreed, control=boxed)
 
     def unlock(self, run: SiteRun, header: Header, request: Envelope) -> Answer:

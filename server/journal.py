@@ -81,7 +81,7 @@ class Total:
         """What a request says of it."""
         return m.SumReference(
             round=self.round, cohort=self.cohort, statements=self.statements, transcript=self.transcript,
-            attempt=self.attempt, chunks=len(self.chunks), tags=tuple(f"{tag:x}" for tag in self.payload.tags),
+            attempt=self.attempt, chunks=len(self.chunks), tags=tuple(f"{tag:016x}" for tag in self.payload.tags),
             unlocked=self.unlocked, sealed=self.signed,
         )  # fmt: skip
 

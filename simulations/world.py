@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import re
+import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from confide.clients.store import SiteStore
 from confide.clients.training.admission import admit_model
 from confide.clients.training.models import build_model, initial_model
 from confide.config import STRATEGY_OPTIONS, Experiment, SchemaConfig
-from confide.errors import ConfigError, DataError
+from confide.errors import ConfigError, ConsentError, DataError
 from confide.privacy.consent import (
     ConsentEvent,
     EventType,
@@ -36,6 +37,7 @@ from confide.privacy.consent import (
     read_csv,
 )
 from confide.privacy.consent.desk import filed
+from confide.privacy.database import copy_database
 from confide.privacy.dp import Ledger, PrivacyEvent, RenyiBudget, Role
 from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.dp.personal import PersonalLosses
@@ -127,15 +129,22 @@ class World:
         log_folder: Where the logs that may travel lie.
         keeping: What makes it possible to go on with the run in another process; where it holds a run already, this
             is that run. None: with this process the run is over.
+        carried: Folder of an earlier run's sites, whose registries hold as they are now; None: consent is recorded.
     """
 
     def __init__(
-        self, sources: Sources, run_folder: Path, ledger_folder: Path, log_folder: Path, keeping: Keeping | None = None
+        self,
+        sources: Sources,
+        run_folder: Path,
+        ledger_folder: Path,
+        log_folder: Path,
+        keeping: Keeping | None = None,
+        carried: Path | None = None,
     ) -> None:
         self.sources = sources
         self.experiment = sources.experiment
         self._keeping, begun = keeping, keeping.manifest if keeping is not None else None
-        self._resumed = begun is not None
+        self._resumed, self._carried = begun is not None, carried
         self._identities: dict[str, Identity] = {}
         self.coordinator = self._identity(COORDINATOR)
         self._logs = log_folder
@@ -252,6 +261,8 @@ class World:
         # Splits are reproducible from the seed, but a ledger's first key stays: roles are for ever.
         key = SiteKey.load_or_create(ledger_folder / "site.key", _derive(experiment.run.seed, "site-key", name))
         budget = RenyiBudget.for_limit(privacy.site_epsilon_limit, privacy.delta)
+        if self._carried is not None and not self._resumed:
+            _carry(self._carried / name / "consent.db", run_folder / "consent.db")
         registry = Registry(run_folder / "consent.db", key)
         self._registries[name] = registry
         self._record_consent(name, records, registry, key)
@@ -298,10 +309,14 @@ class World:
 
     def _record_consent(self, name: str, records: SiteRecords, registry: Registry, key: SiteKey) -> None:
         experiment = self.experiment
+        if self._carried is not None:
+            self._pseudonyms[name] = registry.pseudonyms(records.persons)
+            return
         if self.sources.consent is not None:
             here = set(records.persons)
             mine = [e for e in self.sources.consent if e.subject in here]
-            names = registry.enrol({e.subject for e in mine})
+            asked = {e.subject for e in mine}
+            names = registry.enrol(asked - registry.erased(asked))  # nobody is erased before a run that begins
             self._pseudonyms[name] = names
             if self._resumed:  # what was recorded then stands
                 return
@@ -310,7 +325,7 @@ class World:
         fraction = experiment.consent.simulate.fraction if experiment.consent.simulate else 0.0
         seed = experiment.run.seed
         given = [p for p in records.persons if _share(seed, "consent", name, p) < fraction]
-        self._pseudonyms[name] = registry.enrol(given)
+        self._pseudonyms[name] = registry.enrol(set(given) - registry.erased(given))
         if self._resumed:
             return
         registry.append([self._simulated(name, p, EventType.GIVEN, 0) for p in given])
@@ -374,6 +389,15 @@ def _populations(experiment: Experiment, parts: Mapping[str, object]) -> dict[st
             raise DataError(f"site {name!r} has no records", where=f"column {experiment.data.site!r}",
                             hint="drop it from sites.population, or check data.site")  # fmt: skip
     return found
+
+
+def _carry(source: Path, target: Path) -> None:
+    """An earlier run's registry, as it is now."""
+    try:
+        copy_database(source, target)
+    except (OSError, sqlite3.Error) as error:
+        raise ConsentError(f"cannot be taken over ({type(error).__name__})", where=str(source),
+                           hint="without the earlier run's registry nobody knows who has left") from None  # fmt: skip
 
 
 def _derive(seed: int, label: str, name: str) -> bytes:
