@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-large test-imports test-chaos lint format bench clean
+.PHONY: help venv demo deployment-demo test test-large test-imports test-chaos lint format bench clean
 
 help: ## what there is to run
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -24,6 +24,9 @@ venv: $(STAMP) ## make .venv with everything in it
 
 demo: $(STAMP) ## the main job: six sites, real data, consent, person-level privacy
 	@$(BIN)/confide simulate
+
+deployment-demo: $(STAMP) ## a coordinator and three sites as processes over TLS, one kill, five sealed rounds: minutes
+	@$(BIN)/python -m benchmarks.deployment_demo
 
 test: $(STAMP) ## every test
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile

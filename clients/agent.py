@@ -51,7 +51,8 @@ class AgentConfig:
         folder: Its own: logs, Flower's home, the secret between its processes. Nobody else may read it.
         superlink: The coordinator's link, `host:port`.
         ca: PEM file of the certificates that may vouch for it.
-        node_key: This node's private key in OpenSSH form (NIST curve).
+        node_key: This node's private key in OpenSSH form (NIST curve): its file or, where that is encrypted, its
+            content, which then travels through a pipe and lies on no disk.
         factory: `package.module:function` that opens the site; it runs in the executor.
         arguments: Its keyword arguments, as JSON knows them. They travel through a pipe: a vault's passphrase may be
             among them.
@@ -60,7 +61,7 @@ class AgentConfig:
     folder: Path
     superlink: str
     ca: Path
-    node_key: Path
+    node_key: Path | bytes
     factory: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -157,7 +158,7 @@ class _Agent:
 
     def __init__(self, config: AgentConfig) -> None:
         for path in (config.ca, config.node_key):
-            if not path.is_file():
+            if isinstance(path, Path) and not path.is_file():
                 raise ConfigError("is not there", where=str(path), hint="see the kit that the coordinator sent")
         config.folder.mkdir(parents=True, exist_ok=True)
         config.folder.chmod(0o700)
@@ -176,7 +177,8 @@ class _Agent:
         """
         if self._site.code == GIVE_UP:
             raise ConfigError("cannot start", where="site",
-                              hint=f"the reason stands in {self._config.folder / 'site.log'}")  # fmt: skip
+                              hint=f"the reason stands in {self._config.folder / 'site.log'}; confide site check "
+                              "says more")  # fmt: skip
         if not self._site.alive and self._node.alive:
             self._node.end(0.0)  # whatever it handed over is lost: its next start tells the link so
         if self._site.due:
@@ -191,8 +193,12 @@ class _Agent:
             self._site.tell({"address": f"{_LOOPBACK}:{port}"})
             self._node.start({
                 "superlink": self._config.superlink, "ca": str(self._config.ca), "secret_file": str(self._secret_file),
-                "node_key": str(self._config.node_key), "port": port,
+                **self._node_key(), "port": port,
             })  # fmt: skip
+
+    def _node_key(self) -> dict[str, str]:
+        key = self._config.node_key
+        return {"node_key": str(key)} if isinstance(key, Path) else {"node_key_text": key.decode("ascii")}
 
     def close(self) -> None:
         """Stop both: the site first, so that its last answer still goes out."""

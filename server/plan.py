@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confide.config import Experiment, SchemaConfig
+from confide.config.run import DeployedRun
 from confide.errors import ConfigError
 from confide.privacy.digest import digest
 from confide.privacy.dp import PrivacyEvent, RenyiBudget, Role, calibrate
@@ -21,9 +22,12 @@ from confide.strategies import admit_strategy, make_strategy
 
 __all__ = ["make_manifest"]
 
+#: A sum of fewer hides nobody.
+_FEWEST_SITES = 3
+
 
 def make_manifest(
-    experiment: Experiment,
+    experiment: Experiment | DeployedRun,
     *,
     roster: Roster,
     schema: SchemaConfig,
@@ -48,10 +52,12 @@ def make_manifest(
         BudgetError: No noise is enough for the ε asked.
     """
     members = _members(roster, sites)
-    if len(members) < experiment.sites.min_sites:
+    min_sites = experiment.sites.min_sites or max(_FEWEST_SITES, -(-2 * len(members) // 3))
+    if len(members) < min_sites:
+        where, who = ("data.site", "the data have") if isinstance(experiment, Experiment) else ("sites", "the run has")
         raise ConfigError(
-            f"the data have {len(members)} sites, fewer than sites.min_sites = {experiment.sites.min_sites}",
-            where="data.site",
+            f"{who} {len(members)} sites, fewer than sites.min_sites = {min_sites}",
+            where=where,
             hint="a sum over fewer than three sites hides nobody",
         )
     make_profile(experiment.sealing, len(members))  # impossible parameters are refused before anything runs
@@ -66,7 +72,7 @@ def make_manifest(
         purpose=experiment.run.purpose,
         coordinator_key=roster.coordinator_key,
         members=members,
-        min_sites=experiment.sites.min_sites,
+        min_sites=min_sites,
         min_subjects=experiment.sites.min_subjects,
         rounds=1 if statistics else experiment.run.rounds,
         metric_rounds=(1, RELEASES) if statistics else experiment.metric_rounds,
@@ -103,14 +109,14 @@ def _members(roster: Roster, sites: Collection[str] | None) -> tuple[Member, ...
     )
 
 
-def _run_name(experiment: Experiment, statistics: bool) -> str:
+def _run_name(experiment: Experiment | DeployedRun, statistics: bool) -> str:
     """Charges are called after their run: so a ledger, too, tells which of them protected nobody."""
     parts = ["UNSAFE"] if experiment.privacy.unsafe_noise_seed is not None else []
     parts += [experiment.run.name, *(["statistics"] if statistics else []), secrets.token_hex(4)]
     return "-".join(parts)
 
 
-def _noise(experiment: Experiment) -> tuple[float, float]:
+def _noise(experiment: Experiment | DeployedRun) -> tuple[float, float]:
     """σ of training and of metrics: each role pays the run's whole ε, because a person holds one role only. Learned
     bounds are paid for like metrics, by the held-out persons at the same σ: they and the metrics together cost ε."""
     privacy = experiment.privacy

@@ -21,7 +21,7 @@ from confide.server.coordinator import Coordinator, Released
 from confide.server.grid import LinkGrid
 from confide.server.link import Link, LinkConfig
 
-__all__ = ["CoordinatorConfig", "run_coordinator"]
+__all__ = ["CoordinatorConfig", "drive", "log_file", "run_coordinator"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,22 +58,32 @@ def run_coordinator(config: CoordinatorConfig, start: Callable[[Grid], Coordinat
         SealingError: Sites disagree, or a reply is not authentic.
     """
     config.folder.mkdir(parents=True, exist_ok=True)
-    released: list[Released] = []
-    with _log_file(config.folder / "server.log"), Link(config.link) as link:
+    with log_file(config.folder / "server.log"), Link(config.link) as link:
         config.listening(link.port)
         grid = LinkGrid(link)
         grid.wait_for_nodes(config.min_nodes, config.wait, all_within=config.wait_for_all)
-        try:
-            app = make_server_app(start, released.append)
-            run = grid.run.run_id
-            app(grid, Context(run_id=run, node_id=1, node_config={}, state=RecordDict(), run_config={}))
-        finally:
-            link.close_run()
+        return drive(link, grid, start)
+
+
+def drive(link: Link, grid: LinkGrid, start: Callable[[Grid], Coordinator]) -> Released:
+    """Drive one run to its end over a link that listens; one after the other.
+
+    Raises:
+        PeerError: Too few sites took part.
+        SealingError: Sites disagree, or a reply is not authentic.
+    """
+    released: list[Released] = []
+    try:
+        app = make_server_app(start, released.append)
+        run = grid.run.run_id
+        app(grid, Context(run_id=run, node_id=1, node_config={}, state=RecordDict(), run_config={}))
+    finally:
+        link.close_run()
     return released[0]
 
 
 @contextmanager
-def _log_file(path: Path) -> Iterator[None]:
+def log_file(path: Path) -> Iterator[None]:
     """What the link, Flower and this package say goes to a file, and not to the terminal."""
     handler = logging.FileHandler(path)
     handler.setLevel(logging.INFO)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, select
+from sqlalchemy import Connection, Engine, and_, create_engine, event, make_url, select
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
@@ -54,9 +55,39 @@ class RunStore:
                                where=self._where, hint="use the version of confide that made it")  # fmt: skip
 
     def runs(self) -> dict[str, str]:
-        """Every run and its status: `running` or `finished`."""
+        """Every run and its status, in the order in which they were put here: `waiting`, `running`, `finished`,
+        `stopping` (somebody wants it stopped), `stopped`, `failed`."""
+        query = select(t.run.c.run, t.run.c.status).order_by(t.run.c.submitted, t.run.c.run)
         with self._errors(), self._engine.connect() as db:
-            return {run: status for run, status in db.execute(select(t.run.c.run, t.run.c.status))}
+            return {run: status for run, status in db.execute(query)}
+
+    def submit(self, run: str, manifest: bytes, initial: bytes) -> None:
+        """Put a run here, for the coordinator to take it.
+
+        Raises:
+            ConfigError: There is one of this name.
+        """
+        with self._errors(), self._engine.begin() as db:
+            if db.scalar(select(t.run.c.run).where(t.run.c.run == run)) is not None:
+                raise ConfigError("there is a run of this name", where=f"run {run}")
+            self._insert(db, run, manifest, initial, owner="", status="waiting", position="")
+
+    def status(self, run: str) -> str | None:
+        """A run's status; None where there is no such run."""
+        with self._errors(), self._engine.connect() as db:
+            found: str | None = db.scalar(select(t.run.c.status).where(t.run.c.run == run))
+            return found
+
+    def next_round(self, run: str) -> int:
+        """The round that a run is in; 1 before the first."""
+        with self._errors(), self._engine.connect() as db:
+            return int(db.scalar(select(t.run.c.next).where(t.run.c.run == run)) or 1)
+
+    def mark(self, run: str, status: str, *, only: Collection[str]) -> bool:
+        """Change a run's status where it is one of `only`; was it?"""
+        here = and_(t.run.c.run == run, t.run.c.status.in_(only))
+        with self._errors(), self._engine.begin() as db:
+            return bool(db.execute(t.run.update().where(here).values(status=status)).rowcount)
 
     def load(self, run: str) -> tuple[bytes, bytes] | None:
         """(manifest, initial model) of a run, with which it is resumed; None where it is not here."""
@@ -84,12 +115,12 @@ class RunStore:
         with self._errors(), self._engine.begin() as db:
             row = db.execute(select(t.run).where(t.run.c.run == run).with_for_update()).mappings().first()
             if row is None:
-                values = {
-                    "run": run, "owner": owner, "status": "running", "position": log.checkpoint().short,
-                    "manifest": manifest, "initial": first, "epoch": 0, "members": None, "next": 1, "model": "",
-                }  # fmt: skip
-                db.execute(t.run.insert().values(**values))
-                db.execute(t.blob.insert().values(run=run, digest=first, data=initial))
+                position = log.checkpoint().short
+                self._insert(db, run, manifest, initial, owner=owner, status="running", position=position)
+            elif row["status"] == "waiting":
+                self._same_run(row, manifest, first)
+                begun = {"owner": owner, "status": "running", "position": log.checkpoint().short}
+                db.execute(t.run.update().where(t.run.c.run == run).values(**begun))
             else:
                 self._same(row, manifest, first, log)
                 db.execute(t.run.update().where(t.run.c.run == run).values(owner=owner))
@@ -109,15 +140,28 @@ class RunStore:
         """Release the database."""
         self._engine.dispose()
 
+    def _insert(self, db: Connection, run: str, manifest: bytes, initial: bytes, **begun: str) -> None:
+        first = hashlib.sha256(initial).hexdigest()
+        values = {
+            "run": run, "manifest": manifest, "initial": first, "epoch": 0, "members": None, "next": 1, "model": "",
+            "submitted": time.time_ns() // 1000, **begun,
+        }  # fmt: skip
+        db.execute(t.run.insert().values(**values))
+        db.execute(t.blob.insert().values(run=run, digest=first, data=initial))
+
     def _same(self, row: Any, manifest: bytes, initial: str, log: Log) -> None:
         where = f"run {row['run']} in {self._where}"
-        if row["manifest"] != manifest or (row["initial"] != initial and row["status"] != "finished"):
-            raise ConfigError("was made with another manifest or first model", where=where,
-                              hint="a run is resumed as it was begun; a changed one needs a new name")  # fmt: skip
+        self._same_run(row, manifest, initial)
         size, _, root = row["position"].partition(":")
         if not log.held(int(size), bytes.fromhex(root)):
             raise AuditError("the coordinator's log does not hold what it held when the run was stored", where=where,
                              hint="restore log and run store from one backup")  # fmt: skip
+
+    def _same_run(self, row: Any, manifest: bytes, initial: str) -> None:
+        where = f"run {row['run']} in {self._where}"
+        if row["manifest"] != manifest or (row["initial"] != initial and row["status"] != "finished"):
+            raise ConfigError("was made with another manifest or first model", where=where,
+                              hint="a run is resumed as it was begun; a changed one needs a new name")  # fmt: skip
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

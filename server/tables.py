@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Column, Float, Integer, LargeBinary, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Column, Float, Integer, LargeBinary, MetaData, String, Table, Text
 
 __all__ = [
     "SCHEMA_VERSION", "applied", "blob", "closed", "message", "metadata", "outcome", "refusal", "run", "schema",
     "total",
 ]  # fmt: skip
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 metadata = MetaData()
 
 
@@ -30,7 +30,8 @@ def _place() -> list[Column[int] | Column[str]]:
 
 schema = Table("coordinator_schema", metadata, Column("version", Integer, primary_key=True))
 #: One row a run. `initial` names the first weights among the blobs; `position` is the state of the coordinator's log at
-#: the latest change; `members` (JSON) are the sites that agreed on keys, once they have; `next` is the round under way.
+#: the latest change; `members` (JSON) are the sites that agreed on keys, once they have; `next` is the round under way;
+#: `submitted` is when it was put here (microseconds since 1970): the order in which runs are taken.
 run = Table(
     "coordinator_run",
     metadata,
@@ -44,6 +45,7 @@ run = Table(
     Column("members", Text),
     Column("next", Integer, nullable=False),
     Column("model", String(64), nullable=False),
+    Column("submitted", BigInteger, nullable=False),
 )
 #: A signed message: the request to a site, or its reply. `chunks` (JSON) names its bulk among the blobs.
 message = Table(

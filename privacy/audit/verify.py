@@ -42,6 +42,9 @@ from confide.privacy.sealing.transcript import transcript
 
 __all__ = ["COORDINATOR", "Evidence", "Finding", "PartyLog", "standing_charges", "verify", "verify_runs"]
 
+#: The released model, where it lies beside the logs.
+MODEL = "model.safetensors"
+
 
 def verify(folder: Path, witnesses: Sequence[WitnessNotes] = (), run: str | None = None) -> Evidence:
     """Check everything about one run under `folder` (a run's output folder, or a folder of exported logs).
@@ -61,15 +64,18 @@ def verify(folder: Path, witnesses: Sequence[WitnessNotes] = (), run: str | None
 
 
 def verify_runs(folder: Path, witnesses: Sequence[WitnessNotes] = ()) -> list[Evidence]:
-    """The same for every run in the logs, oldest first; the logs are read once.
+    """The same for every run in the logs, oldest first; the logs are read once. A model beside them must be what one of
+    the runs released.
 
     Raises:
         AuditError: There is no run to verify, or its first log cannot be read at all.
     """
-    return [_check(evidence, folder, witnesses) for evidence in load_runs(folder)]
+    runs, path = load_runs(folder), folder / MODEL
+    owners = [e.run for e in runs if path.is_file() and _holds_release(path, e)]
+    return [_check(e, folder, witnesses, model=not owners or e.run in owners) for e in runs]
 
 
-def _check(evidence: Evidence, folder: Path, witnesses: Sequence[WitnessNotes]) -> Evidence:
+def _check(evidence: Evidence, folder: Path, witnesses: Sequence[WitnessNotes], *, model: bool = True) -> Evidence:
     found = evidence.findings
     steps: list[Callable[[], Iterator[Finding]]] = [
         *(partial(_times, log) for log in (evidence.coordinator, *evidence.sites.values(), *evidence.local)),
@@ -77,7 +83,7 @@ def _check(evidence: Evidence, folder: Path, witnesses: Sequence[WitnessNotes]) 
         *(partial(_charges, evidence, site, log) for site, log in evidence.sites.items()),
         partial(_cohorts, evidence),
         partial(_unlocked, evidence),
-        partial(_models, evidence, folder),
+        partial(_models, evidence, folder / MODEL if model else None),
         partial(_refusals, evidence),
         *(partial(_witnessed, evidence, witness) for witness in witnesses),
     ]
@@ -308,7 +314,7 @@ def _as_promised(event: PrivacyEvent, manifest: dict[str, Any]) -> bool:
     return (event.noise_multiplier, event.sample_rate, event.steps) == promised
 
 
-def _models(evidence: Evidence, folder: Path) -> Iterator[Finding]:
+def _models(evidence: Evidence, path: Path | None) -> Iterator[Finding]:
     """Step 7."""
     opened: dict[int, dict[str, tuple[int, r.Opened]]] = {}
     agreed = {e.round: e.transcript for _, e in evidence.coordinator.of(r.Cohort)}
@@ -335,11 +341,18 @@ def _models(evidence: Evidence, folder: Path) -> Iterator[Finding]:
                 yield _broken(
                     COORDINATOR, None, f"does not tell of the model that {party} released (its entry {number})"
                 )
-    path = folder / "model.safetensors"
-    if path.is_file() and not released:
-        yield _broken(COORDINATOR, None, "tells of no release, yet there is a model.safetensors")
-    if path.is_file() and released and _weights_digest(path, evidence.manifest) != released[-1][1].model:
-        yield _broken(COORDINATOR, released[-1][0], "model.safetensors does not hold the released model")
+    if path is None or not path.is_file():
+        return
+    if not released:
+        yield _broken(COORDINATOR, None, f"tells of no release, yet there is a {MODEL}")
+    elif not _holds_release(path, evidence):
+        yield _broken(COORDINATOR, released[-1][0], f"{MODEL} does not hold the released model")
+
+
+def _holds_release(path: Path, evidence: Evidence) -> bool:
+    """Are the weights in a file what the run released?"""
+    released = [entry.model for _, entry in evidence.coordinator.of(r.ModelReleased)]
+    return bool(released) and _weights_digest(path, evidence.manifest) == released[-1]
 
 
 def _named(entry: r.ModelReleased) -> str:

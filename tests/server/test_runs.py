@@ -292,3 +292,43 @@ def test_a_run_that_has_ended_leaves_its_model_and_how_its_rounds_ended(tmp_path
             replace(o, metrics=None) for o in released.outcomes
         ]
         assert federation.world.log.size == size, "and nothing is logged again"
+
+
+# --- runs that wait ---------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_kept_in_the_order_in_which_they_were_put_there(url: str) -> None:
+    store = RunStore(url)
+    for name in ("zebra", "ant", "moth"):
+        store.submit(name, MANIFEST, INITIAL)
+    with pytest.raises(ConfigError, match="a run of this name"):
+        store.submit("ant", MANIFEST, INITIAL)
+    again = RunStore(url)
+    assert list(again.runs().items()) == [("zebra", "waiting"), ("ant", "waiting"), ("moth", "waiting")]
+    assert again.load("moth") == (MANIFEST, INITIAL)
+    assert (again.next_round("moth"), again.status("bee")) == (1, None)
+
+
+def test_a_waiting_run_begins_with_the_manifest_that_was_put_there_and_no_other(url: str, log: Any) -> None:
+    store = RunStore(url)
+    store.submit("r", MANIFEST, INITIAL)
+    for manifest, initial in ((b"another", INITIAL), (MANIFEST, b"another")):
+        with pytest.raises(ConfigError, match="another manifest or first model"):
+            store.open("r", manifest, initial, log)
+    assert store.status("r") == "waiting"
+    journal = store.open("r", MANIFEST, INITIAL, log)
+    assert (store.status("r"), journal.position().next) == ("running", 1)
+    store.open("r", MANIFEST, INITIAL, log)
+    with pytest.raises(StorageError, match="another process has taken"):
+        journal.agree(0, ("a", "b", "c"))
+
+
+def test_a_status_changes_only_from_what_it_was_seen_to_be(url: str, log: Any) -> None:
+    store = RunStore(url)
+    store.submit("r", MANIFEST, INITIAL)
+    assert not store.mark("r", "stopping", only=("running",))
+    assert store.status("r") == "waiting"
+    store.open("r", MANIFEST, INITIAL, log)
+    assert store.mark("r", "stopping", only=("running",))
+    assert not store.mark("r", "stopped", only=("waiting",))
+    assert store.runs() == {"r": "stopping"}

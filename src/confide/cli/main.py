@@ -9,7 +9,7 @@ import click
 import typer
 
 from confide import __version__
-from confide.cli import audit, consent, data, federation, model, render, simulate, site, sweep
+from confide.cli import audit, consent, data, federation, model, render, run, server, simulate, site, sweep
 from confide.errors import ConfideError, ConfigError
 
 __all__ = ["app", "main"]
@@ -29,6 +29,8 @@ app.add_typer(model.app, name="model")
 app.add_typer(audit.app, name="audit")
 app.add_typer(site.app, name="site")
 app.add_typer(federation.app, name="federation")
+app.add_typer(server.app, name="server")
+app.add_typer(run.app, name="run")
 
 
 def _version(value: bool) -> None:
@@ -66,3 +68,7 @@ def main() -> None:
         sys.stderr.close()
         raise SystemExit(1) from None
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from confide.cli import site_setup
+from confide.cli import site_keep, site_look, site_run, site_setup
 from confide.cli.render import number, out, plain, show_json
 from confide.errors import ConfigError
 
@@ -42,6 +42,12 @@ def root() -> None:
 app.command("init")(site_setup.init)
 app.command("confirm")(site_setup.confirm)
 app.command("rotate")(site_setup.rotate)
+app.command("run")(site_run.run)
+app.command("check")(site_look.check)
+app.command("status")(site_look.status)
+app.command("export")(site_keep.export)
+app.command("backup")(site_keep.backup)
+app.command("restore")(site_keep.restore)
 
 
 @app.command("ledger")

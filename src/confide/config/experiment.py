@@ -34,6 +34,7 @@ __all__ = [
     "StrategyConfig",
     "TrainingConfig",
     "Withdrawal",
+    "metric_rounds",
 ]
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -346,9 +347,14 @@ class Experiment(_Section):
 
     @property
     def metric_rounds(self) -> tuple[int, ...]:
-        """Rounds at which the model *entering* the round is evaluated; the last is `rounds + 1`, without training."""
-        every = self.run.report_metrics_every
-        return (*range(every + 1, self.run.rounds + 1, every), self.run.rounds + 1)
+        """See `metric_rounds`."""
+        return metric_rounds(self.run)
+
+
+def metric_rounds(run: RunConfig) -> tuple[int, ...]:
+    """Rounds at which the model *entering* the round is evaluated; the last is `rounds + 1`, without training."""
+    every = run.report_metrics_every
+    return (*range(every + 1, run.rounds + 1, every), run.rounds + 1)
 
 
 def canonical_value(value: object) -> str:

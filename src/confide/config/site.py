@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from confide.config.experiment import Purpose
+from confide.config.experiment import LabelConfig, Purpose, SchemaConfig
 from confide.config.load import read_toml, validate
 from confide.config.strategy import STRATEGY_OPTIONS
 
@@ -29,9 +29,11 @@ class _Section(BaseModel):
 
 
 class FoldersConfig(_Section):
-    """`[folders]`: relative to `site.toml`. `ledger` outlives every run: keep its newest backup only."""
+    """`[folders]`: relative to `site.toml`. `ledger` outlives every run: keep its newest backup only.
 
-    keys: str = "keys"
+    `consent` is a file, or a PostgreSQL database's URL; `"env:NAME"` takes that from the environment.
+    """
+
     state: str = "state"
     ledger: str = "ledger"
     logs: str = "logs"
@@ -43,7 +45,8 @@ class SourceConfig(_Section):
     """`[data]`: the table, in exactly one of two forms, and the column that names persons.
 
     `file`: CSV or Parquet. `url` with `query`: a database as SQLAlchemy names it; `url = "env:NAME"` takes it from the
-    environment, so that no password stands in a file. `public` says that anybody may see every row.
+    environment, so that no password stands in a file. `public` says that anybody may see every row. `label` is the
+    column that runs may predict.
     """
 
     file: str | None = None
@@ -51,6 +54,7 @@ class SourceConfig(_Section):
     query: str | None = None
     subject: str
     public: bool = False
+    label: LabelConfig | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> SourceConfig:
@@ -127,13 +131,18 @@ class DeviceConfig(_Section):
 
 
 class SiteConfig(_Section):
-    """A whole `site.toml`. `endpoint` is the coordinator's `host:port`; a site connects to nothing without it."""
+    """A whole `site.toml`. `endpoint` is the coordinator's `host:port`; a site connects to nothing without it.
+
+    `[schema]` and `[data] label` are those of the runs that the site takes part in, agreed on beforehand: the table is
+    encoded with them and with no others. A coordinator that chose them could ask, run by run, which values there are.
+    """
 
     name: Name
     federation: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     endpoint: str | None = None
     folders: FoldersConfig = FoldersConfig()
     data: SourceConfig
+    schema_: Annotated[SchemaConfig | None, Field(alias="schema")] = None
     policy: PolicyConfig
     device: DeviceConfig = DeviceConfig()
 
@@ -174,11 +183,10 @@ federation = "{federation}"
 {endpoint}
 
 [folders]                           # relative to this file
-keys = "keys"
 state = "state"
 ledger = "ledger"                   # for ever: what persons were exposed to
 logs = "logs"
-consent = "consent.db"
+consent = "consent.db"              # or "env:NAME", which holds a postgresql:// URL
 site_key = "site.key"
 
 [data]
@@ -186,6 +194,12 @@ file = "data.csv"                   # CSV or Parquet; or a database:
 # url = "env:DATABASE_URL"          # as SQLAlchemy names it
 # query = "SELECT * FROM visits"
 subject = "person"                  # the column that names persons
+# label = {{ column = "outcome", classes = ["no", "yes"] }}
+
+# [schema]                          # as in the run: what the table is encoded with, and nothing else
+# missing = "midpoint"
+# [schema.features]
+# age = {{ kind = "number", bounds = [0, 110] }}
 
 [policy]
 {key}

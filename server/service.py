@@ -1,0 +1,225 @@
+"""The coordinator's service: it stays, admits the nodes of the complete roster, and takes the runs of its store one
+after the other, oldest first. Killed at any point and started again, it goes on with the run that it was in.
+
+A run's folder (`runs/NAME`) gets, when it ends, what is released: the model, the coordinator's log, and `result.json`,
+which is written last: as long as it is missing the run has not ended.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from flwr.serverapp import Grid
+
+from confide.errors import ConfideError, ConfigError, StorageError
+from confide.privacy.audit.log import Log
+from confide.privacy.files import write_atomically
+from confide.protocol.identity import Identity
+from confide.protocol.manifest import Manifest
+from confide.protocol.roster import Roster
+from confide.server.certificates import host_of
+from confide.server.coordinator import Coordinator, Released
+from confide.server.federation import SERVER_CERTIFICATE, SERVER_KEY, FederationFolder
+from confide.server.grid import LinkGrid
+from confide.server.link import Link, LinkConfig
+from confide.server.outcome import failed, finished
+from confide.server.process import drive, log_file
+from confide.server.runs import RunStore
+
+__all__ = ["LOGS", "RUNS", "Service", "ServiceConfig", "run_store"]
+
+_log = logging.getLogger(__name__)
+#: Names in the federation's folder.
+RUNS, LOGS, STORE = "runs", "coordinator.db", "runs.db"
+RESULT = "result.json"
+_IDLE_SECONDS = 0.5
+_UNDER_WAY = ("running", "stopping")
+
+
+class _StopRun(Exception):
+    """Somebody wants the run stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """The service.
+
+    Args:
+        folder: The federation's.
+        store: The run store's URL.
+        finish: Writes the released model into a run's folder.
+        host: Address to bind; None: the endpoint's own host. The port is the endpoint's.
+        wait_for_all: Seconds that a run waits for all its sites; then the smallest cohort is enough to begin.
+        timeout: Seconds to wait for the replies of a step.
+        tell: Called with each event of note, for the operator.
+    """
+
+    folder: Path
+    store: str
+    finish: Callable[[Path, Manifest, Released], None]
+    host: str | None = None
+    wait_for_all: float = 60.0
+    timeout: float = 3600.0
+    tell: Callable[[str], None] = lambda _: None
+
+
+def run_store(folder: Path, url: str | None = None) -> str:
+    """The URL of a federation's run store."""
+    return url or f"sqlite:///{(folder / STORE).absolute()}"
+
+
+class Service:
+    """See the module.
+
+    Args:
+        config: See there.
+        passphrase: Of the coordinator's key.
+
+    Raises:
+        ConfigError: There is no federation, or another service works in its folder.
+    """
+
+    def __init__(self, config: ServiceConfig, passphrase: str | None) -> None:
+        self._config, self._folder = config, config.folder
+        federation = FederationFolder(config.folder)
+        self._endpoint = federation.state.endpoint
+        host_of(self._endpoint)
+        self._identity: Identity = federation.identity(passphrase)
+        self._name = federation.state.name
+
+    def run(self) -> None:
+        """Serve until the process is told to end.
+
+        Raises:
+            ConfigError: The link cannot listen.
+            StorageError: The disk or the store does not take what must be durable.
+        """
+        with self._alone(), log_file(self._folder / "server.log"):
+            store = RunStore(self._config.store)
+            log = self._identity.open_log(self._folder / LOGS, "coordinator", self._name)
+            try:
+                while True:
+                    roster = self._roster()
+                    if roster is None:
+                        time.sleep(_IDLE_SECONDS)
+                    else:
+                        self._serve(roster, store, log)
+            finally:
+                log.close()
+                store.close()
+
+    def _serve(self, roster: Roster, store: RunStore, log: Log) -> None:
+        """As long as this roster is the complete one."""
+        with Link(self._link(roster)) as link:
+            self._config.tell(f"listening on port {link.port} for the {len(roster.members)} sites of {roster.where}")
+            write_atomically(self._folder / "server.port", str(link.port).encode())
+            while self._roster() == roster:
+                run = self._next(store)
+                if run is None:
+                    time.sleep(_IDLE_SECONDS)
+                else:
+                    self._take(run, link, store, log)
+
+    def _next(self, store: RunStore) -> str | None:
+        """A run under way before one that waits; a finished one whose result is missing counts as under way."""
+        waiting = None
+        for run, status in store.runs().items():
+            ended = (self._folder / RUNS / run / RESULT).is_file()
+            if status in _UNDER_WAY or (status == "finished" and not ended):
+                return run
+            if status == "waiting" and waiting is None:
+                waiting = run
+        return waiting
+
+    def _take(self, run: str, link: Link, store: RunStore, log: Log) -> None:
+        held = store.load(run)
+        if held is None:
+            return
+        manifest, place = Manifest.from_bytes(held[0]), self._folder / RUNS / run
+        place.mkdir(parents=True, exist_ok=True)
+        self._config.tell(f"run {run}: round {store.next_round(run)} of {manifest.rounds}")
+        coordinator: list[Coordinator] = []
+
+        def start(grid: Grid) -> Coordinator:
+            weights = np.frombuffer(held[1], dtype="<f4").astype(np.float32)
+            made = Coordinator(
+                grid, self._identity, manifest, weights, log, before_round=lambda _: _go_on(store, run),
+                timeout=self._config.timeout, store=store,
+            )  # fmt: skip
+            coordinator.append(made)
+            return made
+
+        try:
+            self._wait_for_sites(manifest, link, store)
+            released = drive(link, LinkGrid(link), start)
+            self._config.finish(place, manifest, released)
+        except _StopRun:
+            result = failed(manifest, "stopped", "stopped by confide run stop", {})
+            store.mark(run, "stopped", only=("waiting", *_UNDER_WAY))
+        except StorageError:
+            raise
+        except ConfideError as error:
+            result = failed(manifest, "failed", str(error), coordinator[0].refusals if coordinator else {})
+            store.mark(run, "failed", only=("waiting", *_UNDER_WAY))
+        else:
+            result = finished(manifest, released)
+        self._end(run, place, result, log)
+
+    def _end(self, run: str, place: Path, result: dict[str, object], log: Log) -> None:
+        try:
+            (place / "logs").mkdir(exist_ok=True)
+            log.export(place / "logs" / "coordinator.log")
+            write_atomically(place / RESULT, json.dumps(result, allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            raise StorageError(f"cannot be written: {error.strerror}", where=str(place),
+                               hint="free space, then start the service again") from None  # fmt: skip
+        self._config.tell(f"run {run}: {result['status']}")
+
+    def _wait_for_sites(self, manifest: Manifest, link: Link, store: RunStore) -> None:
+        """Until all of the run's sites are there or, after a while, enough of them."""
+        members, begun = {m.site for m in manifest.members}, time.monotonic()
+        while True:
+            _go_on(store, manifest.run)
+            there = members & {link.sites[node] for node in link.online() if node in link.sites}
+            patient = time.monotonic() - begun < self._config.wait_for_all
+            if there == members or (len(there) >= manifest.min_sites and not patient):
+                return
+            time.sleep(_IDLE_SECONDS / 2)
+
+    def _link(self, roster: Roster) -> LinkConfig:
+        host, _, port = self._endpoint.rpartition(":")
+        return LinkConfig(
+            host=self._config.host or host.strip("[]"), port=int(port), certificate=self._folder / SERVER_CERTIFICATE,
+            key=self._folder / SERVER_KEY, nodes={m.site: m.node_key for m in roster.members},
+        )  # fmt: skip
+
+    def _roster(self) -> Roster | None:
+        return FederationFolder(self._folder).state.roster
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        descriptor = os.open(self._folder / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+            except BlockingIOError:
+                raise ConfigError("another coordinator works in this folder", where=str(self._folder),
+                                  hint="end it first") from None  # fmt: skip
+            yield
+        finally:
+            with suppress(OSError):
+                os.close(descriptor)
+
+
+def _go_on(store: RunStore, run: str) -> None:
+    if store.status(run) in ("stopping", "stopped"):
+        raise _StopRun

@@ -1,0 +1,162 @@
+"""`confide run start | status | stop`: the runs of a federation.
+
+`--json` prints: start: {run, sites, min_sites, rounds, epsilon, position: how many are before it}; status: {runs:
+[{run, status, round, rounds, sites, min_sites, result}]}; stop: {run, status}.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from confide.cli.render import number, out, show_json, table
+from confide.cli.server import Store
+from confide.cli.site_setup import AsJson
+from confide.errors import ConfigError
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Start, watch and stop the runs of a federation.")
+Federation = Annotated[Path, typer.Option("--federation", help="The federation's folder.")]
+
+
+@app.callback()
+def root() -> None:
+    """Start, watch and stop the runs of a federation."""
+
+
+@app.command("start")
+def start(
+    file: Annotated[Path, typer.Argument(help="The run (TOML): an experiment without data files and consent.")],
+    federation: Federation,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fix a run and put it into the store, from which the coordinator takes it."""
+    from confide.clients.data.preprocess import encoded_width
+    from confide.clients.training.admission import admit_model
+    from confide.clients.training.models import build_model, initial_model
+    from confide.config.run import load_run
+    from confide.server.federation import FederationFolder
+    from confide.server.outcome import run_loss
+    from confide.server.plan import make_manifest
+    from confide.server.runs import RunStore
+    from confide.server.service import run_store
+
+    asked, roster = load_run(file), FederationFolder(federation).state.roster
+    if roster is None:
+        raise ConfigError("has no complete roster yet", where=str(federation),
+                          hint="confide federation show says who has to confirm")  # fmt: skip
+    inputs, outputs = encoded_width(asked.schema_), asked.data.label.outputs
+    admit_model(build_model(asked.model, inputs, outputs), inputs, outputs)
+    weights, layout = initial_model(asked.model, inputs, outputs, asked.run.seed)
+    manifest = make_manifest(
+        asked, roster=roster, schema=asked.schema_, initial_model=weights, layout=layout, sites=asked.sites.names
+    )
+    runs = RunStore(run_store(federation, store))
+    try:
+        before = sum(status in ("waiting", "running", "stopping") for status in runs.runs().values())
+        runs.submit(manifest.run, manifest.to_bytes(), weights.astype("<f4").tobytes())
+    finally:
+        runs.close()
+    epsilon = run_loss(manifest)
+    if as_json:
+        show_json({"run": manifest.run, "sites": [m.site for m in manifest.members], "min_sites": manifest.min_sites,
+                   "rounds": manifest.rounds, "epsilon": epsilon, "position": before})  # fmt: skip
+        return
+    out.print(table(f"Run {manifest.run}", [
+        ("purpose", manifest.purpose), ("sites", ", ".join(m.site for m in manifest.members)),
+        ("smallest cohort", str(manifest.min_sites)), ("rounds", str(manifest.rounds)),
+        ("ε of this run", f"{number(epsilon, 2)} per {manifest.privacy.unit}"), ("runs before it", str(before)),
+    ]))  # fmt: skip
+    out.print(f"watch it: confide run status --federation {federation}", markup=False, soft_wrap=True)
+
+
+@app.command("status")
+def status(
+    federation: Federation,
+    run: Annotated[str | None, typer.Argument(help="One run; left out: all.")] = None,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """How far the runs are, and what came of them."""
+    found = _described(federation, store)
+    if run is not None:
+        found = [tree for tree in found if tree["run"] == run]
+        if not found:
+            raise _unknown(run, federation)
+    if as_json:
+        show_json({"runs": found})
+        return
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("run", "status", "round", "released metrics, or why not"):
+        shown.add_column(name, overflow="fold")
+    for tree in found:
+        result = tree["result"] or {}
+        said = result.get("reason") or _metrics(result)
+        shown.add_row(*map(Text, (tree["run"], tree["status"], f"{tree['round']}/{tree['rounds']}", said)))
+    out.print(shown if found else "no run was started yet")
+
+
+@app.command("stop")
+def stop(
+    run: Annotated[str, typer.Argument(help="The run.")],
+    federation: Federation,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stop a run before its next round. What was charged stays charged, and nothing of it is released."""
+    from confide.server.runs import RunStore
+    from confide.server.service import run_store
+
+    runs = RunStore(run_store(federation, store))
+    try:
+        if runs.status(run) is None:
+            raise _unknown(run, federation)
+        runs.mark(run, "stopped", only=("waiting",))
+        runs.mark(run, "stopping", only=("running",))
+        now = runs.status(run)
+    finally:
+        runs.close()
+    if as_json:
+        show_json({"run": run, "status": now})
+    else:
+        out.print(f"{run}: {now}", markup=False, soft_wrap=True)
+
+
+def _described(federation: Path, store: str | None) -> list[dict[str, Any]]:
+    from confide.protocol.manifest import Manifest
+    from confide.server.federation import FederationFolder
+    from confide.server.runs import RunStore
+    from confide.server.service import RUNS, run_store
+
+    FederationFolder(federation)
+    runs, found = RunStore(run_store(federation, store)), list[dict[str, Any]]()
+    try:
+        for name, state in runs.runs().items():
+            held, result = runs.load(name), federation / RUNS / name / "result.json"
+            if held is None:
+                continue
+            manifest = Manifest.from_bytes(held[0])
+            found.append({
+                "run": name, "status": state, "round": min(runs.next_round(name), manifest.rounds),
+                "rounds": manifest.rounds, "sites": [m.site for m in manifest.members],
+                "min_sites": manifest.min_sites,
+                "result": json.loads(result.read_text()) if result.is_file() else None,
+            })  # fmt: skip
+    finally:
+        runs.close()
+    return found
+
+
+def _metrics(result: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {number(value)}" for name, value in (result.get("released_metrics") or {}).items())
+
+
+def _unknown(run: str, federation: Path) -> ConfigError:
+    return ConfigError("there is no such run", where=run[:128], hint=f"confide run status --federation {federation}")

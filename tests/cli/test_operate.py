@@ -1,0 +1,418 @@
+"""`confide site check | status | export | backup | restore` and `confide run`, over sites opened from their folders."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.deployment_demo import SITES, WORDS, Demo, ok
+from confide.clients.app import make_client_app
+from confide.clients.assembly import open_site
+from confide.clients.service import alone
+from confide.config.run import load_run
+from confide.errors import AuditError, ConfideError, ConfigError, PolicyError
+from confide.privacy.files import write_private
+from confide.protocol.manifest import Manifest
+from confide.server.coordinator import Coordinator, Released
+from confide.server.federation import SERVER_CERTIFICATE, SERVER_KEY, FederationFolder
+from confide.server.link import Link, LinkConfig
+from confide.server.outcome import finished
+from confide.server.plan import make_manifest
+from confide.server.runs import RunStore
+from confide.server.service import run_store
+from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
+from tests.cli.command import confide, to_toml
+from tests.rosters import Cast
+
+PEOPLE = 60
+
+
+class Operated:
+    """A provisioned federation in which one run has ended, with what it released."""
+
+    def __init__(self, folder: Path) -> None:
+        self.demo = Demo(folder, f"sqlite:///{folder / 'visits.db'}", PEOPLE)
+        self.demo.provision()
+        self.secret = ("--passphrase-file", self.demo.passphrase)
+        self.fed = self.demo.fed
+        self.run = self.demo.start_run("short", run={"rounds": 2, "report_metrics_every": 2})
+        self.manifest, weights = self.load(self.run)
+        self.released = self._drive(weights)
+
+    def load(self, run: str) -> tuple[Manifest, Any]:
+        """A run as it was put into the store."""
+        store = RunStore(run_store(self.fed))
+        held = store.load(run)
+        store.close()
+        assert held is not None
+        return Manifest.from_bytes(held[0]), np.frombuffer(held[1], dtype="<f4").astype(np.float32)
+
+    def _drive(self, weights: Any) -> Released:
+        sites = {name: open_site(str(place), WORDS) for name, place in self.demo.sites.items()}
+        identity = FederationFolder(self.fed).identity(WORDS)
+        log = identity.open_log(self.fed / "coordinator.db", "coordinator", self.manifest.federation)
+        store = RunStore(run_store(self.fed))
+        try:
+            grid = LocalGrid(make_client_app(lambda c: sites[str(c.node_config[NODE_CONFIG_SITE])]), sites)
+            released = Coordinator(grid, identity, self.manifest, weights, log, store=store).run()
+            log.export(self.fed / "logs" / "coordinator.log")
+            return released
+        finally:
+            for site in sites.values():
+                site.close()
+            log.close()
+            store.close()
+
+
+@pytest.fixture(scope="module")
+def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
+    folder = tmp_path_factory.mktemp("federation")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEMO_DATABASE", f"sqlite:///{folder / 'visits.db'}")
+        (folder / "fed" / "logs").mkdir(parents=True)
+        yield Operated(folder)
+
+
+@pytest.fixture
+def site(operated: Operated, tmp_path: Path) -> Path:
+    """A copy of a site's folder, to be spoilt."""
+    shutil.copytree(operated.demo.sites["dayton"], tmp_path / "dayton")
+    return tmp_path / "dayton"
+
+
+def edit(site: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a site.toml."""
+    tree = tomllib.loads((site / "site.toml").read_text())
+    change(tree)
+    (site / "site.toml").write_text(to_toml(tree))
+
+
+# --- sites from their folders -----------------------------------------------------------------------------------------
+
+
+def test_sites_opened_from_their_folders_train_seal_and_release(operated: Operated) -> None:
+    result = finished(operated.manifest, operated.released)
+    assert result["sites_in_last_cohort"] == sorted(SITES)
+    assert (result["rounds_abandoned"], result["metrics_round"]) == (0, 2)
+    assert set(result["released_metrics"]) == set(result["released_intervals"])
+    assert 0 < result["epsilon"] <= 4.0
+
+
+def test_a_run_with_another_schema_or_label_is_refused_by_a_site(operated: Operated, site: Path) -> None:
+    label = operated.manifest.label.model_copy(update={"at_least": 4.0})
+    opened = open_site(str(site), WORDS)
+    try:
+        opened.check(operated.manifest)
+        with pytest.raises(PolicyError, match="schema or label"):
+            opened.check(operated.manifest.model_copy(update={"label": label}))
+    finally:
+        opened.close()
+
+
+@pytest.mark.parametrize(("change", "error", "said"), [
+    (lambda t: t.pop("schema"), ConfigError, r"names no \[schema\]"),
+    (lambda t: t["data"].pop("label"), ConfigError, "label"),
+    (lambda t: t["policy"].update(population=7), PolicyError, "those of the roster"),
+    (lambda t: t.update(name="somebody"), PolicyError, "those of the roster"),
+    (lambda t: t["folders"].update(consent="env:NOWHERE"), ConfigError, "not in the environment"),
+])  # fmt: skip
+def test_a_folder_that_does_not_hold_together_opens_no_site(
+    site: Path, change: Callable[[dict[str, Any]], object], error: type[ConfideError], said: str
+) -> None:
+    edit(site, change)
+    with pytest.raises(error, match=said):
+        open_site(str(site), WORDS)
+
+
+def test_a_site_without_its_key_makes_no_other(site: Path) -> None:
+    (site / "site.key").unlink()
+    with pytest.raises(ConfigError, match="is not there"):
+        open_site(str(site), WORDS)
+    assert not (site / "site.key").exists()
+
+
+def test_two_agents_do_not_share_a_folder(site: Path) -> None:
+    with alone(site), pytest.raises(ConfigError, match="another agent"), alone(site):
+        pass
+    with alone(site):
+        assert ok("site", "status", site, "--json").last_line["agent_running"]
+    assert not ok("site", "status", site, "--json").last_line["agent_running"]
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+def findings(site: Path, *secret: str | Path) -> tuple[int, dict[str, tuple[str, int]]]:
+    """Exit code, and state and code of each look."""
+    done = confide("site", "check", site, *secret, "--json")
+    return done.code, {f["check"]: (f["state"], f["code"]) for f in done.last_line["findings"]}
+
+
+@pytest.fixture
+def listening(operated: Operated) -> Iterator[None]:
+    """The coordinator's link, at its endpoint."""
+    state = FederationFolder(operated.fed).state
+    assert state.roster is not None
+    host, _, port = state.endpoint.rpartition(":")
+    nodes = {m.site: m.node_key for m in state.roster.members}
+    with Link(LinkConfig(host=host, port=int(port), certificate=operated.fed / SERVER_CERTIFICATE,
+                         key=operated.fed / SERVER_KEY, nodes=nodes)):  # fmt: skip
+        yield
+
+
+@pytest.mark.usefixtures("listening")
+def test_a_site_that_is_ready_passes_every_look(operated: Operated, site: Path) -> None:
+    code, found = findings(site, *operated.secret)
+    assert {check: state for check, (state, _) in found.items() if state == "fail"} == {}
+    assert code == 0
+    assert found["coordinator"][1] == 0
+    assert found["consent for research/health-utilisation"] == ("ok", 0)
+    shown = ok("site", "check", site, *operated.secret)
+    assert "at least 20 consenting subjects" in shown.words
+    assert str(PEOPLE * 17 // 20) not in shown.words, "never how many"
+
+
+def _no_table(site: Path) -> None:
+    (site / "data.csv").unlink()
+
+
+def _other_column(site: Path) -> None:
+    edit(site, lambda t: t["schema"]["features"].update(height={"kind": "number", "bounds": [0, 250]}))
+
+
+def _open_key(site: Path) -> None:
+    (site / "keys" / "signing.key").chmod(0o644)
+
+
+def _nobody(site: Path) -> None:
+    edit(site, lambda t: t["policy"].update(min_subjects=PEOPLE + 1))
+
+
+def _no_ledger(site: Path) -> None:
+    shutil.rmtree(site / "ledger")
+
+
+def _other_limit(site: Path) -> None:
+    edit(site, lambda t: t["policy"].update(ledger_epsilon_limit=9.0))
+
+
+def _no_registry(site: Path) -> None:
+    (site / "consent.db").unlink()
+
+
+def _no_gpu(site: Path) -> None:
+    edit(site, lambda t: t.update(device={"kind": "cuda:99"}))
+
+
+def _unconfirmed(site: Path) -> None:
+    edit(site, lambda t: t["policy"].pop("coordinator_key"))
+
+
+@pytest.mark.parametrize(("spoil", "check", "code"), [
+    (_no_table, "data", 3), (_other_column, "data", 3), (_open_key, "keys", 2), (_no_ledger, "ledger", 5),
+    (_nobody, "consent for research/health-utilisation", 3), (_other_limit, "ledger", 5),
+    (_no_registry, "consent for research/health-utilisation", 4), (_no_gpu, "device", 2), (_unconfirmed, "policy", 2),
+])  # fmt: skip
+@pytest.mark.usefixtures("listening")
+def test_what_is_wrong_with_a_site_is_found_and_decides_the_exit_code(
+    operated: Operated, site: Path, spoil: Callable[[Path], None], check: str, code: int
+) -> None:
+    spoil(site)
+    exit_code, found = findings(site, *operated.secret)
+    assert exit_code == code
+    assert {name: failed for name, (state, failed) in found.items() if state == "fail"} == {check: code}
+
+
+def test_nobody_listening_is_a_peers_failure_and_says_what_to_do(operated: Operated, site: Path) -> None:
+    assert findings(site, *operated.secret)[0] == 8
+    assert "confide server run" in confide("site", "check", site, *operated.secret).out
+
+
+def test_a_coordinator_with_another_certificate_is_not_trusted(operated: Operated, site: Path, tmp_path: Path) -> None:
+    ok("federation", "init", tmp_path / "other", "--name", "rand", "--endpoint",
+       FederationFolder(operated.fed).state.endpoint)  # fmt: skip
+    state = FederationFolder(operated.fed).state
+    assert state.roster is not None
+    host, _, port = state.endpoint.rpartition(":")
+    other = tmp_path / "other"
+    nodes = {m.site: m.node_key for m in state.roster.members}
+    with Link(LinkConfig(host=host, port=int(port), certificate=other / SERVER_CERTIFICATE, key=other / SERVER_KEY,
+                         nodes=nodes)):  # fmt: skip
+        done = confide("site", "check", site, *operated.secret)
+    assert done.code == 8
+    assert "shows another certificate" in done.words
+
+
+def test_a_wrong_passphrase_is_told_from_a_missing_one(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "wrong").write_text("another passphrase")
+    assert findings(site)[1]["keys"] == ("fail", 2)
+    assert findings(site, "--passphrase-file", tmp_path / "wrong")[1]["keys"] == ("fail", 6)
+
+
+def test_an_empty_folder_is_no_site(tmp_path: Path) -> None:
+    assert findings(tmp_path) == (2, {"site.toml": ("fail", 2)})
+
+
+# --- status and export ------------------------------------------------------------------------------------------------
+
+
+def test_the_status_tells_of_runs_refusals_and_the_ledger_and_changes_nothing(operated: Operated) -> None:
+    place = operated.demo.sites["seattle"]
+    before = (place / "ledger" / "ledger.db").read_bytes()
+    tree = ok("site", "status", place, "--json").last_line
+    (run,) = tree["runs"]
+    assert (run["run"], run["state"], run["round"], run["sealed"]) == (operated.run, "ended", 3, 3)
+    assert {r["role"] for r in tree["ledger"]} == {"train", "held_out"}
+    assert all(0 < r["epsilon"] <= tree["epsilon_limit"] for r in tree["ledger"])
+    assert tree["refusals"] == []
+    assert operated.run in ok("site", "status", place).words
+    assert (place / "ledger" / "ledger.db").read_bytes() == before
+
+
+def test_exported_logs_verify_and_a_forged_one_does_not(operated: Operated, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    shutil.copytree(operated.fed / "logs", logs)
+    for name, place in operated.demo.sites.items():
+        done = ok("site", "export", place, "--out", tmp_path, "--json").last_line
+        assert Path(done["log"]) == logs / f"{name}.log"
+    assert ok("audit", "verify", tmp_path, "--json").last_line["verified"]
+    log = logs / "dayton.log"
+    log.write_bytes(log.read_bytes().replace(b'"joined"', b'"jo1ned"', 1))
+    assert confide("audit", "verify", tmp_path).code == AuditError.exit_code
+
+
+def test_only_the_federated_log_is_exported(operated: Operated, tmp_path: Path) -> None:
+    ok("site", "export", operated.demo.sites["dayton"], "--out", tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["dayton.checkpoint", "dayton.log"]
+    assert b"local_" not in (tmp_path / "logs" / "dayton.log").read_bytes()
+
+
+# --- backup and restore -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backup(operated: Operated, site: Path, tmp_path: Path) -> Path:
+    """A backup of a site that holds keys of a run."""
+    (site / "state" / "vault").mkdir(exist_ok=True)
+    write_private(site / "state" / "vault" / "run-keys.vault", b"keys of a run")
+    ok("site", "backup", site, "--out", tmp_path / "site.bak", *operated.secret)
+    return tmp_path / "site.bak"
+
+
+def test_a_restored_site_opens_and_has_spent_what_it_had_spent(
+    operated: Operated, site: Path, backup: Path, tmp_path: Path
+) -> None:
+    back = tmp_path / "back"
+    files = ok("site", "restore", backup, "--out", back, *operated.secret, "--json").last_line["files"]
+    assert {"site.toml", "site.key", "consent.db", "ledger/ledger.db", "ledger/personal.db", "logs/federated.db",
+            "logs/local.db", "membership.json", "keys/signing.key", "state/state.db"} <= set(files)  # fmt: skip
+    tree, again = (ok("site", "status", place, "--json").last_line for place in (site, back))
+    assert tree == again
+    shutil.copy(site / "data.csv", back)
+    opened = open_site(str(back), WORDS)
+    opened.close()
+    assert (back / "keys" / "signing.key").stat().st_mode & 0o077 == 0
+
+
+def test_keys_of_runs_are_in_no_backup(operated: Operated, backup: Path, tmp_path: Path) -> None:
+    files = ok("site", "restore", backup, "--out", tmp_path / "b", *operated.secret, "--json").last_line["files"]
+    assert not [name for name in files if "vault" in name]
+    assert b"keys of a run" not in backup.read_bytes()
+
+
+def test_a_backup_tells_nothing_without_its_passphrase(
+    operated: Operated, site: Path, backup: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "wrong").write_text("another passphrase")
+    done = confide("site", "restore", backup, "--out", tmp_path / "b", "--passphrase-file", tmp_path / "wrong")
+    assert done.code == 6
+    assert not (tmp_path / "b").exists()
+    assert (site / "site.key").read_bytes() not in backup.read_bytes()
+    assert confide("site", "backup", site, "--out", tmp_path / "c.bak").code == 2, "never in the clear"
+
+
+def test_a_changed_or_cut_backup_restores_nothing(operated: Operated, backup: Path, tmp_path: Path) -> None:
+    whole = backup.read_bytes()
+    last = len(whole) - 2**20 // 2
+    flipped = bytearray(whole)
+    flipped[last] ^= 1
+    for bad in (bytes(flipped), whole[:-1], whole[:last], whole[:100], whole[:3], b"", whole + whole[-50:]):
+        backup.write_bytes(bad)
+        done = confide("site", "restore", backup, "--out", tmp_path / "b", *operated.secret)
+        assert (done.code, (tmp_path / "b").exists()) == (6, False)
+        assert not list(tmp_path.glob(".b.*"))
+    backup.write_bytes(whole)
+    ok("site", "restore", backup, "--out", tmp_path / "b", *operated.secret)
+
+
+def test_backups_and_sites_are_never_written_over(operated: Operated, site: Path, backup: Path) -> None:
+    assert confide("site", "backup", site, "--out", backup, *operated.secret).code == 2
+    assert confide("site", "restore", backup, "--out", site, *operated.secret).code == 2
+
+
+def test_a_backup_waits_for_whoever_writes_and_says_so_in_the_end(
+    operated: Operated, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from confide.clients import backup as module
+
+    monkeypatch.setattr(module, "_TRIES", 2)
+    monkeypatch.setattr(module, "_PATIENCE", 0.05)
+    writer = sqlite3.connect(site / "ledger" / "ledger.db", isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    held = confide("site", "backup", site, "--out", tmp_path / "s.bak", *operated.secret)
+    assert (held.code, (tmp_path / "s.bak").exists()) == (10, False)
+    writer.execute("ROLLBACK")
+    writer.close()
+    ok("site", "backup", site, "--out", tmp_path / "s.bak", *operated.secret)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_file_with_data_or_consent_in_it_is_refused(operated: Operated, tmp_path: Path) -> None:
+    good = tomllib.loads((operated.demo.folder / "short.toml").read_text())
+    for section, key, value, said in (
+        ("data", "file", "data.csv", "file"), ("consent", "file", "c.csv", "consent"),
+        ("sites", "names", ["dayton", "seattle", "atlantis"], "atlantis"), ("sites", "names", ["dayton"], "fewer"),
+        ("schema", "features", {"x*": {"kind": "number", "bounds": [0, 1]}}, "pattern"),
+        ("schema", "features", {"x": {"kind": "number"}}, "bounds"),
+    ):  # fmt: skip
+        (tmp_path / "run.toml").write_text(to_toml({**good, section: {**good.get(section, {}), key: value}}))
+        done = confide("run", "start", tmp_path / "run.toml", "--federation", operated.fed)
+        assert done.code == 2, (section, key)
+        assert said in done.err
+
+
+def test_a_waiting_run_is_stopped_at_once_and_the_status_says_so(operated: Operated) -> None:
+    run = operated.demo.start_run("later")
+    assert operated.demo.status(run)["status"] == "waiting"
+    assert ok("run", "stop", run, "--federation", operated.fed, "--json").last_line["status"] == "stopped"
+    assert operated.demo.status(operated.run)["status"] == "finished"
+    assert confide("run", "stop", "nobody", "--federation", operated.fed).code == 2
+
+
+def test_a_federation_without_a_complete_roster_starts_no_run(operated: Operated, tmp_path: Path) -> None:
+    ok("federation", "init", tmp_path / "new", "--name", "new", "--endpoint", "127.0.0.1:9092")
+    done = confide("run", "start", operated.demo.folder / "short.toml", "--federation", tmp_path / "new")
+    assert (done.code, "no complete roster" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize(("sites", "asked", "fewest"), [(3, None, 3), (4, None, 3), (7, None, 5), (7, 3, 3), (7, 6, 6)])
+def test_the_smallest_cohort_is_two_thirds_of_those_who_take_part(
+    operated: Operated, sites: int, asked: int | None, fewest: int
+) -> None:
+    tree = tomllib.loads((operated.demo.folder / "short.toml").read_text())
+    run = load_run({**tree, "sites": {} if asked is None else {"min_sites": asked}})
+    roster = Cast(*(f"site{n}" for n in range(sites))).first()
+    _, weights = operated.load(operated.run)
+    manifest = make_manifest(
+        run, roster=roster, schema=run.schema_, initial_model=weights, layout=operated.manifest.layout
+    )
+    assert (len(manifest.members), manifest.min_sites) == (sites, fewest)
