@@ -15,7 +15,8 @@ from confide.errors import ConfigError
 from confide.privacy.files import write_atomically
 from confide.simulations.keeping import KEPT, Keeping, digest_of_files
 from confide.simulations.planning import Source, load_source
-from confide.simulations.world import Sources, World, load_sources
+from confide.simulations.sources import Sources, load_sources
+from confide.simulations.world import World
 
 __all__ = ["Place", "finished_result", "new_place", "resumed_place"]
 

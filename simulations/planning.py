@@ -13,7 +13,8 @@ from confide.privacy.dp import PrivacyEvent, Role, run_epsilon
 from confide.privacy.dp.events import merge_events
 from confide.privacy.sealing import make_profile
 from confide.simulations.result import NEIGHBOURS, Plan, SitePlan
-from confide.simulations.world import World, builtin_example, load_sources
+from confide.simulations.sources import builtin_example, load_sources
+from confide.simulations.world import World
 
 __all__ = ["Source", "any_bounds", "load_source", "plan", "schedule_epsilon"]
 

@@ -50,8 +50,9 @@ from confide.simulations.result import (
     json_intervals,
     json_number,
 )
+from confide.simulations.sources import load_sources
 from confide.simulations.statistics import learn_bounds, read_learned
-from confide.simulations.world import World, load_sources
+from confide.simulations.world import World
 
 __all__ = ["simulate"]
 

@@ -17,12 +17,13 @@ from markupsafe import Markup
 
 from confide.errors import AuditError
 from confide.privacy.audit import records as r
+from confide.privacy.audit.charges import standing_charges
 from confide.privacy.audit.chart import Series, line_chart
 from confide.privacy.audit.evidence import COORDINATOR, Evidence, PartyLog
 from confide.privacy.audit.page import write_page
 from confide.privacy.audit.protection import describe_protection
 from confide.privacy.audit.story import facts, story, unknown_bounds
-from confide.privacy.audit.verify import standing_charges, verify
+from confide.privacy.audit.verify import verify
 from confide.privacy.dp import metrics
 from confide.privacy.dp.accounting import LEDGER_LABEL, RUN_LABEL, rdp_epsilon, run_epsilon
 from confide.privacy.dp.events import Role, merge_events

@@ -32,7 +32,8 @@ from confide.protocol.manifest import Manifest
 from confide.protocol.sightings import watchers_of
 from confide.server.coordinator import Coordinator
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
-from confide.simulations.world import World, load_sources
+from confide.simulations.sources import load_sources
+from confide.simulations.world import World
 from tests.support import experiment_tree, write_people
 
 Chunks = tuple[bytes, ...]
