@@ -31,7 +31,7 @@ import pandas as pd
 import sqlalchemy
 
 from confide.clients.agent import free_port
-from confide.simulations.world import builtin_example
+from confide.simulations.sources import builtin_example
 from tests.cli.command import Answer, confide, to_toml
 from tests.privacy import postgres
 

@@ -44,7 +44,8 @@ from confide.privacy.dp import PrivacyEvent, RenyiBudget, Role, SecureRandom, ca
 from confide.simulations import simulate
 from confide.simulations.evaluation import ExactEvaluator
 from confide.simulations.frontier import WATERMARK, Line, Panel, Point, write_frontier
-from confide.simulations.world import Sources, World, builtin_example, load_sources
+from confide.simulations.sources import Sources, builtin_example, load_sources
+from confide.simulations.world import World
 
 Mask = NDArray[np.bool_]
 Vector = NDArray[np.float32]

@@ -21,7 +21,8 @@ from sklearn.metrics import roc_auc_score
 
 from confide.config import load_experiment
 from confide.simulations import simulate
-from confide.simulations.world import World, builtin_example, load_sources
+from confide.simulations.sources import builtin_example, load_sources
+from confide.simulations.world import World
 
 EPSILONS = ("inf", "8", "4", "2", "1", "0.5")
 SEEDS = (1, 2, 3, 4, 5)

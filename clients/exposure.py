@@ -8,15 +8,15 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from confide.clients.store import SiteStore
+from confide.clients.past import manifests_of, released_models, was_used
+from confide.clients.snapshots import SnapshotStore
 from confide.errors import ConsentError
-from confide.privacy.audit.log import stored_entries
 from confide.privacy.audit.page import write_page
-from confide.privacy.audit.records import ModelReleased
 from confide.privacy.consent import ConsentEvent, Registry, SiteKey, canonical_subject, from_micros
 from confide.privacy.dp import LEDGER_LABEL, RUN_LABEL, Ledger, PrivacyEvent, Role, run_epsilon
 from confide.privacy.dp.events import merge_events
@@ -93,7 +93,8 @@ class RunOfPerson:
 
     Attributes:
         rounds: Rounds in which her records could be drawn or evaluated.
-        epsilon: What these rounds cost her, PRV: this run alone. None where its charges differ in σ or q.
+        epsilon: What these rounds cost her, PRV: this run alone. None where its charges differ in σ or q; infinity
+            where nothing in the run protects her.
         purpose, recipients: From the run's manifest; None and empty where it lies in another run's folder.
         model: Digest of the released model; None where none was released from here.
         released: When, ISO 8601.
@@ -110,16 +111,25 @@ class RunOfPerson:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PersonExposure:
-    """The whole answer. `known` is False where this site holds nothing about such a person."""
+    """The whole answer.
+
+    Attributes:
+        known: False where this site holds nothing about such a person.
+        erased: Her consent record cannot be found any more; what charges held her is still known, by her locator.
+        epsilon: Her loss over all runs; infinity where one of them protected nobody.
+        charged_epsilon: The part of it that the ledger accounts for.
+    """
 
     site: str
     subject: str
     known: bool
+    erased: bool
     role: str
     consent: list[ConsentOnRecord]
     decisions: list[Decision]
     runs: list[RunOfPerson]
     epsilon: float
+    charged_epsilon: float
     delta: float
     unit: str
     unnoted_charges: int
@@ -153,14 +163,19 @@ def describe_person(subject: str, files: SiteFiles) -> PersonExposure:
             unnoted = len(personal.unnoted(charges))
         finally:
             personal.close()
-        held_out = key.role_share(person) < ledger.held_out
+        held_out, erased = key.role_share(person) < ledger.held_out, bool(registry.erased([person]))
+        pseudonym = registry.pseudonyms([person]).get(person)
+        runs = _runs(held or [], charges, ledger.budget.delta, files)
+        runs += _unprotected(pseudonym, {run.run for run in runs}, files)
+        protected = all(run.epsilon is None or math.isfinite(run.epsilon) for run in runs)
         return PersonExposure(
-            site=files.site, subject=person, known=bool(history) or held is not None,
+            site=files.site, subject=person, known=bool(history) or held is not None or erased,
+            erased=erased,
             role=(Role.HELD_OUT if held_out else Role.TRAIN).value,
             consent=[_on_record(event) for event in history],
             decisions=_decisions(registry, person, history),
-            runs=_runs(held or [], charges, ledger.budget.delta, files),
-            epsilon=epsilon, delta=ledger.budget.delta, unit=ledger.unit, unnoted_charges=unnoted,
+            runs=runs, epsilon=epsilon if protected else math.inf, charged_epsilon=epsilon,
+            delta=ledger.budget.delta, unit=ledger.unit, unnoted_charges=unnoted,
         )  # fmt: skip
     finally:
         registry.close()
@@ -198,19 +213,49 @@ def _runs(
     for charge in held:
         if charge in charges and charges[charge].steps:
             by_run.setdefault(charge.partition("/")[0], []).append(charge)
-    manifests, released = _manifests(files.state, list(by_run)), _released(files.log)
+    manifests, released = manifests_of(files.state, list(by_run)), released_models(files.log)
     found = []
     for run, names in by_run.items():
         merged, manifest = merge_events(charges[name] for name in names), manifests.get(run)
-        model, at = released.get(run, (None, None))
-        found.append(RunOfPerson(
-            run=run, rounds=sorted({int(name.split("/")[1]) for name in names}),
-            epsilon=run_epsilon(merged[0], delta) if len(merged) == 1 else None,
-            purpose=manifest.purpose if manifest is not None else None,
-            recipients=_recipients(manifest, files.site) if manifest is not None else [],
-            model=model, released=at,
-        ))  # fmt: skip
+        epsilon = run_epsilon(merged[0], delta) if len(merged) == 1 else None
+        if manifest is not None and not manifest.privacy.protects:  # its noise comes from a seed that was told
+            epsilon = math.inf
+        rounds = sorted({int(name.split("/")[1]) for name in names})
+        found.append(_run(run, rounds, epsilon, manifest, released, files))
     return found
+
+
+def _unprotected(pseudonym: bytes | None, listed: Collection[str], files: SiteFiles) -> list[RunOfPerson]:
+    """Runs without noise, on public data: nothing is charged for them, so only their snapshots tell who was held."""
+    if pseudonym is None or not files.snapshots.is_file():
+        return []
+    store = SnapshotStore(files.snapshots, read_only=True)
+    try:
+        held = store.rounds_of(pseudonym)
+    finally:
+        store.close()
+    names = list(dict.fromkeys(run for run, _, _ in held if run not in listed))
+    manifests, released, found = manifests_of(files.state, names), released_models(files.log), list[RunOfPerson]()
+    for run, manifest in manifests.items():
+        if manifest.privacy.is_private:  # what it charged is known, and nothing of these rounds left
+            continue
+        rounds = [
+            round_ for name, round_, role in held if name == run and was_used(manifest, round_, role)
+        ]  # fmt: skip
+        if rounds:
+            found.append(_run(run, sorted(rounds), math.inf, manifest, released, files))
+    return found
+
+
+def _run(
+    run: str, rounds: list[int], epsilon: float | None, manifest: Manifest | None,
+    released: Mapping[str, tuple[str, str]], files: SiteFiles,
+) -> RunOfPerson:  # fmt: skip
+    model, at = released.get(run, (None, None))
+    return RunOfPerson(
+        run=run, rounds=rounds, epsilon=epsilon, purpose=manifest.purpose if manifest is not None else None,
+        recipients=_recipients(manifest, files.site) if manifest is not None else [], model=model, released=at,
+    )  # fmt: skip
 
 
 def _recipients(manifest: Manifest, site: str) -> list[str]:
@@ -221,24 +266,6 @@ def _recipients(manifest: Manifest, site: str) -> list[str]:
         "masked": "sums over the cohort, noised metrics, and what is released",
     }.get(manifest.sealing.profile, "noised metrics, and what is released")
     return [f"sites {others}: sums over the cohort", f"the coordinator: {coordinator}"]
-
-
-def _manifests(state: Path, runs: Sequence[str]) -> dict[str, Manifest]:
-    if not state.is_file():
-        return {}
-    store = SiteStore(state)
-    try:
-        found = {run: store.manifest(run) for run in runs}
-    finally:
-        store.close()
-    return {run: Manifest.from_bytes(data) for run, data in found.items() if data is not None}
-
-
-def _released(log: Path) -> dict[str, tuple[str, str]]:
-    """(model digest, time) by run, from the site's federated log."""
-    if not log.is_file():
-        return {}
-    return {e.run: (e.model, _iso(at)) for e, at in stored_entries(log) if isinstance(e, ModelReleased)}
 
 
 def _iso(micros: int) -> str:

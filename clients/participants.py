@@ -70,6 +70,7 @@ class ParticipantSource:
         clock: Callable[[], int],
     ) -> None:
         self._clock, self._latest, self._reads = clock, 0, list[Read]()
+        self._names: dict[str, bytes] = {}
         self._registry, self._persons, self._purpose, self._personal = registry, records.persons, purpose, personal
         self._held_out: Mask = np.array([key.role_share(p) < held_out for p in records.persons], dtype=np.bool_)
         # Everybody in the table gets a pseudonym, whether or not she was ever asked: so that it can be shown of anybody
@@ -97,7 +98,7 @@ class ParticipantSource:
             self._reads.append(Read(now, 0, error.kind))
             raise
         self._reads.append(Read(now, snapshot.sequence, "answered"))
-        names = self._registry.pseudonyms(self._persons)
+        names = self._names = self._registry.pseudonyms(self._persons)
         consenting = np.array([names.get(p) in snapshot.participants for p in self._persons], dtype=np.bool_)
         if ledger is not None:
             consenting &= self._within_personal_limit(snapshot, names, ledger, upcoming)
@@ -127,8 +128,9 @@ class ParticipantSource:
             self._personal.hold(charge, self._places[mask])
 
     def members(self, used: Participants) -> dict[Role, list[bytes]]:
-        """Pseudonyms of those who take part, by role."""
-        names, masks = self._registry.pseudonyms(self._persons), {Role.TRAIN: used.train, Role.HELD_OUT: used.held_out}
+        """Pseudonyms of those who take part, by role; `used` is covered by the latest snapshot."""
+        # As of the latest snapshot: who is erased after the cut-off was in this round, and counts from the next.
+        names, masks = self._names, {Role.TRAIN: used.train, Role.HELD_OUT: used.held_out}
         return {role: [names[self._persons[i]] for i in np.flatnonzero(mask)] for role, mask in masks.items()}
 
     def _within_personal_limit(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from confide.clients.training.code import package_digest
+from confide.config import STRATEGY_OPTIONS
 from confide.config.site import SiteConfig
 from confide.errors import ConfigError, PolicyError
 from confide.privacy.dp import run_epsilon
@@ -34,6 +35,8 @@ class SitePolicy:
         data_are_public: May ε = ∞ and readable updates be asked for at all?
         models: Kinds of models allowed; `package.module:function` runs that code here.
         model_digests: Of models whose code runs here: the digest that its package must have.
+        strategies: Kinds of strategies allowed; `package.module:Class`, or an installed name, runs that code here.
+        strategy_digests: Of strategies whose code runs here: the same.
         held_out: Share of persons held out, the same for every run: a person's role is for ever.
         min_sites: Smallest sum this site's update may hide in.
         min_subjects: Fewest consenting persons with which this site takes part.
@@ -53,6 +56,7 @@ class SitePolicy:
     profiles: frozenset[str] = frozenset()
     data_are_public: bool = False
     models: frozenset[str] = frozenset({"logistic", "mlp"})
+    strategies: frozenset[str] = frozenset(STRATEGY_OPTIONS)
     held_out: float = 0.2
     min_sites: int = 3
     min_subjects: int = 20
@@ -63,6 +67,7 @@ class SitePolicy:
     statistics: bool = False
     local_steps_limit: int = 0
     model_digests: Mapping[str, str] = field(default_factory=dict)
+    strategy_digests: Mapping[str, str] = field(default_factory=dict)
     hours: tuple[tuple[int, int], ...] = ()
 
     @classmethod
@@ -85,6 +90,8 @@ class SitePolicy:
             data_are_public=config.data.public,
             models=frozenset(asked.models),
             model_digests=dict(asked.model_digests),
+            strategies=frozenset(asked.strategies),
+            strategy_digests=dict(asked.strategy_digests),
             held_out=asked.held_out,
             min_sites=asked.min_sites,
             min_subjects=asked.min_subjects,
@@ -131,6 +138,7 @@ class SitePolicy:
             ("population", member is not None and member.population == self.population, self.population,
              member.population if member else "not in the roster"),
             ("models", manifest.model.kind in self.models, sorted(self.models), manifest.model.kind),
+            ("strategies", manifest.strategy.kind in self.strategies, sorted(self.strategies), manifest.strategy.kind),
             ("held_out", manifest.held_out == self.held_out, self.held_out, manifest.held_out),
             # A threshold of the coordinator's choosing would tell it the number of persons, bit by bit.
             ("min_subjects", manifest.min_subjects <= self.min_subjects, f"<= {self.min_subjects}",
@@ -160,19 +168,21 @@ class SitePolicy:
                     where=f"policy of site {site}",
                     hint="change the run, or have the site's operator change the policy",
                 )
-        self._check_code(manifest.model.kind, site)
+        self._check_code("model", self.model_digests, manifest.model.kind, site)
+        self._check_code("strategy", self.strategy_digests, manifest.strategy.kind, site)
         if len(manifest.members) < manifest.min_sites:
             raise PolicyError(
                 f"the roster has {len(manifest.members)} sites, fewer than min_sites = {manifest.min_sites}",
                 where=f"policy of site {site}",
             )
 
-    def _check_code(self, kind: str, site: str) -> None:
+    @staticmethod
+    def _check_code(what: str, digests: Mapping[str, str], kind: str, site: str) -> None:
         """Code of a package runs here only as the operator has seen it."""
-        pinned = self.model_digests.get(kind)
+        pinned = digests.get(kind)
         if pinned is not None and package_digest(kind) != pinned:
             raise PolicyError(
-                f"{_LINE} model_digests allows other code for {kind} than is installed",
+                f"{_LINE} {what}_digests allows other code for {kind} than is installed",
                 where=f"policy of site {site}",
                 hint="read what changed, then write down what confide model digest says",
             )

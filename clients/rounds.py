@@ -19,7 +19,7 @@ from confide.clients.policy import SitePolicy
 from confide.clients.run import SiteRun, model_digest
 from confide.clients.snapshots import SnapshotStore
 from confide.clients.store import ModelState, SiteStore
-from confide.errors import ConfideError, LeftError, PolicyError, SealingError
+from confide.errors import ConfideError, PolicyError, SealingError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.consent import RoundKeys
@@ -45,6 +45,7 @@ class Answer:
     chunks: tuple[bytes, ...] = ()
     sealed: str | None = None
     unlocked: str | None = None
+    control: bytes | None = None
 
 
 class RoundSteps:
@@ -91,6 +92,12 @@ class RoundSteps:
         model = self._apply(run, message.sums, request.chunks, before=round_)
         self._settle_unsent(run, round_)
         charged = self._ledger.stands(f"{run.manifest.run}/{round_}/")
+        if charged and not run.reproducible and round_ > run.manifest.rounds:
+            held = m.TrainReply(
+                commitment=m.NO_UPDATE, model=run.model_tag(model), state=run.state_tag(model), secret=secret,
+                coordinator=header.checkpoint,
+            )  # fmt: skip
+            return Answer(held, model.metric_chunks)
         if charged and not run.reproducible:
             # What was computed under them may have left before this site's state was lost or put back.
             raise SealingError(f"round {round_} was charged before and is not computed again", where=f"site {run.site}")
@@ -140,6 +147,8 @@ class RoundSteps:
         agreement = Agreement(message.cohort, agreed, self_masked=retries)
         rounding = run.rounding(round_)
         payload = run.keys.session.seal(run.pending[1], run.segments(round_), agreement, rounding).payload()
+        control = run.next_control(round_, run.pending[1])
+        boxed = None if control is None else self._store.box_control(name, round_, control, run.keys.storage)
         if not told:
             self._log.append(
                 audit.Sealed(
@@ -151,8 +160,8 @@ class RoundSteps:
             run.attempts[attempt] = agreement
         else:
             run.pending = None
-        tags = tuple(f"{tag:x}" for tag in payload.tags)
-        return Answer(m.SealReply(transcript=agreed, tags=tags), payload.chunks, sealed=agreed)
+        tags = tuple(f"{tag:016x}" for tag in payload.tags)  # of one length: sizes tell nothing
+        return Answer(m.SealReply(transcript=agreed, tags=tags), payload.chunks, sealed=agreed, control=boxed)
 
     def unlock(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
         """Give away the seed of this site's own mask in one attempt."""
@@ -196,6 +205,9 @@ class RoundSteps:
     def _compute(self, run: SiteRun, round_: int, model: ModelState) -> Floats:
         """The round's vector under the charges that were made for it, with whose consent it rests on noted."""
         charges = {role: charge for role, (charge, _) in self._charges(run, round_).items()}
+        if run.manifest.control_variates:
+            own = self._store.control(run.manifest.run, run.keys.storage)
+            run.control = run.control if own is None else own
         source, ledger = self._participants(run.manifest), self._ledger if charges else None
         source.reads()  # from here on they are this round's
         try:
@@ -245,14 +257,17 @@ class RoundSteps:
                 run.destroy()
                 self._local_log.append(audit.LocalRefusal(run=run.manifest.run, step="open", reason=str(error)))
                 self._log.append(audit.RunStopped(run=run.manifest.run, reason=NOT_AUTHENTIC))
-                raise LeftError(NOT_AUTHENTIC, where=f"round {reference.round}") from error
+                raise SealingError(NOT_AUTHENTIC, where=f"round {reference.round}") from error
             self._log.append(
                 audit.Opened(
                     run=run.manifest.run, round=reference.round, transcript=reference.transcript,
                     model=run.model_tag(model), saturated=f"{model.saturated:.6f}",
                 )
             )  # fmt: skip
-            self._store.put_model(run.manifest.run, model, run.keys.storage)
+            keep = self._store.put_model
+            if run.manifest.control_variates:
+                keep = partial(self._store.put_model_and_control, counted=run.site in reference.cohort)
+            keep(run.manifest.run, model, run.keys.storage)
         if offset != len(chunks):
             raise SealingError("chunks that no sum names", where=f"run {run.manifest.run}")
         return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,18 +10,19 @@ from numpy.typing import NDArray
 
 from confide.clients.data.preprocess import encoded_width, unscaled_columns
 from confide.clients.data.records import SiteRecords
+from confide.clients.gathered import signed_payloads
 from confide.clients.keys import RunKeys
 from confide.clients.ranges import segments
 from confide.clients.store import ModelState
 from confide.clients.training.admission import admit_model
 from confide.clients.training.models import build_model, layout_of
 from confide.clients.training.trainer import LocalTrainer, TrainingPlan, choose_device
-from confide.errors import PolicyError, SealingError
+from confide.errors import ConfigError, PolicyError, SealingError
 from confide.privacy.digest import digest, keyed_digest
 from confide.privacy.dp import SecureRandom
 from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.dp.statistics import contributions
-from confide.privacy.sealing import Agreement, Payload, Segment, make_profile
+from confide.privacy.sealing import Agreement, Opened, Payload, Segment, make_profile
 from confide.privacy.sealing.transcript import transcript
 from confide.privacy.sealing.vault import Vault
 from confide.protocol.bounds import coarse_ranges
@@ -28,7 +30,8 @@ from confide.protocol.envelope import Address
 from confide.protocol.manifest import Manifest
 from confide.protocol.messages import SumReference, UnlockReply
 from confide.protocol.statements import signed_reply
-from confide.strategies import StepInput, make_strategy
+from confide.strategies import State, StepInput, Strategy, admit_strategy, make_strategy, to_grid
+from confide.strategies.scaffold import control_change, correction
 
 __all__ = ["SiteRun", "model_digest"]
 
@@ -54,8 +57,8 @@ class SiteRun:
             rng = SecureRandom(unsafe_key=bytes(32))
         self.manifest, self.site, self._rng, self._coordinator = manifest, site, rng, coordinator
         self._records = records
-        self.profile = make_profile(manifest.sealing, len(manifest.members))
-        self.strategy = make_strategy(manifest.strategy)
+        self.strategy = _admitted(manifest, site)
+        self.profile = make_profile(manifest.sealing, len(manifest.members), gather=manifest.single_updates)
         self.keys = RunKeys(manifest, site, self.profile, coordinator, vault)
         inputs, outputs = encoded_width(manifest.schema_), manifest.label.outputs
         model = build_model(manifest.model, inputs, outputs)
@@ -66,8 +69,14 @@ class SiteRun:
         member = manifest.member(site)
         if member is None:
             raise PolicyError("this site is not in the roster", where=f"site {site}")
+        most = manifest.training.local_steps
+        #: Local steps that this site takes, a public constant.
+        self.steps = self.strategy.steps_of(site, most)
+        if not 1 <= self.steps <= most:
+            raise PolicyError("the strategy asks for more local steps than are charged", where=f"site {site}")
         plan = TrainingPlan(
-            training=manifest.training,
+            training=manifest.training.model_copy(update={"local_steps": self.steps}),
+            proximal=self.strategy.proximal,
             task=manifest.label.task,
             noise_multiplier=manifest.noise_multiplier,
             sample_rate=manifest.privacy.sample_rate,
@@ -77,6 +86,8 @@ class SiteRun:
         self.trainer = LocalTrainer(model, records, plan, choose_device(device), rng)
         #: The round and the update that waits to be sealed. Never on a disk.
         self.pending: tuple[int, Floats] | None = None
+        #: This site's own control variate, where the strategy has them; 0 before its first update was applied.
+        self.control = np.zeros(manifest.layout.size)
         #: What that update was sealed for, by attempt, where the run retries.
         self.attempts: dict[int, Agreement] = {}
 
@@ -109,7 +120,7 @@ class SiteRun:
         if self.reproducible:
             self._rng.unsafe_restart(self._unsafe_key(round_, "noise"))
         if self.manifest.trains_in(round_):
-            parts.append(self.trainer.train(model.weights, train) * self.manifest.weight(self.site))
+            parts += self._train(model, train)
         if size := self.manifest.metric_width(round_):
             exact = (
                 self._histograms(round_, model, held_out)
@@ -119,6 +130,28 @@ class SiteRun:
             noise = self._rng.normal(size) * (SENSITIVITY * self.manifest.metrics_noise_multiplier)
             parts.append(exact + noise)
         return np.concatenate(parts)
+
+    def _train(self, model: ModelState, train: NDArray[np.int64]) -> list[Floats]:
+        """This site's weighted update; with control variates also the weighted change of its own."""
+        weight, training = self.weight(self.site), self.manifest.training
+        factor = weight * self.strategy.factor(self.site, training.local_steps)
+        if not self.manifest.control_variates:
+            return [self.trainer.train(model.weights, train) * factor]
+        common = model.state[0]
+        update = self.trainer.train(model.weights, train, correction(common, self.control))
+        change = control_change(update, common, self.steps, training.learning_rate)
+        return [update * factor, change * weight]
+
+    def weight(self, site: str) -> float:
+        """A site's public weight in sums; where single updates are compared, each site counts once."""
+        return 1.0 if self.manifest.single_updates else self.manifest.weight(site)
+
+    def next_control(self, round_: int, vector: Floats) -> Floats | None:
+        """This site's own control variate once a round's vector is applied; None where it stays as it is."""
+        if not self.manifest.control_variates or not self.manifest.trains_in(round_):
+            return None
+        size = self.manifest.layout.size
+        return self.control + vector[size : 2 * size] / self.weight(self.site)
 
     def rounding(self, round_: int) -> SecureRandom | None:
         """Draws for rounding a round's vector to integers; None: from the operating system."""
@@ -164,6 +197,9 @@ class SiteRun:
         )
         if len(reference.statements) != len(cohort) or reference.transcript != bound:
             raise SealingError("a sum whose transcript is not of this round", where=f"round {reference.round}")
+        if manifest.single_updates:
+            place = self.address(reference.round, "seal", attempt=attempt)
+            chunks = signed_payloads(manifest, reference, chunks, place, self._coordinator)
         total = Payload(tuple(chunks), tuple(int(tag, 16) for tag in reference.tags))
         opened = self.keys.session.open(total, self.segments(reference.round), self._agreement(reference))
         values = opened.values
@@ -172,10 +208,27 @@ class SiteRun:
         weights, state, trained = model.weights, model.state, model.trained
         if self.manifest.trains_in(reference.round):
             trained = reference.round
-            weight = sum(self.manifest.weight(site) for site in cohort)
-            update = values[: self.manifest.layout.size]
-            weights, state = self.strategy.step(StepInput(weights, update, weight, state))
+            weights, state = self._step(model, cohort, opened, reference.round)
         return ModelState(reference.round, weights, state, metrics, opened.saturated, trained)
+
+    def _step(
+        self, model: ModelState, cohort: Sequence[str], opened: Opened, round_: int
+    ) -> tuple[NDArray[np.float32], State]:
+        """The strategy's step."""
+        manifest, size = self.manifest, self.manifest.layout.size
+        weights = [(site, self.weight(site)) for site in cohort]
+        updates, unit = None, 1.0
+        if opened.each is not None:
+            updates, unit = to_grid(opened.each[:, :size], self.segments(round_)[0].high)
+        # fsum is correctly rounded: the same number from every version of Python, which sum() does not give.
+        return self.strategy.step(
+            StepInput(
+                model=model.weights, total=opened.values[:size], weight=math.fsum(w for _, w in weights),
+                state=model.state, control=opened.values[size : 2 * size] if manifest.control_variates else None,
+                roster_weight=math.fsum(self.weight(m.site) for m in manifest.members), cohort=tuple(weights),
+                local_steps=manifest.training.local_steps, updates=updates, unit=unit,
+            )
+        )  # fmt: skip
 
     def model_tag(self, model: ModelState) -> str:
         """Names the weights among the sites. The coordinator learns the key with the released model, and no other."""
@@ -196,6 +249,16 @@ class SiteRun:
                 raise SealingError("a seed that was unlocked for another sum", where=f"round {reference.round}")
             seeds.append(bytes.fromhex(reply.seed))
         return Agreement(reference.cohort, reference.transcript, self.manifest.sealing.retry, tuple(seeds))
+
+
+def _admitted(manifest: Manifest, site: str) -> Strategy:
+    """The run's strategy, if this run may have it: the coordinator's word for it does not count here."""
+    strategy = make_strategy(manifest.strategy)
+    try:
+        admit_strategy(strategy, manifest)
+    except ConfigError as error:
+        raise PolicyError(f"{error.where} {error.what}", where=f"site {site}", hint=error.hint) from None
+    return strategy
 
 
 def model_digest(model: ModelState) -> str:

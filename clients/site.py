@@ -32,7 +32,7 @@ from confide.clients.rounds import NOT_AUTHENTIC, Answer, RoundSteps
 from confide.clients.run import SiteRun, model_digest
 from confide.clients.snapshots import SnapshotStore
 from confide.clients.store import ModelState, SiteStore
-from confide.errors import AuditError, ConfideError, DataError, LeftError, PolicyError, SealingError, StorageError
+from confide.errors import AuditError, ConfideError, DataError, PolicyError, SealingError, StorageError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.consent import Registry, SiteKey
@@ -207,7 +207,7 @@ class Site:
             if (why := self._store.halted()) is not None:
                 raise AuditError(why, where=f"site {self.name}", hint="see this site's local log")
             if self._store.stopped(header.run) is not None:
-                raise LeftError(NOT_AUTHENTIC, where=f"run {header.run}")
+                raise SealingError(NOT_AUTHENTIC, where=f"run {header.run}")
             if self.policy.hours and step in ("join", "train"):
                 self.policy.check_hours(self.log.now(), self.name)
             run = self._joining(header, request) if step == "join" else self._known(header.run)
@@ -277,7 +277,9 @@ class Site:
 
     def _commit(self, run: SiteRun, address: Address, request: Envelope, answer: Answer) -> Envelope:
         reply = self._sign(address, request, answer.message, answer.chunks)
-        self._store.commit_reply(address, request.digest, reply, sealed=answer.sealed, unlocked=answer.unlocked)
+        self._store.commit_reply(
+            address, request.digest, reply, sealed=answer.sealed, unlocked=answer.unlocked, control=answer.control
+        )
         return reply
 
     def _sign(
@@ -303,9 +305,9 @@ class Site:
         self.last_refusal = error
         _log.warning("site %s refuses a %s request: %s", self.name, header.step, type(error).__name__)
         answer = (
-            m.Refusal(kind=error.kind, reason=error.what[:500], final=isinstance(error, LeftError))
+            m.Refusal(kind=error.kind, reason=error.what[:500])
             if error.shareable
-            else m.Refusal(kind="abstains", reason="abstains", final=False)
+            else m.Refusal(kind="abstains", reason="abstains")
         )
         try:
             self._note_refusal(header, error, answer)

@@ -5,7 +5,10 @@ Invariants:
    step, attempt) with another request is an equivocation and refused.
 2. A round is sealed for one cohort, ever (once for each attempt, and unlocked once, where the run retries). An update
    itself is never here: it lives in its process's memory, so that no restart and no restored backup can seal it twice.
-3. The replicated model is encrypted under the run's storage key: with the run's keys its copies in backups are gone.
+3. A site's own control variate (SCAFFOLD) is kept from the moment its update is sealed, in the same transaction, never
+   earlier, and is in force from the moment that update's sum is applied.
+4. The replicated model and the control variates are encrypted under the run's storage key: with its keys their
+   copies in backups are gone.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ CREATE TABLE IF NOT EXISTS halted (one INTEGER PRIMARY KEY CHECK (one = 1), reas
 CREATE TABLE IF NOT EXISTS sighting (
   federation TEXT, key TEXT, size INTEGER NOT NULL, sighting TEXT NOT NULL, PRIMARY KEY (federation, key));
 CREATE TABLE IF NOT EXISTS model (run TEXT PRIMARY KEY, round INTEGER NOT NULL, box BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS control (
+  run TEXT, round INTEGER, applied INTEGER NOT NULL, box BLOB NOT NULL, PRIMARY KEY (run, round));
 """
 _REPLY = (
     "SELECT request, header, signature, body FROM reply "
@@ -146,7 +151,14 @@ class SiteStore:
         return int(row[0] or 0)
 
     def commit_reply(
-        self, place: Address, request: str, reply: Envelope, *, sealed: str | None = None, unlocked: str | None = None
+        self,
+        place: Address,
+        request: str,
+        reply: Envelope,
+        *,
+        sealed: str | None = None,
+        unlocked: str | None = None,
+        control: bytes | None = None,
     ) -> None:
         """Make a reply durable together with its effect, before it is sent.
 
@@ -156,6 +168,7 @@ class SiteStore:
             reply: The signed reply.
             sealed: Transcript that a `seal` reply is for.
             unlocked: Transcript that an `unlock` reply is for.
+            control: With a `seal` reply: the site's control variate once the round is applied, from `box_control`.
 
         Raises:
             SealingError: The round was sealed for another cohort, or unlocked, before.
@@ -167,6 +180,10 @@ class SiteStore:
                     self._db.execute("INSERT INTO sealed VALUES (?, ?, ?, ?)", values)
                 if unlocked is not None:
                     self._db.execute("INSERT INTO unlocked VALUES (?, ?, ?)", (place.run, place.round, unlocked))
+                if control is not None:
+                    self._db.execute(
+                        "INSERT OR REPLACE INTO control VALUES (?, ?, 0, ?)", (place.run, place.round, control)
+                    )
                 # Bulk of rounds long past need not be answered again.
                 self._db.execute("DELETE FROM chunk WHERE run = ? AND round < ?", (place.run, place.round - 1))
                 self._db.execute(
@@ -205,6 +222,34 @@ class SiteStore:
         """Replace the replicated model."""
         box = close_box(key, _context(run, model.round), model.to_bytes())
         self._db.execute("INSERT OR REPLACE INTO model VALUES (?, ?, ?)", (run, model.round, box))
+
+    def put_model_and_control(self, run: str, model: ModelState, key: bytes, *, counted: bool) -> None:
+        """Replace the replicated model after a sum; where the site's own update was counted in it, its control variate
+        of that round is in force. One of a round that came to nothing is forgotten."""
+        with self._transaction():
+            self.put_model(run, model, key)
+            if counted:
+                self._db.execute("UPDATE control SET applied = 1 WHERE run = ? AND round = ?", (run, model.round))
+            keep = "SELECT MAX(round) FROM control WHERE run = :run AND applied = 1"
+            self._db.execute(
+                f"DELETE FROM control WHERE run = :run AND round <= :round AND round IS NOT ({keep})",  # noqa: S608
+                {"run": run, "round": model.round},
+            )
+
+    def box_control(self, run: str, round_: int, control: NDArray[np.float64], key: bytes) -> bytes:
+        """A control variate as it is stored."""
+        return close_box(key, _control_context(run, round_), control.astype("<f8").tobytes())
+
+    def control(self, run: str, key: bytes) -> NDArray[np.float64] | None:
+        """The site's own control variate in force; None before its first update was applied.
+
+        Raises:
+            SealingError: `key` is not the run's storage key.
+        """
+        row = self._db.execute("SELECT round, box FROM control WHERE run = ? AND applied = 1", (run,)).fetchone()
+        if row is None:
+            return None
+        return np.frombuffer(open_box(key, _control_context(run, row[0]), row[1]), dtype="<f8").astype(np.float64)
 
     def stop_run(self, run: str, reason: str) -> None:
         """Never answer for this run again, also after a restart."""
@@ -269,6 +314,10 @@ class SiteStore:
 
 def _key(place: Address) -> tuple[str, int, int, str, int]:
     return place.run, place.key_epoch, place.round, place.step, place.attempt
+
+
+def _control_context(run: str, round_: int) -> bytes:
+    return f"confide/1/control/{run}/{round_}".encode()
 
 
 def _context(run: str, round_: int) -> bytes:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
-__all__ = ["open_durable", "open_read_only"]
+__all__ = ["copy_database", "open_durable", "open_read_only"]
 
 _PATIENCE = 30.0
 
@@ -51,3 +52,17 @@ def open_read_only(path: Path) -> sqlite3.Connection:
     log = path.with_name(path.name + "-wal")
     mode = "mode=ro" if log.exists() else "mode=ro&immutable=1"
     return sqlite3.connect(f"file:{quote(str(path.absolute()))}?{mode}", uri=True, isolation_level=None, timeout=30)
+
+
+def copy_database(source: Path, target: Path) -> None:
+    """One state of a database, also while others write to it, as a new file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        FileExistsError: The target is there already.
+        sqlite3.Error: It is no database, or the copy cannot be written.
+    """
+    if target.exists():
+        raise FileExistsError(str(target))
+    with closing(open_read_only(source)) as held, closing(sqlite3.connect(target)) as made:
+        held.backup(made)

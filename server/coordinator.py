@@ -2,6 +2,7 @@
 
 Invariants:
 1. It never computes with a single site's update except to add it to the round's one accumulator, as it arrives.
+   (Where a strategy needs single updates, under profile `open` only, they are kept and passed on as they were signed.)
 2. A cohort is sealed once: a site that fails while sealing abandons the round, unless the run retries.
 3. All sites must hold the same model after every round; otherwise the run stops.
 4. It holds no data and no key but its own signing key.
@@ -26,17 +27,15 @@ from confide.privacy.audit.log import Log
 from confide.privacy.digest import digest, keyed_digest
 from confide.privacy.sealing import Payload, make_profile
 from confide.privacy.sealing.transcript import transcript
-from confide.privacy.sealing.wrapping import usable
 from confide.protocol import messages as m
-from confide.protocol.envelope import EVERYBODY, MAX_REPLY_BODY, Address, Envelope, Header, verify
+from confide.protocol.envelope import Address, Envelope, Header
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
-from confide.protocol.sightings import unpack_sightings
 from confide.server.exchange import Exchange
+from confide.server.joining import Members
 from confide.server.journal import Journal, RoundOutcome, Total
 from confide.server.keys import distribute_keys
 from confide.server.runs import RunStore
-from confide.server.software import software_versions
 
 __all__ = ["Coordinator", "Released", "RoundOutcome"]
 
@@ -59,13 +58,10 @@ class Released:
 
 @dataclass(slots=True)
 class _Progress:
-    joined: dict[str, Envelope] = field(default_factory=dict)
     metrics_logged: int = 0
     model: str = ""
     #: Signed `train` replies of the latest round: at the end they show that enough sites are there.
     last: dict[str, Envelope] = field(default_factory=dict)
-    #: Nodes that were asked which site lives there.
-    asked: set[int] = field(default_factory=set)
     #: The round that an earlier process was in the middle of.
     interrupted: int = 0
 
@@ -102,14 +98,15 @@ class Coordinator:
         timeout: float | None = None,
         store: RunStore | None = None,
     ) -> None:
-        self._grid, self.manifest, self._initial = grid, manifest, initial_model
+        self.manifest = manifest
         self._before_round, self._after_round = before_round, after_round
-        self._profile = make_profile(manifest.sealing, len(manifest.members))
+        self._profile = make_profile(manifest.sealing, len(manifest.members), gather=manifest.single_updates)
         self._progress = _Progress()
         self.log = log
         first = initial_model.astype("<f4").tobytes()
         self._journal: Journal = (store or RunStore()).open(manifest.run, manifest.to_bytes(), first, log)
         self._exchange = Exchange(grid, identity, manifest, log, self._journal, timeout)
+        self._members = Members(grid, self._exchange, self._journal, manifest, initial_model)
 
     @property
     def refusals(self) -> dict[str, m.Refusal]:
@@ -147,7 +144,7 @@ class Coordinator:
             self._progress.interrupted = at.next
         for round_ in range(at.next, self.manifest.rounds + 2):
             self._before_round(round_)
-            self._find_members()
+            self._members.find()
             outcome = self._round(round_)
             journal.end_round(outcome, self._progress.last, self._progress.model)
             self._after_round(outcome)
@@ -156,87 +153,21 @@ class Coordinator:
     # --- steps -------------------------------------------------------------------------------------------------
 
     def _join(self) -> None:
-        place = self._exchange.address("join")
-        self._progress.joined = self._journal.replies(place)
-        self._find_members()
-        if len(self._progress.joined) < self.manifest.min_sites:
+        if self._members.invite() < self.manifest.min_sites:
             raise self._too_few("joined")
-        self._journal.close(place)
-
-    def _find_members(self) -> None:
-        """Ask the nodes that were not asked yet (as long as a member is missing: all unknown ones) which site lives
-        there. Sites answer the same invitation the same way, so that members are found again; whoever joins after the
-        others have agreed on keys is in no cohort."""
-        found = self._exchange.nodes
-        lost = not self._journal.applied().keys() <= found.keys()
-        nodes = [node for node in self._grid.get_node_ids() if node not in found.values()]
-        new = [node for node in nodes if lost or node not in self._progress.asked]
-        if not new:
-            return
-        request, place = self._invitation(), self._exchange.address("join")
-        open_, joined = not self._journal.closed(place), self._progress.joined
-        self._progress.asked.update(new)
-        for node, envelope in self._exchange.send("join", dict.fromkeys(new, request)):
-            if isinstance(envelope, SealingError):
-                continue  # nobody knows yet which site lives on that node
-            site = next((s for s, e in joined.items() if e.digest == envelope.digest), None)
-            if site is None and open_ and (site := self._who_joins(envelope, request)) is not None:
-                self._journal.put_reply(place, site, envelope)
-                joined[site] = envelope
-            if site is not None:
-                found[site] = node
-
-    def _who_joins(self, envelope: Envelope, request: Envelope) -> str | None:
-        """The member whose valid reply to the invitation this is; None where it is nobody's, or a refusal."""
-        for member in self.manifest.members:
-            try:
-                key = bytes.fromhex(member.public_key)
-                header = verify(envelope, key, sender=member.site, max_body=MAX_REPLY_BODY)
-            except SealingError:
-                continue
-            if member.site not in self._progress.joined and self._joins(header, envelope, request, member.site):
-                return member.site
-        return None
-
-    def _invitation(self) -> Envelope:
-        """The signed `join` request, the same for everybody and for ever."""
-        place = self._exchange.address("join")
-        found = self._journal.requests(place).get(EVERYBODY)
-        if found is None:
-            manifest = self.manifest.to_bytes()
-            self._journal.append_once(
-                audit.RunCreated(run=self.manifest.run, manifest=manifest.decode(), software=software_versions())
-            )
-            chunks = (manifest, self._initial.astype("<f4").tobytes())
-            found = self._exchange.sign(place, EVERYBODY, m.JoinRequest(), chunks)
-            self._journal.put_requests(place, {EVERYBODY: found})
-        return found
-
-    def _joins(self, header: Header, envelope: Envelope, request: Envelope, site: str) -> bool:
-        """Is this a reply that every other site will accept too? One site's nonsense must not end the run."""
-        place = self._exchange.address("join")
-        try:
-            reply = self._exchange.accept(header, envelope, request, place, site, m.JoinReply)
-            if reply is not None and not (len(envelope.chunks) == 1 and usable(bytes.fromhex(reply.ephemeral))):
-                raise SealingError("a join reply that no site can use", where=f"site {site}")
-            if reply is not None:
-                unpack_sightings(envelope.chunks[0])
-        except SealingError as error:
-            self._exchange.reject(place, site, error)
-            return False
-        return reply is not None
+        self._members.close()
 
     def _distribute_keys(self) -> None:
-        agreed = distribute_keys(self._exchange, self.manifest, self._progress.joined)
+        agreed = distribute_keys(self._exchange, self.manifest, self._members.joined)
         self._exchange.nodes = {s: n for s, n in self._exchange.nodes.items() if s in agreed}
         if len(self._exchange.nodes) < self.manifest.min_sites:
             raise self._too_few("agreed on keys")
 
     def _round(self, round_: int) -> RoundOutcome:
         committed = self._train(round_)
-        metrics_round, metrics = self._opened_metrics(committed, before=round_)
+        metrics_round, metrics = self._opened_metrics(self._progress.last, before=round_)
         if len(committed) < self.manifest.min_sites:
-            nobody = not committed and set(self._exchange.refusals) >= set(self._exchange.nodes)
+            nobody = not self._progress.last and set(self._exchange.refusals) >= set(self._exchange.nodes)
             if nobody and round_ != self._progress.interrupted:  # sites that died in a round miss that one only
                 raise self._too_few(f"took part in round {round_}")
             self._log_abandoned(round_, "too few sites trained")
@@ -262,7 +193,7 @@ class Coordinator:
         if models:
             self._progress.model = next(iter(models))[0]
         self._progress.last = {site: envelope for site, (envelope, _) in replies.items()}
-        return self._progress.last
+        return {site: envelope for site, (envelope, reply) in replies.items() if reply.commitment != m.NO_UPDATE}
 
     def _with_sums(
         self, place: Address, kind: Callable[..., m.TrainRequest | m.ReleaseRequest], **fields: Any
@@ -326,7 +257,10 @@ class Coordinator:
             del envelope, reply
         if set(sealed) != set(cohort):
             return None, uplink, sealed
-        return Total(round_, cohort, tuple(digests.values()), agreed, attempt, accumulator.total()), uplink, sealed
+        total = Total(round_, cohort, tuple(digests.values()), agreed, attempt, accumulator.total())
+        if self.manifest.single_updates:
+            total = replace(total, signed=tuple(m.Statement.of(site, reply) for site, reply in sealed.items()))
+        return total, uplink, sealed
 
     def _seal_requests(self, place: Address, replies: Mapping[str, Envelope], agreed: str) -> dict[str, Envelope]:
         """Requests to seal for a cohort, which is logged first: the requests show that it was."""

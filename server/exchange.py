@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from confide.errors import SealingError
+from confide.errors import PeerError, SealingError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.protocol import messages as m
@@ -27,6 +27,10 @@ from confide.server.journal import Journal
 
 __all__ = ["Exchange"]
 
+#: What came for a request: an unverified envelope, or why there is none.
+_Arrived = Envelope | SealingError | PeerError
+#: What a site's own error codes mean (`confide.clients.app`); all others are Flower's.
+_FAULTS = {200: "the request was not authentic there", 201: "a fault at the site"}
 _POLL_SECONDS = 0.2
 
 _MESSAGE_TYPES = {
@@ -99,20 +103,27 @@ class Exchange:
             self.journal.put_requests(place, requests)
         by_node = {self.nodes[s]: (s, request) for s, request in requests.items() if s in self.nodes and s not in skip}
         del requests
+        silent = {site for site, _ in by_node.values()}
         for arrived in self.send(place.step, {n: r for n, (_, r) in by_node.items()}):
             node, envelope = arrived
+            if node not in by_node:
+                continue  # nobody asked it
             site, request = by_node[node]
+            silent.discard(site)
             reply = self._reply(place, site, request, envelope, kind)
             if reply is not None and isinstance(envelope, Envelope):
                 yield site, envelope, reply
             del arrived, envelope, reply  # before the next one is asked for
+        for site in sorted(silent):
+            self._failed(place, site, "no answer in time")
 
-    def _reply(
-        self, place: Address, site: str, request: Envelope, envelope: Envelope | SealingError, kind: type[m._M]
-    ) -> m._M | None:
+    def _reply(self, place: Address, site: str, request: Envelope, envelope: _Arrived, kind: type[m._M]) -> m._M | None:
         """What a site says, if it is authentic and not a refusal; else that is noted."""
         member = self._manifest.member(site)
         if member is None:
+            return None
+        if isinstance(envelope, PeerError):
+            self._failed(place, site, envelope.what)
             return None
         try:
             if isinstance(envelope, SealingError):
@@ -123,9 +134,15 @@ class Exchange:
             self.reject(place, site, error)
             return None
 
+    def _failed(self, place: Address, site: str, reason: str) -> None:
+        """Note that a site gave no answer. Why is known there only."""
+        self.log.append(
+            audit.Fault(run=self._manifest.run, round=place.round, step=place.step, party=site, reason=reason)
+        )
+
     def reject(self, place: Address, site: str, error: SealingError) -> None:
         """Note that what came from a site counts as a refusal, and why."""
-        self._refused(site, m.Refusal(kind="sealing", reason=error.what, final=False))
+        self._refused(site, m.Refusal(kind="sealing", reason=error.what))
         self.log.append(
             audit.Rejected(run=self._manifest.run, round=place.round, step=place.step, party=site, reason=error.what)
         )
@@ -160,7 +177,7 @@ class Exchange:
         self.refusals[site] = refusal
         self.journal.refuse(site, refusal)
 
-    def send(self, step: str, requests: Mapping[int, Envelope]) -> Iterator[tuple[int, Envelope | SealingError]]:
+    def send(self, step: str, requests: Mapping[int, Envelope]) -> Iterator[tuple[int, _Arrived]]:
         """Send each node its request; (node, unverified reply, or why it is none) as they arrive, one at a time.
 
         Flower's own `send_and_receive` would hold all replies at once.
@@ -180,10 +197,7 @@ class Exchange:
                 if replies:
                     waiting.pop(identifier, None)
                 while replies:
-                    arrived = _parse(replies.pop())
-                    if arrived is not None:
-                        yield arrived
-                    del arrived
+                    yield _parse(replies.pop())
             if waiting and deadline is not None and time.monotonic() > deadline:
                 return
             if waiting:
@@ -216,10 +230,11 @@ class Exchange:
         )
 
 
-def _parse(reply: Message) -> tuple[int, Envelope | SealingError] | None:
-    """(node, unverified envelope, or why there is none); None where the node failed."""
+def _parse(reply: Message) -> tuple[int, _Arrived]:
+    """(node, unverified envelope, or why there is none)."""
     if reply.has_error():
-        return None
+        reason = _FAULTS.get(reply.error.code, "the node cannot be reached")
+        return reply.metadata.src_node_id, PeerError(reason)
     try:
         return reply.metadata.src_node_id, from_records(reply.content)
     except SealingError as error:

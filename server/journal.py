@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, Table, and_, delete, func, insert, select, update
 
-from confide.errors import StorageError
+from confide.errors import LeftError, StorageError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.privacy.sealing import Payload
@@ -68,6 +68,8 @@ class Total:
     uplink: int = 0
     #: Each member's signed `seal` reply, without its bulk.
     sealed: Mapping[str, Envelope] = field(default_factory=dict)
+    #: Where single updates are passed on: who signed which chunks, in their order.
+    signed: tuple[m.Statement, ...] = ()
 
     @property
     def chunks(self) -> tuple[bytes, ...]:
@@ -79,8 +81,8 @@ class Total:
         """What a request says of it."""
         return m.SumReference(
             round=self.round, cohort=self.cohort, statements=self.statements, transcript=self.transcript,
-            attempt=self.attempt, chunks=len(self.chunks), tags=tuple(f"{tag:x}" for tag in self.payload.tags),
-            unlocked=self.unlocked,
+            attempt=self.attempt, chunks=len(self.chunks), tags=tuple(f"{tag:016x}" for tag in self.payload.tags),
+            unlocked=self.unlocked, sealed=self.signed,
         )  # fmt: skip
 
 
@@ -165,7 +167,7 @@ class Journal:
         with self._write() as db:
             db.execute(delete(t.refusal).where(t.refusal.c.run == self._run, t.refusal.c.site == site))
             db.execute(insert(t.refusal).values(run=self._run, site=site, kind=refusal.kind, reason=refusal.reason))
-            if refusal.final:
+            if refusal.kind == LeftError.kind:
                 here = and_(t.applied.c.run == self._run, t.applied.c.site == site)
                 db.execute(update(t.applied).where(here).values(gone=1))
 
@@ -173,7 +175,7 @@ class Journal:
         """Each site's latest refusal."""
         with self._transaction() as db:
             found = db.execute(select(t.refusal).where(t.refusal.c.run == self._run))
-            return {row.site: m.Refusal(kind=row.kind, reason=row.reason, final=False) for row in found}
+            return {row.site: m.Refusal(kind=row.kind, reason=row.reason) for row in found}
 
     # --- how far the run is ---------------------------------------------------------------------------------------
 
@@ -369,7 +371,7 @@ def _total(row: Any, chunks: tuple[bytes, ...]) -> Total:
     return Total(
         of.round, of.cohort, of.statements, of.transcript, of.attempt,
         Payload(chunks, tuple(int(tag, 16) for tag in of.tags)), of.unlocked, row.uplink,
-        {statement.site: statement.envelope() for statement in sealed},
+        {statement.site: statement.envelope() for statement in sealed}, of.sealed,
     )  # fmt: skip
 
 

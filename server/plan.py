@@ -18,6 +18,7 @@ from confide.privacy.dp.statistics import RELEASES
 from confide.privacy.sealing import make_profile
 from confide.protocol.manifest import Layout, Manifest, Member
 from confide.protocol.roster import Roster
+from confide.strategies import admit_strategy, make_strategy
 
 __all__ = ["make_manifest"]
 
@@ -47,7 +48,7 @@ def make_manifest(
         sites: Who takes part; None: the whole roster.
 
     Raises:
-        ConfigError: Too few sites, or one that is not in the roster.
+        ConfigError: Too few sites, one that is not in the roster, or a strategy that this run cannot have.
         BudgetError: No noise is enough for the ε asked.
     """
     members = _members(roster, sites)
@@ -60,9 +61,10 @@ def make_manifest(
             hint="a sum over fewer than three sites hides nobody",
         )
     make_profile(experiment.sealing, len(members))  # impossible parameters are refused before anything runs
+    strategy = make_strategy(experiment.strategy)
     privacy = experiment.privacy
     sigma, metrics_sigma = _noise(experiment)
-    return Manifest(
+    manifest = Manifest(
         run=_run_name(experiment, statistics),
         federation=roster.federation,
         roster_version=roster.version,
@@ -87,7 +89,11 @@ def make_manifest(
         metrics_noise_multiplier=metrics_sigma,
         sealing=experiment.sealing,
         statistics=statistics,
+        single_updates=strategy.single_updates,
+        control_variates=strategy.control_variates,
     )
+    admit_strategy(strategy, manifest)
+    return manifest
 
 
 def _members(roster: Roster, sites: Collection[str] | None) -> tuple[Member, ...]:

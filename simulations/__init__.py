@@ -2,9 +2,20 @@
 
 from confide.simulations.place import finished_result
 from confide.simulations.planning import plan
-from confide.simulations.result import Plan, Progress, Result
+from confide.simulations.result import HONEST, Plan, Progress, Result
 from confide.simulations.runner import simulate
 from confide.simulations.sweep import SweepProgress, sweep
 from confide.simulations.sweep_result import Sweep
 
-__all__ = ["Plan", "Progress", "Result", "Sweep", "SweepProgress", "finished_result", "plan", "simulate", "sweep"]
+__all__ = [
+    "HONEST",
+    "Plan",
+    "Progress",
+    "Result",
+    "Sweep",
+    "SweepProgress",
+    "finished_result",
+    "plan",
+    "simulate",
+    "sweep",
+]

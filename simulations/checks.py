@@ -13,7 +13,7 @@ from confide.clients.data.preprocess import canonical_value
 from confide.clients.data.source import read_table, resolve
 from confide.config import NumberFeature, load_experiment
 from confide.privacy.consent import canonical_subject
-from confide.simulations.world import load_sources
+from confide.simulations.sources import load_sources
 
 __all__ = ["check_experiment", "describe_table"]
 

@@ -10,7 +10,7 @@ from confide.privacy.audit.chart import Series, line_chart
 from confide.privacy.audit.page import write_page
 from confide.privacy.dp import RUN_LABEL
 from confide.privacy.dp.metrics import NAMES
-from confide.simulations.result import Result
+from confide.simulations.result import HONEST, Result
 
 __all__ = ["write_index"]
 
@@ -46,7 +46,7 @@ def _facts(result: Result, private: bool) -> list[tuple[str, str]]:
         ("sites", ", ".join(result.sites)),
         ("rounds", f"{result.rounds}, {result.rounds_abandoned} abandoned"),
         ("profile", result.profile),
-        ("consent", "simulated consent" if result.consent_is_simulated else "from the imported file"),
+        ("consent", result.consent_source),
         (
             "privacy loss of this run",
             f"ε = {result.epsilon.max:.2f} per {result.unit} at δ = {result.delta:g} "
@@ -55,6 +55,8 @@ def _facts(result: Result, private: bool) -> list[tuple[str, str]]:
             else ("∞: nobody is protected" if result.warnings else "∞: a baseline on public data, nobody is protected"),
         ),
     ]
+    if result.retrained_after is not None:
+        facts.insert(0, ("trained anew after", f"{result.retrained_after}. {HONEST}"))
     if result.learned:
         facts.append(("bounds, learned and charged", result.describe_learned()))
     if result.metrics:

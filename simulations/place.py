@@ -15,7 +15,8 @@ from confide.errors import ConfigError
 from confide.privacy.files import write_atomically
 from confide.simulations.keeping import KEPT, Keeping, digest_of_files
 from confide.simulations.planning import Source, load_source
-from confide.simulations.world import Sources, World, load_sources
+from confide.simulations.sources import Sources, load_sources
+from confide.simulations.world import World
 
 __all__ = ["Place", "finished_result", "new_place", "resumed_place"]
 
@@ -29,10 +30,11 @@ class Place:
         folder: The output folder.
         ledgers: The sites' ledgers.
         keeping: What the run is resumed from.
+        earlier: The folder of the run after which this one trains anew, with its registries as they are now.
     """
 
-    def __init__(self, folder: Path, ledgers: Path, keeping: Keeping) -> None:
-        self.folder, self.ledgers, self.keeping = folder, ledgers, keeping
+    def __init__(self, folder: Path, ledgers: Path, keeping: Keeping, earlier: Path | None = None) -> None:
+        self.folder, self.ledgers, self.keeping, self.earlier = folder, ledgers, keeping, earlier
         self._made_from: tuple[Experiment, Path] | None = None
 
     def world(self, sources: Sources, *, kept: bool = True) -> World:
@@ -42,13 +44,15 @@ class Place:
             for name in ("sites", "logs"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         keeping = self.keeping if kept else None
-        return World(sources, self.folder / "sites", self.ledgers, self.folder / "logs", keeping)
+        carried = self.earlier / "sites" if self.earlier is not None else None
+        return World(sources, self.folder / "sites", self.ledgers, self.folder / "logs", keeping, carried)
 
     def begin(self, experiment: Experiment, base: Path) -> None:
         """From here on the run can be resumed."""
         self._made_from = experiment, base
         facts = {
-            "base": str(base.absolute()), "ledgers": str(self.ledgers.absolute()), "inputs": _inputs(experiment, base)
+            "base": str(base.absolute()), "ledgers": str(self.ledgers.absolute()), "inputs": _inputs(experiment, base),
+            "earlier": str(self.earlier.absolute()) if self.earlier is not None else "",
         }  # fmt: skip
         self.keeping.note(facts)
         write_atomically(self.folder / _EXPERIMENT, _text(experiment))
@@ -66,16 +70,16 @@ class Place:
     @contextmanager
     def part(self, folder: Path) -> Iterator[Place]:
         """A run before this one, with the same ledgers, in a folder of its own."""
-        with new_place(folder, self.ledgers) as place:
+        with new_place(folder, self.ledgers, self.earlier) as place:
             yield place
 
 
 @contextmanager
-def new_place(folder: Path, ledgers: Path) -> Iterator[Place]:
+def new_place(folder: Path, ledgers: Path, earlier: Path | None = None) -> Iterator[Place]:
     """For as long as this process works on it."""
     keeping = Keeping(folder / KEPT)
     try:
-        yield Place(folder, ledgers, keeping)
+        yield Place(folder, ledgers, keeping, earlier)
     finally:
         keeping.close()
 
@@ -123,7 +127,8 @@ def resumed_place(
         if _inputs(written, base) != facts["inputs"]:
             raise ConfigError("the data or the consent file are not those that the run was begun with",
                               where=f"--out {folder}", hint="put them back, or begin in a new folder")  # fmt: skip
-        place = Place(folder, Path(facts["ledgers"]), keeping)
+        earlier = Path(facts["earlier"]) if facts.get("earlier") else None
+        place = Place(folder, Path(facts["ledgers"]), keeping, earlier)
         place.resume(written, base)
         yield place
     finally:

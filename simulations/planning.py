@@ -13,7 +13,8 @@ from confide.privacy.dp import PrivacyEvent, Role, run_epsilon
 from confide.privacy.dp.events import merge_events
 from confide.privacy.sealing import make_profile
 from confide.simulations.result import NEIGHBOURS, Plan, SitePlan
-from confide.simulations.world import World, builtin_example, load_sources
+from confide.simulations.sources import builtin_example, load_sources
+from confide.simulations.world import World
 
 __all__ = ["Source", "any_bounds", "load_source", "plan", "schedule_epsilon"]
 
@@ -44,7 +45,7 @@ def plan(experiment: Source = None, *, overrides: Iterable[str] = (), ledger: st
 def _plan(world: World) -> Plan:
     experiment, manifest = world.experiment, world.manifest
     charges = merge_events([*world.statistics_charges, *manifest.all_charges()])
-    profile = make_profile(manifest.sealing, len(manifest.members))
+    profile = make_profile(manifest.sealing, len(manifest.members), gather=manifest.single_updates)
     size = profile.size(manifest.vector_size(1))
     sites = [
         SitePlan(
@@ -63,6 +64,7 @@ def _plan(world: World) -> Plan:
         purpose=manifest.purpose,
         rounds=manifest.rounds,
         local_steps=manifest.training.local_steps,
+        strategy=manifest.strategy.describe(),
         metric_rounds=[r - 1 for r in manifest.metric_rounds],
         learned=list(world.sources.learned),
         parameters=manifest.layout.size,

@@ -11,6 +11,7 @@ from typing import Any
 from confide.privacy.sealing import Exposure
 
 __all__ = [
+    "HONEST",
     "Epsilon",
     "Intervals",
     "Plan",
@@ -21,6 +22,12 @@ __all__ = [
     "json_intervals",
     "json_number",
 ]
+
+#: What whoever trains anew must not be left to believe.
+HONEST = (
+    "The model released before stays as it was. Differential privacy bounds what it says about whoever has left; it is "
+    "not erasure."
+)
 
 NEIGHBOURS = "add or remove one"
 #: 95 % intervals by metric, over noise and sampling error; None where the noise is too large to give one.
@@ -83,6 +90,7 @@ class Result:
         exposure: What each coalition learns under the run's profile.
         learned: Bounds by column, where they were learned by a statistics run before the training.
         warnings: What nobody may overlook, e.g. that the noise came from a seed.
+        retrained_after: The run after which this one trained anew; None where there is none.
     """
 
     run_id: str
@@ -109,6 +117,14 @@ class Result:
     exposure: tuple[Exposure, ...]
     learned: dict[str, tuple[float, float]]
     warnings: tuple[str, ...]
+    retrained_after: str | None = None
+
+    @property
+    def consent_source(self) -> str:
+        """Where consent came from, for people."""
+        if self.retrained_after is not None:
+            return "from the earlier run’s registries"
+        return "simulated consent" if self.consent_is_simulated else "from the imported file"
 
     def describe_learned(self) -> str:
         """Learned bounds, for people."""
@@ -124,7 +140,7 @@ class Result:
         return ", ".join(found) + " (95 % intervals: noise and sampling of persons)"
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `--json` prints: exactly these keys."""
+        """The object that `--json` prints: exactly these keys; where it trained anew, also `retrained_after`."""
         return {
             "run_id": self.run_id,
             "rounds": self.rounds,
@@ -146,6 +162,7 @@ class Result:
             "seconds": self.seconds,
             "out": str(self.out),
             "warnings": list(self.warnings),
+            **({} if self.retrained_after is None else {"retrained_after": self.retrained_after}),
         }
 
 
@@ -173,6 +190,8 @@ class Plan:
     purpose: str
     rounds: int
     local_steps: int
+    #: The strategy with all its options.
+    strategy: str
     metric_rounds: list[int]
     #: Columns whose bounds a statistics run learns before the training.
     learned: list[str]

@@ -31,6 +31,7 @@ from confide.privacy.sealing import make_profile
 from confide.server.app import make_server_app
 from confide.server.coordinator import Coordinator, Released, RoundOutcome
 from confide.server.runs import RunStore
+from confide.simulations.earlier import earlier_run, ledgers_of, retraining
 from confide.simulations.evaluation import ExactEvaluator
 from confide.simulations.figures import write_figures
 from confide.simulations.folders import run_folders, write_json
@@ -49,8 +50,9 @@ from confide.simulations.result import (
     json_intervals,
     json_number,
 )
+from confide.simulations.sources import load_sources
 from confide.simulations.statistics import learn_bounds, read_learned
-from confide.simulations.world import World, load_sources
+from confide.simulations.world import World
 
 __all__ = ["simulate"]
 
@@ -62,6 +64,7 @@ def simulate(
     out: str | Path | None = None,
     ledger: str | Path | None = None,
     resume: bool = False,
+    retrain_after: str | Path | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Result:
     """Run an experiment in this process.
@@ -73,6 +76,8 @@ def simulate(
         ledger: Folder of the sites' ledgers. Runs that name the same one compose; default: a new one in `out`.
         resume: Go on with the run in `out`, wherever its process came to its end; without an experiment, with the one
             that it was begun with.
+        retrain_after: Output folder of a finished run: train anew from its initial model, with whom its registries hold
+            now, charged to its ledgers. Without an experiment, with its own.
         progress: Called as each round ends.
 
     Raises:
@@ -82,9 +87,18 @@ def simulate(
     if resume:
         with resumed_place(experiment, list(overrides), out, ledger) as place, _one_thread():
             return _execute(place, progress, started)
-    loaded, base = load_source(experiment, overrides)
+    earlier = Path(retrain_after) if retrain_after is not None else None
+    if earlier is not None:
+        ledger = ledgers_of(earlier, earlier_run(earlier), ledger)
+        loaded, base = retraining(experiment, overrides, earlier)
+    else:
+        loaded, base = load_source(experiment, overrides)
     sources = load_sources(loaded, base, bounds=any_bounds)
-    with run_folders(loaded, out, ledger) as (folder, ledgers), _one_thread(), new_place(folder, ledgers) as place:
+    with (
+        run_folders(loaded, out, ledger) as (folder, ledgers),
+        _one_thread(),
+        new_place(folder, ledgers, earlier) as place,
+    ):
         # Where bounds are learned first, this world is only asked whether the run may be.
         world = place.world(sources, kept=not sources.learned)
         with _told(folder, world):
@@ -109,7 +123,8 @@ def _execute(place: Place, progress: Callable[[Progress], None], started: float)
 
 def _run(place: Place, world: World, progress: Callable[[Progress], None], started: float) -> Result:
     with closing(place.keeping.store()) as store:
-        result = _Run(world, place.folder, progress, started, store).execute()
+        after = earlier_run(place.earlier) if place.earlier is not None else None
+        result = _Run(world, place.folder, progress, started, store, after).execute()
     place.keeping.destroy()
     return result
 
@@ -157,8 +172,15 @@ class _Run:
     """One execution over the in-process grid."""
 
     def __init__(
-        self, world: World, folder: Path, progress: Callable[[Progress], None], started: float, store: RunStore
+        self,
+        world: World,
+        folder: Path,
+        progress: Callable[[Progress], None],
+        started: float,
+        store: RunStore,
+        retrained_after: str | None = None,
     ) -> None:
+        self._retrained_after = retrained_after
         self._world, self._folder, self._progress, self._started = world, folder, progress, started
         self._store = store
         manifest = world.manifest
@@ -325,9 +347,12 @@ class _Run:
             },
             consent_is_simulated=world.sources.consent is None,
             saturated=self._saturated,
-            exposure=make_profile(manifest.sealing, len(manifest.members)).describe_exposure(),
+            exposure=make_profile(
+                manifest.sealing, len(manifest.members), gather=manifest.single_updates
+            ).describe_exposure(),
             learned={n: b for n in world.sources.learned if (b := manifest.bounds_of(n)) is not None},
             warnings=manifest.warnings,
+            retrained_after=self._retrained_after,
         )
         save_model(
             self._folder / "model.safetensors",

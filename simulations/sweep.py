@@ -26,9 +26,10 @@ from confide.simulations.folders import fresh_folder, write_json
 from confide.simulations.planning import Source, load_source
 from confide.simulations.result import Progress, Result
 from confide.simulations.runner import simulate
+from confide.simulations.sources import load_sources
 from confide.simulations.sweep_page import write_sweep_figure, write_sweep_page
 from confide.simulations.sweep_result import Cell, Sweep
-from confide.simulations.world import World, load_sources
+from confide.simulations.world import World
 
 __all__ = ["SweepProgress", "sweep"]
 

@@ -6,36 +6,27 @@ What is simulated: where the sites run, who consents (unless a file says), and t
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import sqlite3
 from pathlib import Path
 
-import pandas as pd
-
-from confide.clients.data.preprocess import encoded_width, expand, require_columns
+from confide.clients.data.preprocess import encoded_width
 from confide.clients.data.records import SiteRecords
-from confide.clients.data.source import read_table, resolve
 from confide.clients.membership import Membership, SiteKeys
 from confide.clients.policy import SitePolicy
 from confide.clients.site import Site
 from confide.clients.store import SiteStore
-from confide.clients.training.admission import admit_model
-from confide.clients.training.models import build_model, initial_model
-from confide.config import Experiment, SchemaConfig
-from confide.errors import ConfigError, DataError
+from confide.clients.training.models import initial_model
+from confide.config import STRATEGY_OPTIONS
+from confide.errors import ConsentError
 from confide.privacy.consent import (
     ConsentEvent,
     EventType,
-    ImportedEvent,
     Registry,
     SiteKey,
-    canonical_subject,
     now_micros,
-    read_csv,
 )
 from confide.privacy.consent.desk import filed
+from confide.privacy.database import copy_database
 from confide.privacy.dp import Ledger, PrivacyEvent, RenyiBudget, Role
 from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.dp.personal import PersonalLosses
@@ -46,74 +37,12 @@ from confide.protocol.roster import NO_AUTHORITY, RosterMember, SignedRoster, fi
 from confide.protocol.standing import Standing
 from confide.server.plan import make_manifest
 from confide.simulations.keeping import Keeping
+from confide.simulations.sources import Sources
 
-__all__ = ["FEDERATION", "Sources", "World", "builtin_example", "load_sources"]
+__all__ = ["COORDINATOR", "FEDERATION", "World"]
 
 FEDERATION = "simulation"
 COORDINATOR = "coordinator"
-_SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
-
-
-def builtin_example(name: str = "rand_health") -> Path:
-    """An experiment file that ships with the package."""
-    return Path(str(importlib.resources.files("confide.simulations.examples") / f"{name}.toml"))
-
-
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """Everything read and checked before anything is written."""
-
-    experiment: Experiment
-    schema: SchemaConfig
-    records: Mapping[str, SiteRecords]
-    population: Mapping[str, int]
-    consent: list[ImportedEvent] | None
-    #: Numbers whose bounds are learned, whether or not they are known by now.
-    learned: tuple[str, ...] = ()
-
-
-def load_sources(
-    experiment: Experiment, base: Path, bounds: Callable[[str], tuple[float, float]] | None = None
-) -> Sources:
-    """Read the table and the consent file, encode, split by site.
-
-    Args:
-        experiment: What is asked.
-        base: Folder that relative paths start from.
-        bounds: The bounds of a number that the experiment wants learned; None where they are still to be.
-
-    Raises:
-        DataError: The table, a column or a value is not what the schema declares.
-        ConsentError: The consent file is not unambiguous.
-        ConfigError: A site has no declared population, or the model is not admitted.
-    """
-    data = experiment.data
-    path = resolve(data.file, base)
-    table, where = read_table(path, text=(data.subject, data.site)), path.name
-    require_columns(table, [data.subject, data.site, data.label.column], where)
-    schema = expand(experiment.schema_, list(table.columns), [data.subject, data.site, data.label.column])
-    learned = schema.unknown_bounds
-    if bounds is not None:
-        schema = schema.with_bounds({name: bounds(name) for name in learned})
-    if data.label.column in schema.features:
-        raise ConfigError("is a feature and the label", where=f"schema.features.{data.label.column}",
-                          hint="leave it out of the features: a model would only copy it")  # fmt: skip
-    inputs, outputs = encoded_width(schema), data.label.outputs
-    admit_model(build_model(experiment.model, inputs, outputs), inputs, outputs)
-    parts = _split(table, experiment, where)
-    records = {
-        site: SiteRecords.build(
-            part,
-            schema=schema,
-            label=data.label,
-            subject=data.subject,
-            unit=experiment.privacy.unit,
-            where=where,
-        )
-        for site, part in parts.items()
-    }
-    consent = read_csv(base / experiment.consent.file) if experiment.consent.file is not None else None
-    return Sources(experiment, schema, records, _populations(experiment, parts), consent, learned)
 
 
 class World:
@@ -127,15 +56,22 @@ class World:
         log_folder: Where the logs that may travel lie.
         keeping: What makes it possible to go on with the run in another process; where it holds a run already, this
             is that run. None: with this process the run is over.
+        carried: Folder of an earlier run's sites, whose registries hold as they are now; None: consent is recorded.
     """
 
     def __init__(
-        self, sources: Sources, run_folder: Path, ledger_folder: Path, log_folder: Path, keeping: Keeping | None = None
+        self,
+        sources: Sources,
+        run_folder: Path,
+        ledger_folder: Path,
+        log_folder: Path,
+        keeping: Keeping | None = None,
+        carried: Path | None = None,
     ) -> None:
         self.sources = sources
         self.experiment = sources.experiment
         self._keeping, begun = keeping, keeping.manifest if keeping is not None else None
-        self._resumed = begun is not None
+        self._resumed, self._carried = begun is not None, carried
         self._identities: dict[str, Identity] = {}
         self.coordinator = self._identity(COORDINATOR)
         self._logs = log_folder
@@ -252,6 +188,8 @@ class World:
         # Splits are reproducible from the seed, but a ledger's first key stays: roles are for ever.
         key = SiteKey.load_or_create(ledger_folder / "site.key", _derive(experiment.run.seed, "site-key", name))
         budget = RenyiBudget.for_limit(privacy.site_epsilon_limit, privacy.delta)
+        if self._carried is not None and not self._resumed:
+            _carry(self._carried / name / "consent.db", run_folder / "consent.db")
         registry = Registry(run_folder / "consent.db", key)
         self._registries[name] = registry
         self._record_consent(name, records, registry, key)
@@ -263,6 +201,7 @@ class World:
             profiles=frozenset({"sealed", "masked", "ckks"} | ({"open"} if experiment.data.public else set())),
             data_are_public=experiment.data.public,
             models=frozenset({"logistic", "mlp", experiment.model.kind}),
+            strategies=frozenset({*STRATEGY_OPTIONS, experiment.strategy.kind}),
             held_out=experiment.data.held_out,
             min_sites=experiment.sites.min_sites,
             min_subjects=experiment.sites.min_subjects,
@@ -297,10 +236,14 @@ class World:
 
     def _record_consent(self, name: str, records: SiteRecords, registry: Registry, key: SiteKey) -> None:
         experiment = self.experiment
+        if self._carried is not None:
+            self._pseudonyms[name] = registry.pseudonyms(records.persons)
+            return
         if self.sources.consent is not None:
             here = set(records.persons)
             mine = [e for e in self.sources.consent if e.subject in here]
-            names = registry.enrol({e.subject for e in mine})
+            asked = {e.subject for e in mine}
+            names = registry.enrol(asked - registry.erased(asked))  # nobody is erased before a run that begins
             self._pseudonyms[name] = names
             if self._resumed:  # what was recorded then stands
                 return
@@ -309,7 +252,7 @@ class World:
         fraction = experiment.consent.simulate.fraction if experiment.consent.simulate else 0.0
         seed = experiment.run.seed
         given = [p for p in records.persons if _share(seed, "consent", name, p) < fraction]
-        self._pseudonyms[name] = registry.enrol(given)
+        self._pseudonyms[name] = registry.enrol(set(given) - registry.erased(given))
         if self._resumed:
             return
         registry.append([self._simulated(name, p, EventType.GIVEN, 0) for p in given])
@@ -335,44 +278,13 @@ class World:
         )
 
 
-def _split(table: pd.DataFrame, experiment: Experiment, where: str) -> dict[str, pd.DataFrame]:
-    column = table[experiment.data.site]
-    if column.isna().any():
-        raise DataError("the site is missing", where=f"{where}, row {column.isna().idxmax()}, column {column.name!r}",
-                        hint="every record belongs to a site")  # fmt: skip
-    parts = {str(k): v for k, v in table.groupby(column.map(canonical_subject), sort=True)}
-    for name in parts:
-        if not _SITE_NAME.fullmatch(name):
-            raise DataError(f"{name[:80]!r} cannot be a site's name", where=f"{where}, column {column.name!r}",
-                            hint="use letters, digits, spaces, dots, dashes; at most 64")  # fmt: skip
-    homes: dict[str, str] = {}
-    for name, part in parts.items():
-        for person in part[experiment.data.subject].dropna().map(canonical_subject).unique():
-            if homes.setdefault(person, name) != name:
-                raise DataError(
-                    f"one subject has records at sites {homes[person]} and {name}",
-                    where=where,
-                    hint="each person's loss is accounted at one site; give the person one site",
-                )
-    return parts
-
-
-def _populations(experiment: Experiment, parts: Mapping[str, object]) -> dict[str, int]:
-    found = {}
-    for name in parts:
-        population = experiment.sites.population_of(name)
-        if population is None:
-            raise ConfigError(
-                f"names neither site {name!r} nor a default",
-                where="sites.population",
-                hint="declare each site's population: a public constant, never a count of the data",
-            )
-        found[name] = population
-    for name in experiment.sites.population:
-        if name != "default" and name not in parts:
-            raise DataError(f"site {name!r} has no records", where=f"column {experiment.data.site!r}",
-                            hint="drop it from sites.population, or check data.site")  # fmt: skip
-    return found
+def _carry(source: Path, target: Path) -> None:
+    """An earlier run's registry, as it is now."""
+    try:
+        copy_database(source, target)
+    except (OSError, sqlite3.Error) as error:
+        raise ConsentError(f"cannot be taken over ({type(error).__name__})", where=str(source),
+                           hint="without the earlier run's registry nobody knows who has left") from None  # fmt: skip
 
 
 def _derive(seed: int, label: str, name: str) -> bytes:

@@ -18,7 +18,7 @@ from torch import nn
 from confide.clients.data.preprocess import encoded_width, features
 from confide.clients.training.models import build_model, layout_of, load_flat
 from confide.clients.training.trainer import predict
-from confide.config import LabelConfig, ModelConfig, SchemaConfig
+from confide.config import LabelConfig, ModelConfig, SchemaConfig, StrategyConfig
 from confide.errors import ConfigError
 from confide.privacy.digest import digest
 from confide.privacy.files import write_atomically
@@ -40,6 +40,8 @@ class ModelCard(BaseModel):
     schema_: SchemaConfig
     model: ModelConfig
     layout: Layout
+    #: How the sites' updates became the model; None in a file of a version that had one strategy only.
+    strategy: StrategyConfig | None = None
     #: One sentence on what the model costs a person.
     privacy: str
 
@@ -79,7 +81,8 @@ def save_model(path: Path, weights: NDArray[np.float32], manifest: Manifest, mod
         offset += size
     card = ModelCard(
         run=manifest.run, purpose=manifest.purpose, digest=model, label=manifest.label, schema_=manifest.schema_,
-        model=manifest.model, layout=manifest.layout, privacy=privacy,
+        model=manifest.model, layout=manifest.layout, strategy=manifest.strategy,
+        privacy=privacy,
     )  # fmt: skip
     write_atomically(path, save(tensors, metadata={"confide": card.model_dump_json()}))
 

@@ -5,6 +5,8 @@ Invariants, per step:
 2. A unit's gradient is the *mean* over her records (weight 1/n), clipped to L2 norm C.
 3. Gaussian noise of standard deviation σ·C from an operating-system-keyed stream; an empty draw takes a noisy step.
 4. The sum is divided by q · (declared population): never by anything counted in the data.
+5. What a strategy adds to a step (a pull towards the round's model, a correction by control variates) is added after
+   all that: it is a function of weights that are private already, reads no record and costs nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingPlan:
-    """A site's part of the manifest. σ = `noise_multiplier`, q = `sample_rate`, C = `max_grad_norm`."""
+    """A site's part of the manifest. σ = `noise_multiplier`, q = `sample_rate`, C = `max_grad_norm`, μ = `proximal`."""
 
     training: TrainingConfig
     task: Task
@@ -48,12 +50,19 @@ class TrainingPlan:
     sample_rate: float
     max_grad_norm: float
     population: int
+    proximal: float = 0.0
 
 
 class _PersonOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     """Opacus's optimiser with noise from our stream: its own generator is torch's global, seedable one."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, rng: SecureRandom, plan: TrainingPlan) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rng: SecureRandom,
+        plan: TrainingPlan,
+        correction: list[torch.Tensor] | None,
+    ) -> None:
         super().__init__(
             optimizer,
             noise_multiplier=plan.noise_multiplier,
@@ -61,7 +70,16 @@ class _PersonOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             expected_batch_size=plan.sample_rate * plan.population,
             loss_reduction="mean",
         )
-        self._rng = rng
+        self._rng, self._proximal, self._correction = rng, plan.proximal, correction
+        self._start = [p.detach().clone() for p in self.params] if plan.proximal else []
+
+    def scale_grad(self) -> None:
+        """Divide by the public batch size; then add what reads no record."""
+        super().scale_grad()
+        for p, start in zip(self.params, self._start, strict=False):  # empty without a proximal term
+            p.grad += self._proximal * (p.detach() - start)
+        for p, part in zip(self.params, self._correction or (), strict=False):
+            p.grad += part
 
     def add_noise(self) -> None:
         scale = self.noise_multiplier * self.max_grad_norm
@@ -97,19 +115,21 @@ class LocalTrainer:
         self._model = GradSampleModule(model.to(device), batch_first=True, loss_reduction="sum")
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
 
-    def train(self, weights: Vector, eligible: NDArray[np.int64]) -> Floats:
+    def train(self, weights: Vector, eligible: NDArray[np.int64], correction: Floats | None = None) -> Floats:
         """Run the local steps.
 
         Args:
             weights: The replicated model, float32 [d].
             eligible: Units that may be drawn.
+            correction: Added to every step's private gradient, float64 [d]; itself private already, or public.
 
         Returns:
             Trained minus given weights, float64 [d]; private by itself.
         """
         load_flat(self._model, weights)
         self._model.train()
-        optimizer = _PersonOptimizer(self._make_optimizer(), self._rng, self._plan)
+        parts = None if correction is None else self._pieces(correction)
+        optimizer = _PersonOptimizer(self._make_optimizer(), self._rng, self._plan, parts)
         for _ in range(self._plan.training.local_steps):
             drawn = self._rng.poisson_sample(eligible, self._plan.sample_rate)
             optimizer.zero_grad()
@@ -140,6 +160,12 @@ class LocalTrainer:
         if total is None:  # pragma: no cover - the loop runs at least once
             raise ValueError("nothing was evaluated")
         return total
+
+    def _pieces(self, vector: Floats) -> list[torch.Tensor]:
+        """A flat vector as tensors shaped like the parameters."""
+        sizes = [p.numel() for p in self._parameters]
+        pieces = torch.split(torch.from_numpy(vector), sizes)
+        return [piece.reshape(p.shape).to(p.device, p.dtype) for piece, p in zip(pieces, self._parameters, strict=True)]
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         training = self._plan.training

@@ -20,7 +20,7 @@ from confide.privacy.audit.log import CHECKPOINT_SUFFIX, LOG_SUFFIX, read_lines
 from confide.privacy.audit.merkle import Tree
 from confide.privacy.digest import digest
 
-__all__ = ["COORDINATOR", "Evidence", "Finding", "PartyLog", "load_evidence", "load_runs"]
+__all__ = ["COORDINATOR", "Evidence", "Finding", "PartyLog", "broken", "load_evidence", "load_runs"]
 
 COORDINATOR = "coordinator"
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
@@ -42,6 +42,11 @@ class Finding:
     def __str__(self) -> str:
         place = f"log of {self.party}" + (f", entry {self.entry}" if self.entry is not None else "")
         return f"{place}: {self.what}"
+
+
+def broken(party: str, entry: int | None, what: str) -> Finding:
+    """What the evidence tells breaks a rule."""
+    return Finding(party, entry, what, "high")
 
 
 @dataclass(slots=True)

@@ -48,7 +48,8 @@ def describe_protection(evidence: Evidence) -> Protection:
 
 def _profile(manifest: Mapping[str, Any]) -> Profile | None:
     try:
-        return make_profile(SealingConfig(**manifest["sealing"]), len(manifest["members"]))
+        gather = bool(manifest.get("single_updates", False))  # logs of earlier versions do not know of it
+        return make_profile(SealingConfig(**manifest["sealing"]), len(manifest["members"]), gather=gather)
     except (ConfideError, ValueError, TypeError):
         return None
 

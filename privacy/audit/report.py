@@ -17,12 +17,13 @@ from markupsafe import Markup
 
 from confide.errors import AuditError
 from confide.privacy.audit import records as r
+from confide.privacy.audit.charges import standing_charges
 from confide.privacy.audit.chart import Series, line_chart
 from confide.privacy.audit.evidence import COORDINATOR, Evidence, PartyLog
 from confide.privacy.audit.page import write_page
 from confide.privacy.audit.protection import describe_protection
 from confide.privacy.audit.story import facts, story, unknown_bounds
-from confide.privacy.audit.verify import standing_charges, verify
+from confide.privacy.audit.verify import verify
 from confide.privacy.dp import metrics
 from confide.privacy.dp.accounting import LEDGER_LABEL, RUN_LABEL, rdp_epsilon, run_epsilon
 from confide.privacy.dp.events import Role, merge_events
@@ -266,7 +267,7 @@ def _consent_source(config: Mapping[str, Any]) -> str:
 def _refusals(evidence: Evidence) -> list[dict[str, Any]]:
     found = [
         {"party": e.party, "round": e.round, "step": e.step, "reason": e.reason, "entry": f"{COORDINATOR} {n}"}
-        for kind in (r.Refused, r.Rejected)
+        for kind in (r.Refused, r.Rejected, r.Fault)
         for n, e in evidence.coordinator.of(kind)
     ]
     for site, log in evidence.sites.items():

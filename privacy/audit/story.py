@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from confide.config import StrategyConfig
 from confide.privacy.audit.evidence import Evidence
 
 __all__ = ["facts", "story", "unknown_bounds"]
@@ -33,7 +34,10 @@ def story(evidence: Evidence, rounds: list[dict[str, Any]], epsilon: float | Non
         if (unknown := unknown_bounds(manifest))
         else f"trained a {_model(manifest)} to predict {_label(manifest['label'])}"
     )
-    sealed = "summed in the open" if manifest["sealing"]["profile"] == "open" else "sealed, and opened only as sums"
+    profile, gathered = manifest["sealing"]["profile"], manifest.get("single_updates", False)
+    sealed = "summed in the open" if profile == "open" else "sealed, and opened only as sums"
+    if gathered:
+        sealed = "passed on to every site in the open, because the strategy compares single updates"
     cost = (
         f"For each {manifest['privacy']['unit']} the run costs at most ε = {epsilon:.2f} at "
         f"δ = {manifest['privacy']['delta']:g}."
@@ -61,6 +65,7 @@ def facts(evidence: Evidence) -> list[tuple[str, str]]:
         ("features", ", ".join(list(manifest["schema_"]["features"])[:40])),
         ("sites, declared population", ", ".join(f"{m['site']} ({m['population']:,})" for m in manifest["members"])),
         ("rounds × local steps", f"{manifest['rounds']} × {training['local_steps']}"),
+        ("strategy", _strategy(manifest)),
         ("smallest sum", f"{manifest['min_sites']} sites"),
         ("held out for evaluation", f"{manifest['held_out']:.0%} of persons, fixed for ever by each site’s key"),
     ]
@@ -77,6 +82,14 @@ def facts(evidence: Evidence) -> list[tuple[str, str]]:
 def _model(manifest: Mapping[str, Any]) -> str:
     size = sum(int(np.prod(shape)) for shape in manifest["layout"]["shapes"])
     return f"{manifest['model']['kind']} model with {size:,} parameters"
+
+
+def _strategy(manifest: Mapping[str, Any]) -> str:
+    """The strategy with its options; of a version that knows others, its name."""
+    try:
+        return StrategyConfig(**manifest["strategy"]).describe()
+    except ValueError:
+        return str(manifest["strategy"].get("kind"))
 
 
 def _label(label: Mapping[str, Any]) -> str:

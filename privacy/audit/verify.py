@@ -33,14 +33,13 @@ from typing import Any
 
 from confide.errors import ConfideError
 from confide.privacy.audit import records as r
-from confide.privacy.audit.evidence import COORDINATOR, Evidence, Finding, PartyLog, load_evidence, load_runs
+from confide.privacy.audit.charges import check_charges
+from confide.privacy.audit.evidence import COORDINATOR, Evidence, Finding, PartyLog, broken, load_evidence, load_runs
 from confide.privacy.audit.witness import WitnessNotes
 from confide.privacy.digest import digest
-from confide.privacy.dp.accounting import rdp_epsilon, run_epsilon
-from confide.privacy.dp.events import PrivacyEvent, event_from_json, merge_events
 from confide.privacy.sealing.transcript import transcript
 
-__all__ = ["COORDINATOR", "Evidence", "Finding", "PartyLog", "standing_charges", "verify", "verify_runs"]
+__all__ = ["COORDINATOR", "Evidence", "Finding", "PartyLog", "verify", "verify_runs"]
 
 #: The released model, where it lies beside the logs.
 MODEL = "model.safetensors"
@@ -80,7 +79,7 @@ def _check(evidence: Evidence, folder: Path, witnesses: Sequence[WitnessNotes], 
     steps: list[Callable[[], Iterator[Finding]]] = [
         *(partial(_times, log) for log in (evidence.coordinator, *evidence.sites.values(), *evidence.local)),
         partial(_seen_checkpoints, evidence),
-        *(partial(_charges, evidence, site, log) for site, log in evidence.sites.items()),
+        *(partial(check_charges, evidence, site, log) for site, log in evidence.sites.items()),
         partial(_cohorts, evidence),
         partial(_unlocked, evidence),
         partial(_models, evidence, folder / MODEL if model else None),
@@ -96,11 +95,6 @@ def _check(evidence: Evidence, folder: Path, witnesses: Sequence[WitnessNotes], 
     # The first bad entry of a log first; what no single entry shows comes after.
     found.sort(key=lambda f: (f.party != COORDINATOR, f.party, f.entry is None, f.entry or 0))
     return evidence
-
-
-def _broken(party: str, entry: int | None, what: str) -> Finding:
-    """What the evidence tells breaks a rule."""
-    return Finding(party, entry, what, "high")
 
 
 def _times(log: PartyLog) -> Iterator[Finding]:
@@ -158,12 +152,12 @@ def _cohorts(evidence: Evidence) -> Iterator[Finding]:
     for number, cohort in evidence.coordinator.of(r.Cohort):
         members = cohort.cohort
         if (cohort.round, cohort.attempt) in attempts or (cohort.attempt and not retries):
-            yield _broken(COORDINATOR, number, f"round {cohort.round} was sealed for a second cohort")
+            yield broken(COORDINATOR, number, f"round {cohort.round} was sealed for a second cohort")
         attempts.add((cohort.round, cohort.attempt))
         if len(cohort.checkpoints) != len(members):
-            yield _broken(COORDINATOR, number, "a cohort without the state of every member's log")
+            yield broken(COORDINATOR, number, "a cohort without the state of every member's log")
         if len(members) < manifest["min_sites"] or members != sorted(set(members)) or not set(members) <= roster:
-            yield _broken(COORDINATOR, number, "a cohort that the run does not allow")
+            yield broken(COORDINATOR, number, "a cohort that the run does not allow")
         expected = transcript(
             evidence.manifest_digest,
             manifest["roster_version"],
@@ -173,7 +167,7 @@ def _cohorts(evidence: Evidence) -> Iterator[Finding]:
             cohort.attempt,
         )
         if cohort.transcript != expected:
-            yield _broken(COORDINATOR, number, "the transcript is not the hash of what was agreed")
+            yield broken(COORDINATOR, number, "the transcript is not the hash of what was agreed")
         for site in members:
             log = evidence.sites.get(site)
             if log is None or not log.complete:
@@ -183,23 +177,23 @@ def _cohorts(evidence: Evidence) -> Iterator[Finding]:
                 continue  # abandoned, or interrupted on the way: nothing was counted
             agreed = [e.epoch for _, e in log.of(r.KeysAgreed)]
             if agreed and agreed[-1] != cohort.key_epoch:
-                yield _broken(site, None, f"agreed on other keys than those of round {cohort.round}'s cohort")
+                yield broken(site, None, f"agreed on other keys than those of round {cohort.round}'s cohort")
             if not any(e.round == cohort.round for _, e in log.of(r.UpdateCommitted)):
-                yield _broken(site, None, f"no update was committed for round {cohort.round}, yet it was counted")
+                yield broken(site, None, f"no update was committed for round {cohort.round}, yet it was counted")
             if not sealed:
-                yield _broken(site, None, f"nothing was sealed for round {cohort.round}, yet it was counted")
+                yield broken(site, None, f"nothing was sealed for round {cohort.round}, yet it was counted")
             for n, entry in sealed:
                 if entry.transcript != cohort.transcript or entry.cohort != members:
-                    yield _broken(site, n, f"sealed round {cohort.round} for another cohort than the coordinator's")
+                    yield broken(site, n, f"sealed round {cohort.round} for another cohort than the coordinator's")
         yield from _same_view(evidence, cohort)
     for site, log in evidence.sites.items():
         seen: set[tuple[int, int]] = set()
         for number, entry in log.of(r.Sealed):
             if (entry.round, entry.attempt) in seen or (entry.attempt and not retries):
-                yield _broken(site, number, f"sealed round {entry.round} twice")
+                yield broken(site, number, f"sealed round {entry.round} twice")
             seen.add((entry.round, entry.attempt))
             if (entry.round, entry.attempt) not in attempts:
-                yield _broken(
+                yield broken(
                     site, number, f"sealed round {entry.round}, of which the coordinator's log knows no cohort"
                 )
 
@@ -216,7 +210,7 @@ def _same_view(evidence: Evidence, cohort: r.Cohort) -> Iterator[Finding]:
     usual = Counter(state for _, _, state in shown).most_common(1)
     for site, number, state in shown:
         if state != usual[0][0]:
-            yield _broken(
+            yield broken(
                 site, number, f"was shown another state of the coordinator's log than others of round {cohort.round}"
             )
 
@@ -230,88 +224,19 @@ def _unlocked(evidence: Evidence) -> Iterator[Finding]:
         seen: set[int] = set()
         for number, entry in log.of(r.Unlocked):
             if entry.round in seen:
-                yield _broken(site, number, f"unlocked round {entry.round} twice")
+                yield broken(site, number, f"unlocked round {entry.round} twice")
             seen.add(entry.round)
             if entry.transcript != opened.get(entry.round, entry.transcript):
-                yield _broken(site, number, f"unlocked another attempt of round {entry.round} than was opened")
+                yield broken(site, number, f"unlocked another attempt of round {entry.round} than was opened")
             of = cohorts.get(entry.transcript)
             if not retries or of is None or (of.round, of.attempt) != (entry.round, entry.attempt):
-                yield _broken(
+                yield broken(
                     site, number, f"unlocked in round {entry.round} what the coordinator's log knows nothing of"
                 )
         for transcript_ in opened.values() if retries and log.complete else ():
             of = cohorts.get(transcript_)
             if of is not None and site in of.cohort and of.round not in seen:
-                yield _broken(site, None, f"did not unlock round {of.round}, yet it was counted")
-
-
-def _charges(evidence: Evidence, site: str, log: PartyLog) -> Iterator[Finding]:
-    """Step 6."""
-    privacy = evidence.manifest["privacy"]
-    if privacy["epsilon"] in ("Infinity", "inf", None):
-        return
-    charged: dict[int, list[tuple[int, PrivacyEvent]]] = {}
-    by_role: dict[str, list[PrivacyEvent]] = {}
-    for number, entry in log.of(r.Charged):
-        try:
-            event = event_from_json(entry.event)
-        except ConfideError:
-            yield _broken(site, number, "a charge that cannot be read")
-            continue
-        charged.setdefault(entry.round, []).append((number, event))
-        if not _as_promised(event, evidence.manifest):
-            yield _broken(site, number, "a charge with other parameters than the manifest's")
-    sealed_rounds = {e.round for _, e in log.of(r.Sealed)}
-    rounds = {e.charge: e.round for _, e in log.of(r.Charged)}
-    for number, entry in log.of(r.Settled):
-        if entry.steps or rounds.get(entry.charge) in sealed_rounds or entry.charge not in rounds:
-            yield _broken(site, number, "a charge was taken back though what it paid for has left")
-    for _, _, event in standing_charges(log):
-        by_role.setdefault(event.role.value, []).append(event)
-    snapshots = {e.round: n for n, e in reversed(list(log.of(r.SnapshotTaken)))}
-    for number, entry in log.of(r.UpdateCommitted):
-        if snapshots.get(entry.round, number) >= number:
-            yield _broken(site, number, f"an update of round {entry.round} without a snapshot of who consents")
-        before = {e.role.value for n, e in charged.get(entry.round, []) if n < number}
-        trains = entry.round <= evidence.manifest["rounds"] and not evidence.manifest.get("statistics")
-        needed = {"train"} if trains else set()
-        needed |= {"held_out"} if entry.round in evidence.manifest["metric_rounds"] else set()
-        if not needed <= before:
-            yield _broken(site, number, f"an update of round {entry.round} that was not charged first")
-    limit = float(privacy["epsilon"])
-    for role, events in by_role.items():
-        merged = merge_events(events)
-        if len(merged) == 1 and run_epsilon(merged[0], privacy["delta"]) > limit * (1 + 1e-6):
-            yield _broken(site, None, f"the charges for {role} cost more than the run's ε = {limit:g}")
-        if rdp_epsilon(merged, privacy["delta"]) > privacy["site_epsilon_limit"] * (1 + 1e-6):
-            yield _broken(site, None, f"the charges for {role} exceed the ledger's limit")
-
-
-def standing_charges(log: PartyLog) -> list[tuple[int, int, PrivacyEvent]]:
-    """(entry, round, event) of what a site's log says was spent. A charge counts as given back only if nothing was
-    sealed in its round; what cannot be read is left out here, and is a finding."""
-    sealed = {e.round for _, e in log.of(r.Sealed)}
-    settled = {e.charge for _, e in log.of(r.Settled)}
-    found = []
-    for number, entry in log.of(r.Charged):
-        if entry.charge in settled and entry.round not in sealed:
-            continue
-        try:
-            found.append((number, entry.round, event_from_json(entry.event)))
-        except ConfideError:
-            continue
-    return found
-
-
-def _as_promised(event: PrivacyEvent, manifest: dict[str, Any]) -> bool:
-    privacy = manifest["privacy"]
-    if event.unit != privacy["unit"]:
-        return False
-    if event.role.value == "train":
-        promised = (manifest["noise_multiplier"], privacy["sample_rate"], manifest["training"]["local_steps"])
-    else:
-        promised = (manifest["metrics_noise_multiplier"], 1.0, 1)
-    return (event.noise_multiplier, event.sample_rate, event.steps) == promised
+                yield broken(site, None, f"did not unlock round {of.round}, yet it was counted")
 
 
 def _models(evidence: Evidence, path: Path | None) -> Iterator[Finding]:
@@ -321,32 +246,32 @@ def _models(evidence: Evidence, path: Path | None) -> Iterator[Finding]:
     for site, log in evidence.sites.items():
         start = next(log.of_run(), None)
         if start is not None and not isinstance(start[1], r.Joined | r.Refused):
-            yield _broken(site, start[0], "the log does not start with joining the run")
+            yield broken(site, start[0], "the log does not start with joining the run")
         for number, entry in log.of(r.Opened):
             opened.setdefault(entry.round, {})[site] = (number, entry)
             if entry.transcript != agreed.get(entry.round):
-                yield _broken(site, number, f"opened round {entry.round} under another transcript than its cohort's")
+                yield broken(site, number, f"opened round {entry.round} under another transcript than its cohort's")
     last = evidence.manifest["initial_model"]
     for round_, found in sorted(opened.items()):
         last = Counter(e.model for _, e in found.values()).most_common(1)[0][0]
         for site, (number, entry) in found.items():
             if entry.model != last:
-                yield _broken(site, number, f"opened round {round_} to another model than most sites")
+                yield broken(site, number, f"opened round {round_} to another model than most sites")
     released = list(evidence.coordinator.of(r.ModelReleased))
     for party, log in ((COORDINATOR, evidence.coordinator), *evidence.sites.items()):
         for number, entry in log.of(r.ModelReleased):
             if (_named(entry) if opened else entry.model) != last:
-                yield _broken(party, number, "released another model than the sites opened last")
+                yield broken(party, number, "released another model than the sites opened last")
             if party != COORDINATOR and not released:
-                yield _broken(
+                yield broken(
                     COORDINATOR, None, f"does not tell of the model that {party} released (its entry {number})"
                 )
     if path is None or not path.is_file():
         return
     if not released:
-        yield _broken(COORDINATOR, None, f"tells of no release, yet there is a {MODEL}")
+        yield broken(COORDINATOR, None, f"tells of no release, yet there is a {MODEL}")
     elif not _holds_release(path, evidence):
-        yield _broken(COORDINATOR, released[-1][0], f"{MODEL} does not hold the released model")
+        yield broken(COORDINATOR, released[-1][0], f"{MODEL} does not hold the released model")
 
 
 def _holds_release(path: Path, evidence: Evidence) -> bool:
@@ -387,10 +312,10 @@ def _refusals(evidence: Evidence) -> Iterator[Finding]:
         for number, entry in log.of(r.Refused):
             sent.add((site, entry.round, entry.step, entry.reason))
             if ended and (site, entry.round, entry.step, entry.reason) not in received:
-                yield _broken(site, number, "a refusal that the coordinator's log does not hold")
+                yield broken(site, number, "a refusal that the coordinator's log does not hold")
     for refusal, number in received.items():
         if refusal not in sent:
-            yield _broken(COORDINATOR, number, f"a refusal by {refusal[0]} that its own log does not hold")
+            yield broken(COORDINATOR, number, f"a refusal by {refusal[0]} that its own log does not hold")
 
 
 def _witnessed(evidence: Evidence, witness: WitnessNotes) -> Iterator[Finding]:

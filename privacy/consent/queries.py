@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, func, select
 
-from confide.privacy.consent.bulk import rows_with
+from confide.privacy.consent.bulk import BATCH, rows_with
 from confide.privacy.consent.events import ConsentEvent
-from confide.privacy.consent.notices import Notice
+from confide.privacy.consent.notices import EVERYTHING, Notice
 from confide.privacy.consent.tables import (
     CLOCK,
     CONTENT,
+    CURRENT,
     EVENTS,
     NOTICES,
     PROJECTION,
@@ -22,7 +23,7 @@ from confide.privacy.consent.tables import (
     event_from_row,
 )
 
-__all__ = ["Heads", "erased_among", "events_of", "heads", "keys_of", "notices_at"]
+__all__ = ["Heads", "all_events", "erased_among", "events_of", "heads", "keys_of", "notices_at", "purposes_of"]
 
 #: All that says how far a registry is, in one statement.
 _HEADS = select(
@@ -74,6 +75,21 @@ def events_of(
     if sequence is not None:
         query = query.where(EVENTS.c.seq <= sequence)
     return ((seq, event_from_row(values)) for seq, *values in connection.execute(query))
+
+
+def all_events(connection: Connection) -> Iterator[tuple[int, ConsentEvent]]:
+    """Everybody's events and their sequence numbers, in order; memory holds a portion at a time."""
+    query = select(*CONTENT).order_by(EVENTS.c.seq).execution_options(stream_results=True, yield_per=BATCH)
+    return ((seq, event_from_row(values)) for seq, *values in connection.execute(query))
+
+
+def purposes_of(connection: Connection) -> Iterator[str]:
+    """Every purpose that an event names, in order: one look into the index of the projection each."""
+    found: str | None = EVERYTHING
+    while (
+        found := connection.scalar(select(func.min(CURRENT.c.purpose)).where(CURRENT.c.purpose > found))
+    ) is not None:
+        yield found
 
 
 def keys_of(connection: Connection, locators: Iterable[bytes]) -> dict[bytes, bytes]:

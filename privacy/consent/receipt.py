@@ -23,7 +23,7 @@ from confide.errors import ConfigError, ConsentError
 from confide.privacy.audit.page import write_page
 from confide.privacy.consent.desk import ConsentDesk
 from confide.privacy.consent.dpv import CONTEXT, OWN, RECEIPT_SCHEMA
-from confide.privacy.consent.events import ConsentEvent, EventType, from_micros, now_micros
+from confide.privacy.consent.events import ConsentEvent, EventType, from_micros
 from confide.privacy.consent.export import record_tree
 from confide.privacy.consent.imports.event import PSEUDONYM
 from confide.privacy.consent.imports.source import UnreadableError, parse_json
@@ -77,13 +77,16 @@ def make_receipt(
     Raises:
         ConsentError: The registry holds nothing about such a person, or cannot be read.
     """
-    history, pseudonym, now = [e for _, e in desk.history(subject)], desk.pseudonym(subject), now_micros()
+    if desk.is_erased(subject):
+        raise ConsentError("this person was erased: nothing on record can be found under her identifier any more",
+                           where="receipt", hint="there is nothing that a receipt could say")  # fmt: skip
+    history, pseudonym, now = [e for _, e in desk.history(subject)], desk.pseudonym(subject), desk.now()
     if not history or pseudonym is None:
         raise ConsentError("the registry holds nothing about such a person", where="receipt",
                            hint="check the identifier: it is the one of the site's table")  # fmt: skip
     agreements = tuple(
         Agreement(purpose, standing, _latest([e for e in history if e.purpose == purpose], now))
-        for purpose, standing in desk.standings(subject, now).items()
+        for purpose, standing in desk.standings(subject, now, beneath=False).items()
     )
     name = PSEUDONYM + pseudonym.hex()
     identifier = secrets.token_hex(16)

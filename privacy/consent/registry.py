@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -29,7 +29,16 @@ from confide.privacy.consent.events import ConsentEvent, now_micros
 from confide.privacy.consent.notices import EVERYTHING, Notice
 from confide.privacy.consent.projection import Difference
 from confide.privacy.consent.pseudonyms import KEY_BYTES, SiteKey
-from confide.privacy.consent.queries import Heads, erased_among, events_of, heads, keys_of, notices_at
+from confide.privacy.consent.queries import (
+    Heads,
+    all_events,
+    erased_among,
+    events_of,
+    heads,
+    keys_of,
+    notices_at,
+    purposes_of,
+)
 from confide.privacy.consent.state import Standing, Status, decide
 from confide.privacy.consent.storage import Storage
 from confide.privacy.consent.tables import (
@@ -41,24 +50,13 @@ from confide.privacy.consent.tables import (
     SUBJECTS,
     event_from_row,
     event_row,
-    refusal,
+    refuse_odd_values,
 )
-from confide.privacy.consent.view import View, participants_of_events, standing_of
+from confide.privacy.consent.view import Snapshot, View, participants_of_events, standing_of
 
 __all__ = ["Registry", "Snapshot"]
 
 _BATCH = 50_000
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """Who may participate for a purpose, as of (instant, registry sequence). Never leaves the site."""
-
-    purpose: str
-    as_of: int
-    sequence: int
-    #: Pseudonym → the personal ε limit (None: the site's). Only people whose consent stands.
-    participants: Mapping[bytes, float | None]
 
 
 class Registry:
@@ -95,7 +93,7 @@ class Registry:
                 if erased_among(connection, missing):
                     raise ConsentError(
                         "a person who is to be enrolled was erased, and stays so", where=self._storage.where,
-                        hint="leave her out; her consent cannot be recorded under this identifier again",
+                        hint="leave her out (an import: --leave-out-erased); nothing can be recorded of her",
                     )  # fmt: skip
                 known |= keys_of(connection, missing)  # another process may have been faster
                 new = {loc: secrets.token_bytes(KEY_BYTES) for loc in missing if loc not in known}
@@ -146,14 +144,7 @@ class Registry:
     # --- events and notices ---
 
     def append(self, events: Sequence[ConsentEvent]) -> int:
-        """Add events in one transaction; known event ids are skipped.
-
-        Returns:
-            How many were new.
-
-        Raises:
-            ConsentError: The database refused, or an id is known with another content; nothing was added.
-        """
+        """Add events in one transaction; known event ids are skipped. See `append_all`."""
         return self.append_all(events)
 
     def append_all(self, events: Iterable[ConsentEvent], progress: Callable[[int], None] | None = None) -> int:
@@ -174,11 +165,7 @@ class Registry:
         with self._storage.writing() as connection:
             remaining, put_off = iter(events), False
             while part := list(islice(remaining, _BATCH)):
-                for event in part:
-                    reason = refusal(event)
-                    if reason:
-                        raise ConsentError(f"event {event.event_id!r} {reason}", where=self._storage.where,
-                                           hint="nothing was added")  # fmt: skip
+                refuse_odd_values(part, self._storage.where)
                 if len(part) == _BATCH and heads(connection).sequence == 0:
                     put_off = True
                     projection.put_off(connection)
@@ -303,6 +290,21 @@ class Registry:
         with self._storage.reading() as connection:
             return list(events_of(connection, pseudonym))
 
+    def events(self) -> Iterator[tuple[int, ConsentEvent]]:
+        """(sequence number, event) of everything on record, oldest first.
+
+        Raises:
+            ConsentError: The registry cannot be read.
+        """
+        with self._storage.reading() as connection:
+            yield from all_events(connection)
+
+    def purposes(self) -> list[str]:
+        """Every purpose that an event names, in order."""
+        with self._storage.reading() as connection:
+            self._check_projection(heads(connection))
+            return list(purposes_of(connection))
+
     # --- the projection ---
 
     def check(self) -> list[Difference]:
@@ -387,7 +389,7 @@ class Registry:
         if latest.damaged:
             raise ConsentError(
                 "what is kept for speed does not agree with the events", where=self._storage.where,
-                hint="find out who wrote to the database, then rebuild it from the events (Registry.rebuild)",
+                hint="find out who wrote to the database, then: confide consent check --rebuild",
             )  # fmt: skip
 
     def _personal_keys(self, locators: Iterable[bytes]) -> dict[bytes, bytes]:

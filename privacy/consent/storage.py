@@ -24,7 +24,7 @@ from confide.errors import ConsentError
 from confide.privacy.consent import projection, triggers
 from confide.privacy.consent.tables import PROJECTION, SCHEMA
 
-__all__ = ["SCHEMA_VERSION", "Storage"]
+__all__ = ["SCHEMA_VERSION", "Storage", "holds_registry", "is_url", "shown_address"]
 
 SCHEMA_VERSION = 3
 _REVISIONS = {1: "0001", 2: "0002"}
@@ -48,7 +48,7 @@ class Storage:
 
     def __init__(self, address: Path | str) -> None:
         url = _url(address)
-        self.where = url.database or "" if url.drivername == "sqlite" else url.render_as_string(hide_password=True)
+        self.where = _shown(url)
         self._engine = _engine(url, self.where)
         self.is_sqlite = self._engine.dialect.name == "sqlite"
         #: The driver's own errors come through where rows are copied.
@@ -184,8 +184,45 @@ class Storage:
         triggers.install(connection)
 
 
+def is_url(address: Path | str) -> bool:
+    """Is it a database's address, and no path?"""
+    return isinstance(address, str) and "://" in address
+
+
+def holds_registry(address: Path | str) -> bool:
+    """Is there a registry, of whatever version? Nothing is made.
+
+    Raises:
+        ConsentError: The address is none, or its server cannot be reached.
+    """
+    url = _url(address)
+    if url.drivername == "sqlite" and not Path(url.database or "").is_file():
+        return False
+    engine = _engine(url, where := _shown(url))
+    try:
+        with engine.connect() as connection:
+            return _version(connection) is not None
+    except (SQLAlchemyError, ValueError) as error:
+        raise ConsentError(
+            f"cannot be read ({type(error).__name__})", where=where,
+            hint="check the address, and that the server runs and lets this user in",
+        ) from None  # fmt: skip
+    finally:
+        engine.dispose()
+
+
+def shown_address(address: Path | str) -> str:
+    """An address as messages name it: without a password."""
+    return _shown(_url(address))
+
+
+def _shown(url: URL) -> str:
+    return url.database or "" if url.drivername == "sqlite" else url.render_as_string(hide_password=True)
+
+
 def _url(address: Path | str) -> URL:
-    if isinstance(address, str) and "://" in address:
+    if is_url(address):
+        address = str(address)
         try:
             url = make_url(address)
         except ArgumentError:

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -30,12 +30,13 @@ from sqlalchemy import (
     Text,
 )
 
+from confide.errors import ConsentError
 from confide.privacy.consent.events import ConsentEvent, EventType
 from confide.privacy.consent.notices import EVERYTHING
 from confide.privacy.consent.pseudonyms import KEY_BYTES
 
 __all__ = ["CLOCK", "CONTENT", "CURRENT", "EVENTS", "NOTICES", "PERSON_INDEX", "PROJECTION", "SCHEMA", "SUBJECTS",
-           "TOMBSTONES", "event_from_row", "event_row", "refusal"]  # fmt: skip
+           "TOMBSTONES", "event_from_row", "event_row", "refuse_odd_values"]  # fmt: skip
 
 METADATA = MetaData()
 _FARTHEST = 1 << 62
@@ -143,9 +144,18 @@ def event_from_row(values: Sequence[Any]) -> ConsentEvent:
     )  # fmt: skip
 
 
-def refusal(event: ConsentEvent) -> str:
-    """Why an event is not taken; empty where it is. A database would make something else of some values: SQLite makes
-    no limit at all of one that is not a number."""
+def refuse_odd_values(events: Iterable[ConsentEvent], where: str) -> None:
+    """A database would make something else of some values: SQLite makes no limit at all of one that is not a number.
+
+    Raises:
+        ConsentError: An event holds such a value.
+    """
+    for event in events:
+        if reason := _refusal(event):
+            raise ConsentError(f"event {event.event_id!r} {reason}", where=where, hint="nothing was added")
+
+
+def _refusal(event: ConsentEvent) -> str:
     if event.purpose == EVERYTHING or len(event.pseudonym) != KEY_BYTES:
         return "is for no purpose or no pseudonym"
     if event.max_epsilon is not None and not 0 < event.max_epsilon < math.inf:

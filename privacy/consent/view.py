@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -24,9 +25,20 @@ from confide.privacy.consent.projection import Found, load
 from confide.privacy.consent.state import Standing, Summary, decide, standing
 from confide.privacy.consent.tables import CONTENT, CURRENT, EVENTS, event_from_row
 
-__all__ = ["View", "participants_of_events", "standing_of"]
+__all__ = ["Snapshot", "View", "participants_of_events", "standing_of"]
 
 _BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Who may participate for a purpose, as of (instant, registry sequence). Never leaves the site."""
+
+    purpose: str
+    as_of: int
+    sequence: int
+    #: Pseudonym → the personal ε limit (None: the site's). Only people whose consent stands.
+    participants: Mapping[bytes, float | None]
 
 
 class View:

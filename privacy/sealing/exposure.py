@@ -43,6 +43,9 @@ _SUBTRACT = "the sum, and by subtraction the remaining site's noised update"
 _FORGE = "the sum; they can forge sums, not open an update"
 _DESTROYED = "nothing: every key that opens it was destroyed with the run"
 
+_EACH = "every site's update, every round"
+_EACH_FORGES_NONE = "every site's update; each is signed by its site, so they can forge none of another"
+
 #: profile → (words, update, sum, forges) for each of COALITIONS.
 _TABLE = {
     "sealed": (
@@ -71,6 +74,14 @@ _TABLE = {
         (_SUM, False, True, False),
         ("every site's update", True, True, True),
         (_SUBTRACT, True, True, False),
+        ("every site's update, where the transport itself was recorded in the clear", True, True, False),
+    ),
+    # A strategy that reads single updates: each travels to every site, in a message that its own site signed.
+    "open, gathered": (
+        (_EACH, True, True, False),
+        (f"{_EACH}: the strategy compares them", True, True, False),
+        (_EACH_FORGES_NONE, True, True, False),
+        (_EACH, True, True, False),
         ("every site's update, where the transport itself was recorded in the clear", True, True, False),
     ),
 }

@@ -1,4 +1,8 @@
-"""Profile `open`: updates travel readable. For baselines on public data; a site refuses it elsewhere."""
+"""Profile `open`: updates travel readable. For baselines on public data; a site refuses it elsewhere.
+
+Where a strategy reads single updates they are *gathered*, not added: the coordinator passes all payloads on, and every
+site reads them. A value outside the public range is then clipped, not refused: one site must not be able to end a run.
+"""
 
 from __future__ import annotations
 
@@ -36,24 +40,28 @@ class OpenProfile(Profile):
     name = "open"
     keyed = False
 
+    def __init__(self, sites: int = 0, *, gather: bool = False) -> None:
+        self._sites, self._gather = sites, gather
+
     @property
     def parameters(self) -> Mapping[str, int | float]:
         """Bits a coordinate on the way up and down."""
-        return {"bits": 32, "sum_bits": 64}
+        return {"bits": 32, "sum_bits": 32 if self._gather else 64}
 
     @property
     def summary(self) -> str:
         """See the base class."""
-        return "updates travel readable, as float32"
+        to = ", and every site gets every other's" if self._gather else ""
+        return "updates travel readable, as float32" + to
 
     def size(self, coordinates: int) -> Size:
         """See the base class."""
         held = coordinates + SATURATION
-        return Size(4 * held, 8 * held)
+        return Size(4 * held, 4 * held * self._sites if self._gather else 8 * held)
 
     def accumulator(self, size: int) -> Accumulator:
-        """An empty sum."""
-        return _OpenAccumulator(size + SATURATION)
+        """An empty sum, or collection."""
+        return (_OpenCollection if self._gather else _OpenAccumulator)(size + SATURATION)
 
     def make_secret(self) -> bytes:
         """There is none."""
@@ -61,11 +69,11 @@ class OpenProfile(Profile):
 
     def session(self, site: str, secret: bytes, private_key: bytes, peers: Mapping[str, bytes]) -> Session:
         """Needs nothing."""
-        return _OpenSession()
+        return _OpenSession(self._gather)
 
     def describe_exposure(self) -> tuple[Exposure, ...]:
         """What each coalition learns."""
-        return exposure_table(self.name, 0, 0)
+        return exposure_table("open, gathered" if self._gather else self.name, 0, 0)
 
 
 class _OpenAccumulator(Accumulator):
@@ -79,8 +87,25 @@ class _OpenAccumulator(Accumulator):
         return Payload(tuple(_split(self._total.astype("<f8").tobytes())))
 
 
+class _OpenCollection(Accumulator):
+    """Payloads in the order they arrive: here memory does grow with the number of sites."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._held = size, list[bytes]()
+
+    def add(self, payload: Payload) -> None:
+        _parse(payload.chunks, self._size, "<f4")
+        self._held += payload.chunks
+
+    def total(self) -> Payload:
+        return Payload(tuple(self._held))
+
+
 class _OpenSession(Session):
     secret_digest = "0" * 64
+
+    def __init__(self, gather: bool) -> None:
+        self._gather = gather
 
     def seal(
         self, vector: Floats, segments: Sequence[Segment], agreement: Agreement, rounding: SecureRandom | None = None
@@ -93,6 +118,8 @@ class _OpenSession(Session):
 
     def open(self, total: Payload, segments: Sequence[Segment], agreement: Agreement) -> Opened:
         size = sum(s.size for s in segments)
+        if self._gather:
+            return self._open_each(total, segments, size, len(agreement.cohort))
         values, sites = _parse(total.chunks, size + SATURATION, "<f8"), len(agreement.cohort)
         # Nothing is authenticated here, but one member's numbers must not drown everybody else's.
         low = np.concatenate([*(np.full(s.size, s.low) for s in segments), np.zeros(SATURATION)]) * sites
@@ -100,6 +127,15 @@ class _OpenSession(Session):
         if np.any(values < low - _SLACK * np.abs(low)) or np.any(values > high + _SLACK * np.abs(high)):
             raise SealingError("holds a coordinate that no honest sum has", where="sum")
         return Opened(values[:size], float(values[size]) / (max(1, size) * sites))
+
+    def _open_each(self, total: Payload, segments: Sequence[Segment], size: int, sites: int) -> Opened:
+        rows = _parse(total.chunks, sites * (size + SATURATION), "<f4").reshape(sites, size + SATURATION)
+        low = np.concatenate([*(np.full(s.size, s.low) for s in segments), np.zeros(SATURATION)])
+        high = np.concatenate([*(np.full(s.size, s.high) for s in segments), np.full(SATURATION, size)])
+        rows, values = np.clip(rows, low, high), np.zeros(size + SATURATION)
+        for row in rows:  # one after the other: all sites add in the same order
+            values += row
+        return Opened(values[:size], float(values[size]) / (max(1, size) * sites), rows[:, :size])
 
     def destroy(self) -> None:
         """There is nothing to forget."""

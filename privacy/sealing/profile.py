@@ -94,10 +94,14 @@ class Sealing:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An authenticated sum; `saturated` is the share of all sites' coordinates that were clipped to the range."""
+    """An authenticated sum; `saturated` is the share of all sites' coordinates that were clipped to the range.
+
+    `each` holds the cohort's single vectors, [sites, coordinates], where the profile gathers instead of adding.
+    """
 
     values: Floats
     saturated: float
+    each: Floats | None = None
 
 
 class Accumulator(ABC):

@@ -75,7 +75,9 @@ class SealingError(ConfideError):
 
 
 class LeftError(SealingError):
-    """A site has left a run for good: its keys are gone, or it was shown a sum that is not authentic."""
+    """A site has left a run for good: its keys are gone."""
+
+    kind = "left"
 
 
 class AuditError(ConfideError):

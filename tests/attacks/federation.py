@@ -32,7 +32,8 @@ from confide.protocol.manifest import Manifest
 from confide.protocol.sightings import watchers_of
 from confide.server.coordinator import Coordinator
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
-from confide.simulations.world import World, load_sources
+from confide.simulations.sources import load_sources
+from confide.simulations.world import World
 from tests.support import experiment_tree, write_people
 
 Chunks = tuple[bytes, ...]
@@ -235,7 +236,8 @@ class Federation:
         attempt: int = 0,
     ) -> Sum:
         """Add the payloads; `cohort` is what the sum claims to be over."""
-        accumulator = make_profile(self.manifest.sealing, len(self.manifest.members)).accumulator(
+        gather = self.manifest.single_updates
+        accumulator = make_profile(self.manifest.sealing, len(self.manifest.members), gather=gather).accumulator(
             self.manifest.vector_size(round_)
         )
         replies = {s: m.SealReply.model_validate_json(e.body) for s, e in sealed.items()}
@@ -248,6 +250,7 @@ class Federation:
             round=round_, cohort=members, statements=tuple(digests.get(s, "00" * 32) for s in members),
             transcript=bound, chunks=len(total.chunks), tags=tuple(f"{tag:x}" for tag in total.tags), attempt=attempt,
             unlocked=tuple(m.Statement.of(s, e) for s, e in sorted((unlocked or {}).items())),
+            sealed=tuple(m.Statement.of(s, e) for s, e in sealed.items()) if gather else (),
         )  # fmt: skip
         return Sum(reference, total.chunks)
 

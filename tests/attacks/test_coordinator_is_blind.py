@@ -264,14 +264,14 @@ def test_what_is_planted_in_the_coordinator_is_found(watched: Watched, name: str
     def plant_then_look(outcome: Any) -> None:
         watched.secrets.collect()
         if outcome.round == 3:
-            watched.coordinator._progress.joined["planted"] = PLANTS[name](watched)
+            watched.coordinator._members.joined["planted"] = PLANTS[name](watched)
         looking(outcome)
 
     watched.coordinator._after_round = plant_then_look
     try:
         watched.coordinator.run()
     finally:
-        watched.coordinator._progress.joined.pop("planted", None)
+        watched.coordinator._members.joined.pop("planted", None)
     assert name in watched.found[3]
     assert name not in watched.found[2]
 

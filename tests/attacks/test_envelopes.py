@@ -279,7 +279,15 @@ def test_another_request_for_an_answered_step_is_an_equivocation(federation: Fed
 
 def _empty_sum() -> m.SumReference:
     return m.SumReference(
-        round=1, cohort=("ash",), statements=(), transcript="00" * 32, attempt=0, chunks=0, tags=(), unlocked=()
+        round=1,
+        cohort=("ash",),
+        statements=(),
+        transcript="00" * 32,
+        attempt=0,
+        chunks=0,
+        tags=(),
+        unlocked=(),
+        sealed=(),
     )
 
 

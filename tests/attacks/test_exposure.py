@@ -430,7 +430,7 @@ def has_applied(federation: Recorded, site: str, total: Floats) -> bool:
 # --- the documents ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", [*PROFILES, "open, gathered"])
 def test_the_threat_model_holds_every_cells_words(profile: str) -> None:
     lines = DOCUMENT.read_text().splitlines()
     for row in exposure_table(profile, 6, 64):

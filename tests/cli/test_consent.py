@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -341,3 +344,88 @@ def test_a_name_with_markup_is_shown_as_it_is(site: Path) -> None:
     consent(site, "grant", "[red]x[/]", "--purpose", "[b]y")
     assert "[red]x[/]" in consent(site, "status", "[red]x[/]").words
     assert "[b]y" in consent(site, "status", "[red]x[/]").words
+
+
+def test_an_erasure_asks_says_what_it_does_and_is_final(site: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    for person in ("ann", "bob"):
+        consent(site, "grant", person, "--purpose", PURPOSE)
+    for typed in ("", "an"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed + "\n"))
+        asked = consent(site, "erase", "ann")
+        assert asked.code == 4
+        assert "cannot be undone" in asked.err
+        assert "tombstone" in asked.err
+        assert standing(site, "ann") == "given"
+    assert consent(site, "erase", "ann", "--json").code == 2
+    monkeypatch.setattr("sys.stdin", io.StringIO("ann\n"))
+    done = consent(site, "erase", "ann")
+    assert done.code == 0
+    for word in ("destroyed", "personal key", "stays", "tombstone", "personal.db", "left to you", "backups"):
+        assert word in done.words
+    assert consent(site, "erase", "ann", "--yes", "--json").last_line == {
+        "subject": "ann",
+        "events": 0,
+        "already": True,
+    }
+    assert consent(site, "erase", "eve", "--yes").code == 4
+    path = tmp_path / "again.csv"
+    path.write_text(f"event_id,subject,purpose,type,effective_at\n1,ann,{PURPOSE},given,2026-01-01T00:00Z\n"
+                    f"2,cem,{PURPOSE},given,2026-01-01T00:00Z\n")  # fmt: skip
+    refused = [
+        consent(site, "status", "ann"), consent(site, "grant", "ann", "--purpose", PURPOSE),
+        consent(site, "withdraw", "ann", "--purpose", PURPOSE, "--anyway"),
+        consent(site, "receipt", "ann", "--out", tmp_path / "ann"), consent(site, "import", path),
+    ]  # fmt: skip
+    for answer in refused:
+        assert answer.code == 4
+        assert "erased" in answer.err
+    assert not (tmp_path / "ann.json").exists()
+    assert consent(site, "status", "ann", "--json").last_line["erased"] is True
+    assert consent(site, "status", "cem").code == 4
+    found = consent(site, "import", path, "--leave-out-erased", "--json").last_line
+    assert (found["added"], found["known"], found["erased"]) == (1, 0, 1)
+    assert (standing(site, "bob"), standing(site, "cem")) == ("given", "given")
+
+
+def test_a_notice_says_what_a_grant_covers(site: Path, tmp_path: Path) -> None:
+    wide, other = tmp_path / "wide.txt", tmp_path / "other.txt"
+    wide.write_text("All our research …")
+    other.write_text("Marketing …")
+    notice = ("consent", "notice")
+    assert "No notice" in confide(*notice, "list", "--registry", site).out
+    add = (*notice, "add", wide, "--purpose", "research", "--covers-beneath", "--registry", site)
+    first = confide(*add, "--json").last_line
+    assert first == {"digest": "sha256:" + hashlib.sha256(wide.read_bytes()).hexdigest(), "purposes": ["research"],
+                     "covers_beneath": True, "sequence": first["sequence"]}  # fmt: skip
+    assert confide(*add, "--json").last_line == first
+    assert confide(*notice, "add", wide, "--purpose", "care", "--registry", site).code == 4
+    assert confide(*notice, "add", wide, "--purpose", "", "--registry", site).code == 2
+    confide(*notice, "add", other, "--purpose", "marketing", "--registry", site)
+    (one, two) = confide(*notice, "list", "--registry", site, "--json").last_line["notices"]
+    assert (one["digest"], two["purposes"]) == (first["digest"], ["marketing"])
+    assert "research and all beneath" in confide(*notice, "list", "--registry", site).words
+    consent(site, "grant", "eve", "--purpose", PURPOSE)
+    consent(site, "grant", "ann", "--purpose", "research", "--notice", wide)
+    consent(site, "grant", "bob", "--purpose", "research", "--notice", other)
+    assert (standing(site, "ann"), standing(site, "ann", "research")) == ("given", "given")
+    assert (standing(site, "bob"), standing(site, "bob", "research")) == ("none", "not-covered")
+
+
+def test_what_somebody_changed_behind_the_registrys_back_is_found_and_mended(site: Path) -> None:
+    consent(site, "grant", "ann", "--purpose", PURPOSE)
+    consent(site, "withdraw", "ann", "--purpose", PURPOSE)
+    assert consent(site, "check").code == 0
+    with closing(sqlite3.connect(site / "consent.db")) as db:
+        db.execute("UPDATE consent_current SET denied_at = NULL")
+        db.commit()
+    assert standing(site, "ann") == "given"  # the control: unchecked it would count
+    found = consent(site, "check", "--json")
+    assert found.code == 4
+    ((difference,), rebuilt) = (found.last_line["differences"], found.last_line["rebuilt"])
+    assert (difference["purpose"], difference["kind"], rebuilt) == (PURPOSE, "different", False)
+    refused = consent(site, "status", "ann")
+    assert refused.code == 4
+    assert "confide consent check --rebuild" in refused.err
+    assert consent(site, "check", "--rebuild").code == 0
+    assert standing(site, "ann") == "refused"
+    assert "says what its events say" in consent(site, "check").out

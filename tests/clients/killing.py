@@ -82,7 +82,7 @@ class Point:
     @property
     def after(self) -> list[str]:
         """What has become durable since the point before it: one thing at most."""
-        committed = self.action == "put model" or self.action.endswith(": COMMIT")
+        committed = self.action in ("put model", "take") or self.action.endswith(": COMMIT")
         return ["commit"] if self.moment == "after" and committed else []
 
 
@@ -413,6 +413,9 @@ class Harness:
         wrap(Log, "append", lambda real, log, *entries: self._in(f"append {entries[0].KIND}", real, log, *entries))
         wrap(ParticipantSource, "take", lambda real, *rest: self._in("take", real, *rest))
         wrap(ParticipantSource, "hold", lambda real, *rest: self._in("hold", real, *rest))
+        # Its connections are older than the watch over them; how far its clock has come is all that it writes here.
+        wrap(Registry, "_put_forward", lambda real, *rest: [
+            real(*rest), self.durable("commit", f"{VICTIM}/consent.db")][0])  # fmt: skip
         wrap(SnapshotStore, "put", lambda real, *rest: self._in("keep", real, *rest))
         wrap(SiteRun, "compute", self._compute)
         wrap(SiteStore, "put_model", lambda real, *rest: self._in("put model", real, *rest))

@@ -240,7 +240,7 @@ def test_a_value_that_is_not_allowed_is_named_with_its_key(assignment: str, text
     ("assignment", "choice"),
     [
         ("training.optimizer='adamw'", "training.optimizer = 'adamw': input should be 'sgd'"),
-        ("strategy.kind='fedprocs'", "strategy.kind = 'fedprocs': input should be 'fedavg'"),
+        ("strategy.kind='fedprocs'", "strategy.kind = 'fedprocs': input should be one of 'fedavg', 'fedprox', "),
         ("privacy.placement='cloud'", "privacy.placement = 'cloud': input should be 'site'"),
         ("sealing.profile='glass'", "sealing.profile = 'glass': input should be 'sealed', 'masked', 'ckks' or 'open'"),
     ],

@@ -130,7 +130,8 @@ def open_site(folder: str, name: str, passphrase: str | None = None) -> Any:
     from confide.privacy.dp.personal import PersonalLosses
     from confide.privacy.sealing.vault import Vault
     from confide.protocol.identity import Identity
-    from confide.simulations.world import COORDINATOR, FEDERATION, load_sources
+    from confide.simulations.sources import load_sources
+    from confide.simulations.world import COORDINATOR, FEDERATION
 
     base = Path(folder)
     kept = json.loads((base / "kept.json").read_text())
@@ -168,7 +169,8 @@ class Deployment:
 
     def __init__(self, folder: Path, tree: Mapping[str, Any], passphrase: str | None = None) -> None:
         from confide.config import load_experiment
-        from confide.simulations.world import World, load_sources
+        from confide.simulations.sources import load_sources
+        from confide.simulations.world import World
 
         self.folder, self._passphrase = folder, passphrase
         write_certificates(folder / "tls")

@@ -17,7 +17,7 @@ H = "ab" * 32
 STATEMENT = m.Statement(site="ash", header="{}", signature="00" * 64, body="{}")
 SUM = m.SumReference(
     round=1, cohort=("ash", "birch", "cedar"), statements=(H, H, H), transcript=H, attempt=1, chunks=2, tags=("1f",),
-    unlocked=(STATEMENT, STATEMENT, STATEMENT),
+    unlocked=(STATEMENT, STATEMENT, STATEMENT), sealed=(STATEMENT, STATEMENT, STATEMENT),
 )  # fmt: skip
 #: Adding a field to a message means adding it here, and thinking about what it tells of people.
 FIELDS: dict[type[m.Message], set[str]] = {
@@ -30,7 +30,18 @@ FIELDS: dict[type[m.Message], set[str]] = {
     m.KeysReply: {"secret"},
     # attempt: how often the coordinator asked for this round; it depends on which sites answered, on nobody's data.
     # unlocked: signed `unlock` replies, see below; the coordinator has them, and sites check them.
-    m.SumReference: {"round", "cohort", "statements", "transcript", "attempt", "chunks", "tags", "unlocked"},
+    # sealed: signed `seal` replies, where single updates are passed on (profile `open` only): each covers its chunks.
+    m.SumReference: {
+        "round",
+        "cohort",
+        "statements",
+        "transcript",
+        "attempt",
+        "chunks",
+        "tags",
+        "unlocked",
+        "sealed",
+    },
     m.TrainRequest: {"sums"},
     m.TrainReply: {"commitment", "model", "state", "secret", "coordinator"},
     m.SealRequest: {"cohort", "statements"},
@@ -40,7 +51,7 @@ FIELDS: dict[type[m.Message], set[str]] = {
     m.UnlockReply: {"transcript", "seed"},
     m.ReleaseRequest: {"sums", "statements"},
     m.ReleaseReply: {"model", "key"},
-    m.Refusal: {"kind", "reason", "final"},
+    m.Refusal: {"kind", "reason"},
 }
 EXAMPLES: list[m.Message] = [
     m.JoinRequest(),
@@ -59,7 +70,7 @@ EXAMPLES: list[m.Message] = [
     m.UnlockReply(transcript=H, seed=H),
     m.ReleaseRequest(sums=(SUM,), statements=()),
     m.ReleaseReply(model=H, key=H),
-    m.Refusal(kind="abstains", reason="abstains", final=False),
+    m.Refusal(kind="abstains", reason="abstains"),
 ]
 TYPES = [e.TYPE for e in EXAMPLES]
 FROM_SITES = (
@@ -84,8 +95,6 @@ def test_nothing_that_a_site_says_is_a_number_or_free_text(kind: type[m.Message]
     """Counts, losses, sizes and times are numbers. Digests, keys, tags and a refusal's words are all there is."""
     tags = typing.get_args(m.Tags)[0]
     for name, field in kind.model_fields.items():
-        if (kind, name) == (m.Refusal, "final"):
-            continue  # whether a site has left the run for good: hangs on keys and forged sums, on nobody's data
         assert field.annotation in (str, tags), f"{kind.TYPE}.{name} is a {field.annotation}"
         patterns = [p for x in field.metadata if (p := getattr(x, "pattern", None))]
         assert patterns or name == "tags" or kind is m.Refusal, f"{kind.TYPE}.{name} is free text"
@@ -140,6 +149,7 @@ def test_bytes_that_are_no_message_are_refused(body: bytes) -> None:
         (m.SumReference, SUM.model_dump() | {"attempt": -1}),
         (m.SumReference, SUM.model_dump() | {"attempt": 101}),
         (m.SumReference, SUM.model_dump() | {"unlocked": [H]}),
+        (m.SumReference, SUM.model_dump() | {"sealed": [H]}),
         (m.UnlockReply, {"transcript": H, "seed": "ab" * 31}),
         (m.UnlockReply, {"transcript": H, "seed": "AB" * 32}),
         (m.UnlockReply, {"transcript": H, "seed": ""}),

@@ -51,7 +51,8 @@ from confide.server.journal import Journal
 from confide.server.runs import RunStore
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
 from confide.simulations.keeping import KEPT, Keeping
-from confide.simulations.world import COORDINATOR, FEDERATION, World, load_sources
+from confide.simulations.sources import load_sources
+from confide.simulations.world import COORDINATOR, FEDERATION, World
 from tests.attacks.federation import header_of
 from tests.support import experiment_tree, write_people
 
@@ -122,6 +123,8 @@ IN_A_SITE = [
     for site in ("ash", "cedar")
     for what in ("charged", "computed", "answered train", "logged its seal", "answered seal")
 ]
+#: The same, in the round that only evaluates: all sites that a release needs must come through it.
+AT_THE_END = [f"{site} has {what} {ROUNDS + 1}" for site in ("ash", "cedar") for what in ("charged", "computed")]
 
 
 # --- what is watched --------------------------------------------------------------------------------------------------

@@ -88,6 +88,7 @@ def test_an_undisturbed_run_holds_every_site_in_every_round(federation: Federati
     released = coordinator.run()
     assert script.cohorts() == [federation.names] * 4
     assert coordinator.refusals == {}
+    assert faults(federation) == []
     assert digests(federation) == {released.weights.astype("<f4").tobytes()}
     assert [o.metrics_round for o in script.outcomes] == [None, None, None, 3]
     assert released.metrics_round == 4
@@ -123,6 +124,24 @@ def test_a_site_that_dies_while_training_is_left_out_and_the_run_goes_on(
     assert steps(federation, "birch", 2) == 0
     assert steps(federation, "ash", 2) == federation.manifest.training.local_steps
     assert digests(federation) == {released.weights.tobytes()}, "and it has caught up"
+    assert faults(federation) == [("train", 2, "birch", "the node cannot be reached")]
+
+
+def faults(federation: Federation) -> list[tuple[str, int, str, str]]:
+    """Step, round, site and reason of what the coordinator's log holds of sites that gave no answer."""
+    entries = federation.world.log.entries()
+    return [(e.step, e.round, e.party, e.reason) for e in entries if isinstance(e, audit.Fault)]
+
+
+def test_a_fault_at_a_site_is_noted_without_what_it_was(federation: Federation, script: Script) -> None:
+    def fail(_reply: Envelope) -> Envelope:
+        raise ValueError("birch-7 has a cholesterol of 4711")
+
+    script.lies = {("train", 2, "birch"): fail}
+    script.coordinator().run()
+    assert faults(federation) == [("train", 2, "birch", "a fault at the site")]
+    federation.world.export()
+    assert not [p for p in (federation.folder / "logs").iterdir() if b"4711" in p.read_bytes()]
 
 
 def test_too_few_left_abandon_the_round_and_nobody_seals(federation: Federation, script: Script) -> None:
@@ -385,6 +404,7 @@ def test_a_late_answer_is_waited_for_until_the_timeout(
     second = federation.names if waited else rest if step == "train" else ()
     assert script.cohorts() == [federation.names, second, federation.names, federation.names]
     assert seconds <= clock.now < seconds + 1 if waited else 60 <= clock.now < 61, "and no longer than that"
+    assert faults(federation) == ([] if waited else [(step, 2, "birch", "no answer in time")])
 
 
 # --- hostile replies --------------------------------------------------------------------------------------------------
@@ -425,7 +445,7 @@ def _elsewhere(federation: Federation, reply: Envelope, **place: int) -> Envelop
 def _refusing(federation: Federation, reply: Envelope) -> Envelope:
     header = header_of(reply)
     return federation.sign(
-        header.step, header.round, "coordinator", m.Refusal(kind="abstains", reason="abstains", final=False),
+        header.step, header.round, "coordinator", m.Refusal(kind="abstains", reason="abstains"),
         identity=federation.sites["birch"].identity, request=header.request,
     )  # fmt: skip
 
@@ -551,7 +571,8 @@ def test_a_refusal_of_any_text_is_no_more_than_a_refusal(
     def lie(reply: Envelope) -> Envelope:
         header = header_of(reply)
         return federation.sign(
-            header.step, header.round, "coordinator", m.Refusal.model_construct(kind="abstains", reason=reason),
+            header.step, header.round, "coordinator",
+            m.Refusal.model_construct(kind="abstains", reason=reason),
             identity=federation.sites["birch"].identity, request=header.request,
         )  # fmt: skip
 

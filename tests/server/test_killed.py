@@ -21,7 +21,7 @@ import pytest
 from confide.privacy.dp.events import event_to_json
 from confide.protocol.manifest import Manifest
 from tests.clients.conftest import Stage
-from tests.server.killing import IN_A_SITE, PARTS, ROUND, ROUNDS, SITES
+from tests.server.killing import AT_THE_END, IN_A_SITE, PARTS, ROUND, ROUNDS, SITES
 
 CHAOS = bool(os.environ.get("CONFIDE_CHAOS"))
 ALONE, TOGETHER = "the coordinator dies", "everything dies"
@@ -174,6 +174,7 @@ def test_wherever_everything_is_killed_another_process_finishes_the_run_and_nobo
 ) -> None:
     """Updates were in the memory that is gone: the round that was under way may be lost, and only that one."""
     among = [*EVERYWHERE[part], *((IN_A_SITE if CHAOS else IN_A_SITE[:5]) if part == "a round" else [])]
+    among += AT_THE_END if part == "releasing" else []
     cases = play(stage, *({"scene": TOGETHER, "part": part, "point": point} for point in among))
     assert wrong(cases, [name for name in CHECKS if name != "whole"]) == {}
     for case in cases:

@@ -19,6 +19,7 @@ from confide.errors import AuditError, ConfigError, StorageError
 from confide.privacy.sealing import Payload
 from confide.protocol.envelope import Address, Envelope
 from confide.protocol.identity import Identity
+from confide.protocol.messages import Refusal
 from confide.server import tables as t
 from confide.server.coordinator import Coordinator
 from confide.server.journal import Journal, RoundOutcome, Total
@@ -162,7 +163,7 @@ def test_a_sum_is_kept_exactly_as_long_as_a_member_may_ask_for_it(
         journal.put_total(_total(number))
         journal.put_requests(at("train", number), {"ash": message(b"train", b"bulk of its own" * number)})
         if leaves:
-            journal.refuse(leaves, _final())
+            journal.refuse(leaves, Refusal(kind="left", reason="gone"))
             applied.pop(leaves, None)
         journal.end_round(_outcome(number, abandoned=abandoned), present, "")
         applied |= {s: sums[-1] for s in present & applied.keys() if sums}
@@ -174,12 +175,6 @@ def test_a_sum_is_kept_exactly_as_long_as_a_member_may_ask_for_it(
         assert journal.position().next == number + 1
     assert [o.round for o in journal.outcomes()] == list(range(1, len(rounds) + 1))
     log.close()
-
-
-def _final() -> Any:
-    from confide.protocol.messages import Refusal
-
-    return Refusal(kind="sealing", reason="gone", final=True)
 
 
 def _blobs(journal: Journal) -> set[bytes]:

@@ -23,7 +23,8 @@ from confide.privacy.dp.statistics import RELEASES
 from confide.protocol.manifest import Manifest
 from confide.server.coordinator import Coordinator, Released
 from confide.simulations import plan, simulate, statistics
-from confide.simulations.world import World, load_sources
+from confide.simulations.sources import load_sources
+from confide.simulations.world import World
 from tests.support import SITES, experiment_tree, write_people
 
 PEOPLE = 300

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from confide.config import load_experiment
-from confide.simulations.world import Sources, load_sources
+from confide.simulations.sources import Sources, load_sources
 from tests.support import experiment_tree, people_table
 
 

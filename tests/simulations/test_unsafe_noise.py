@@ -16,7 +16,8 @@ from confide.config import load_experiment
 from confide.errors import ConfigError, PolicyError
 from confide.privacy.audit.report import write_report
 from confide.simulations import plan, simulate
-from confide.simulations.world import World, load_sources
+from confide.simulations.sources import load_sources
+from confide.simulations.world import World
 from tests.cli.command import confide, to_toml
 
 SEEDED = {"epsilon": 2.0, "unsafe_noise_seed": 7}

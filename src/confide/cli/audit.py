@@ -207,15 +207,20 @@ def exposure(
     if not answer.known:
         out.print("No site here holds anything about such a person.")
         return
-    now = ", ".join(f"{d.purpose}: {d.status}" for d in answer.decisions)
+    now = ", ".join(f"{d.purpose}: {d.status}" for d in answer.decisions) or "none on record"
+    if answer.erased:
+        now = "erased: her record cannot be found any more, and nothing can be recorded of her"
+    charged = f"ε ≤ {number(answer.charged_epsilon, 2)} at δ = {answer.delta:g}, per {answer.unit}"
+    if answer.epsilon > answer.charged_epsilon:
+        charged = f"ε = ∞: a run on public data protected nobody; from all others {charged}"
     out.print(table(f"What site {answer.site} did with the data of {answer.subject}: for this person only", [
-        ("consent now", now or "none on record"),
+        ("consent now", now),
         ("role", "evaluation only" if answer.role == "held_out" else "training only"),
-        ("privacy loss so far", f"ε ≤ {number(answer.epsilon, 2)} at δ = {answer.delta:g}, per {answer.unit}"),
+        ("privacy loss so far", charged),
         *((f"run {r.run}", f"{r.purpose or 'of another folder'}; rounds {', '.join(map(str, r.rounds))}; "
            f"ε {number(r.epsilon, 2)}; model {r.model[:16] + '…' if r.model else 'not released'}")
           for r in answer.runs),
-        ("to withdraw", answer.how_to_withdraw),
+        *([] if answer.erased else [("to withdraw", answer.how_to_withdraw)]),
     ]))  # fmt: skip
     if out_file is not None:
         out.print(f"written to {out_file}", markup=False, soft_wrap=True)

@@ -2,10 +2,17 @@
 
 Every command takes `--json` and then prints one object:
 
-- init: {folder, registry, key, key_fingerprint}
-- import: {file, format, events, types, rejected, rejections: [{line, pointer, field, reason}], dry_run, added, known}
+- init: {registry, key, key_fingerprint}
+- import: {file, format, events, types, rejected, rejections: [{line, pointer, field, reason}], dry_run, added,
+  known, erased: events of erased persons that were passed over}
 - grant, withdraw: {purpose, type, effective_at, valid_until, notice_digest, events: how many were recorded, sequence}
-- status: {subject, known, pseudonym, standings: {purpose: {status, max_epsilon}}, history: [{sequence, …}], sequence}
+- erase: {subject, events: how many closed what was on record, already}
+- notice add: {digest, purposes, covers_beneath, sequence}
+- notice list: {notices: [{digest, purposes, covers_beneath, sequence, registered_at}]}
+- check: {differences: [{purpose, pseudonym, kind}], rebuilt}; exit 4 where there are some and nothing was rebuilt
+- status: {subject, known, erased, pseudonym, standings: {purpose: {status, max_epsilon}}, history: [{sequence, …}],
+  sequence}
+- impact: {persons, runs: [{site, run, purpose, rounds, persons, epsilon, delta, model, released}], policies}
 - snapshot: {purpose, at, sequence, threshold, participants: null where fewer than the threshold}
 - export: {out, format, events, named, by_pseudonym, left_out}
 - receipt: {json, page, pseudonym, signed_by: hex of the public key, or null}
@@ -21,63 +28,51 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from confide.cli.consent_impact import impact
 from confide.cli.consent_inputs import (
+    HERE,
+    JsonOption,
+    KeyOption,
+    RegistryOption,
+    SubjectArgument,
+    erased_person,
     event_now,
     identifiers,
     instant,
     notice_digest,
     purpose_list,
+    refuse_erased,
     refuse_existing,
     unwritable,
 )
 from confide.cli.consent_output import FileDisplay, plain_event, refuse_import, show, show_import, show_recorded
+from confide.cli.consent_registry import check, erase, init, notices
 from confide.cli.render import err, number, out, show_json, when
 from confide.errors import ConfigError, ConsentError
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Consent: import, grant, withdraw, look up, export. At the site.")
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-_Registry = Annotated[Path, typer.Option("--registry", help="The site's folder, which holds consent.db and site.key.")]
-_Key = Annotated[
-    Path | None, typer.Option("--key", help="The site key, where it lies elsewhere (a simulation's: ledgers/SITE/).")
-]
-_Subject = Annotated[str, typer.Argument(help="The person's identifier, as in the site's table.")]
+app = typer.Typer(no_args_is_help=True, help="Consent: import, grant, withdraw, look up, erase, export. At the site.")
 _Purpose = Annotated[str, typer.Option("--purpose", help="What the consent is for, e.g. research/cardiology.")]
-_HERE = Path()
 
 
 @app.callback()
 def root() -> None:
-    """Consent: import, grant, withdraw, look up, export. At the site."""
+    """Consent: import, grant, withdraw, look up, erase, export. At the site."""
 
 
-@app.command("init")
-def init(
-    folder: Annotated[Path, typer.Argument(help="New or empty folder of the site.")], as_json: _Json = False
-) -> None:
-    """Make a registry (consent.db) and the site's key (site.key). Keep a backup of both, apart from each other."""
-    from confide.privacy.consent.desk import KEY, REGISTRY, ConsentDesk
-
-    with ConsentDesk.create(folder) as desk:
-        fingerprint = desk.key_fingerprint
-    if as_json:
-        show_json({"folder": str(folder), "registry": str(folder / REGISTRY), "key": str(folder / KEY),
-                   "key_fingerprint": fingerprint})  # fmt: skip
-        return
-    show("A new consent registry", [
-        ("registry", str(folder / REGISTRY)),
-        ("site key", f"{folder / KEY} (for ever: who loses it cannot find anybody again)"),
-        ("key fingerprint", fingerprint),
-        ("next", f"confide consent import FILE --registry {folder}"),
-    ])  # fmt: skip
+app.command("init")(init)
+app.command("erase")(erase)
+app.command("check")(check)
+app.command("impact")(impact)
+app.add_typer(notices, name="notice")
 
 
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="CSV, JSONL, 27560 JSON-LD, FHIR R4 Consent, Kantara receipts.")],
-    registry: _Registry = _HERE,
-    key: _Key = None,
+    registry: RegistryOption = HERE,
+    key: KeyOption = None,
     form: Annotated[
         str | None, typer.Option("--format", help="csv, jsonl, 27560, fhir, kantara or mapped. Default: by content.")
     ] = None,
@@ -88,8 +83,11 @@ def import_(
         str | None,
         typer.Option("--purposes", help="The purposes there are: a,b,c or a file, one a line. Others are rejected."),
     ] = None,
+    leave_out_erased: Annotated[
+        bool, typer.Option("--leave-out-erased", help="Pass over persons who were erased; else one refuses the file.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the file.")] = False,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Check a whole file, then add all of it in one transaction. One rejected record, and nothing is added."""
     from confide.privacy.consent.desk import ConsentDesk
@@ -97,13 +95,17 @@ def import_(
 
     options = Options(purposes=None if purposes is None else purpose_list(purposes))
     declared = load_mapping(mapping) if mapping is not None else None
+    passed_over = list[int]()
     with ConsentDesk(registry, key) as desk, FileDisplay() as display:
         display.doing("checking")
         checked = check_file(file, options, mapping=declared, name=form, progress=display.update)
         added = None
         if not checked.rejected and not dry_run:
             display.doing("applying")
-            added = desk.apply(read_checked(checked, display.update))
+            added = desk.apply(
+                read_checked(checked, display.update), on_erased=passed_over.append if leave_out_erased else None
+            )
+    erased = sum(passed_over)
     if as_json:
         show_json({
             "file": str(file), "format": checked.format.name, "events": checked.events, "types": checked.types,
@@ -112,20 +114,21 @@ def import_(
                 {"line": r.line, "pointer": r.pointer, "field": r.field, "reason": r.reason}
                 for r in checked.rejections
             ],
-            "dry_run": dry_run, "added": added or 0, "known": 0 if added is None else checked.events - added,
+            "dry_run": dry_run, "added": added or 0, "known": 0 if added is None else checked.events - added - erased,
+            "erased": erased,
         })  # fmt: skip
     if checked.rejected:
         refuse_import(checked, as_json=as_json)
     if not as_json:
-        show_import(checked, added)
+        show_import(checked, added, erased)
 
 
 @app.command("grant")
 def grant(
-    subject: _Subject,
+    subject: SubjectArgument,
     purpose: _Purpose,
-    registry: _Registry = _HERE,
-    key: _Key = None,
+    registry: RegistryOption = HERE,
+    key: KeyOption = None,
     valid_until: Annotated[
         str | None, typer.Option("--valid-until", help="When it ends: ISO 8601 with an offset.")
     ] = None,
@@ -138,7 +141,7 @@ def grant(
     max_epsilon: Annotated[
         str | None, typer.Option("--max-epsilon", help="The most this person allows in total. Default: the site's.")
     ] = None,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Put on record that a person consents, from now on."""
     from confide.privacy.consent.desk import ConsentDesk
@@ -149,6 +152,7 @@ def grant(
         "evidence_ref": evidence, "max_epsilon": max_epsilon or "",
     })  # fmt: skip
     with ConsentDesk(registry, key) as desk:
+        refuse_erased(desk, event.subject)
         known = desk.purposes()
         near = get_close_matches(event.purpose, known, n=1, cutoff=0.8) if event.purpose not in known else []
         desk.apply([event])
@@ -162,21 +166,22 @@ def grant(
 
 @app.command("withdraw")
 def withdraw(
-    subject: _Subject,
+    subject: SubjectArgument,
     purpose: _Purpose,
-    registry: _Registry = _HERE,
-    key: _Key = None,
+    registry: RegistryOption = HERE,
+    key: KeyOption = None,
     evidence: Annotated[str, typer.Option("--evidence", help="Where the person's message lies.")] = "",
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Record it although the person has no consent on record for the purpose.")
     ] = False,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Put on record that a person withdraws, from now on. It also ends a consent that was to begin later."""
     from confide.privacy.consent.desk import ConsentDesk
 
     event = event_now({"subject": subject, "purpose": purpose, "type": "withdrawn", "evidence_ref": evidence})
     with ConsentDesk(registry, key) as desk:
+        refuse_erased(desk, event.subject)
         held = sorted({e.purpose for _, e in desk.history(event.subject)})
         if event.purpose not in held and not anyway:
             near = get_close_matches(event.purpose, held, n=1, cutoff=0.0)
@@ -192,23 +197,28 @@ def withdraw(
 
 
 @app.command("status")
-def status(subject: _Subject, registry: _Registry = _HERE, key: _Key = None, as_json: _Json = False) -> None:
+def status(
+    subject: SubjectArgument, registry: RegistryOption = HERE, key: KeyOption = None, as_json: JsonOption = False
+) -> None:
     """What is on record of one person, and what it amounts to now. Exit 4 where nothing is."""
     from confide.privacy.consent.desk import ConsentDesk
-    from confide.privacy.consent.events import now_micros
 
     with ConsentDesk(registry, key) as desk:
-        history, standings = desk.history(subject), desk.standings(subject, now_micros())
+        erased, history = desk.is_erased(subject), desk.history(subject)
+        standings = desk.standings(subject, desk.now())
         pseudonym, sequence = desk.pseudonym(subject), desk.sequence()
     if as_json:
         show_json({
-            "subject": subject, "known": bool(history), "pseudonym": pseudonym.hex() if pseudonym else None,
+            "subject": subject, "known": bool(history), "erased": erased,
+            "pseudonym": pseudonym.hex() if pseudonym else None,
             "standings": {p: {"status": s.status.value, "max_epsilon": s.max_epsilon} for p, s in standings.items()},
             "history": [{"sequence": seq, **plain_event(e)} for seq, e in history], "sequence": sequence,
         })  # fmt: skip
     if not history:
         if as_json:
             raise typer.Exit(ConsentError.exit_code)
+        if erased:
+            raise erased_person(subject)
         raise ConsentError("the registry holds nothing about such a person", where=subject,
                            hint="check the identifier: it is the one of the site's table")  # fmt: skip
     if as_json:
@@ -230,17 +240,17 @@ def status(subject: _Subject, registry: _Registry = _HERE, key: _Key = None, as_
 @app.command("snapshot")
 def snapshot(
     purpose: _Purpose,
-    registry: _Registry = _HERE,
-    key: _Key = None,
+    registry: RegistryOption = HERE,
+    key: KeyOption = None,
     at: Annotated[str | None, typer.Option("--at", help="As of when: ISO 8601 with an offset. Default: now.")] = None,
     threshold: Annotated[int, typer.Option("--threshold", min=5, help="Smaller numbers are not said.")] = 20,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """How many may participate for a purpose, as of an instant and what is on record. For the site only."""
     from confide.privacy.consent.desk import ConsentDesk
-    from confide.privacy.consent.events import from_micros, now_micros
+    from confide.privacy.consent.events import from_micros
 
-    as_of = now_micros() if at is None else instant(at, "--at")
+    as_of = None if at is None else instant(at, "--at")
     with ConsentDesk(registry, key) as desk:
         known = desk.purposes()
         if purpose not in known:
@@ -248,6 +258,7 @@ def snapshot(
             raise ConsentError(f"no event names the purpose {purpose!r}"
                                + (f"; did you mean {near[0]!r}?" if near else ""), where="snapshot",
                                hint=f"on record: {', '.join(known[:10]) or 'no purpose yet'}")  # fmt: skip
+        as_of = desk.now() if as_of is None else as_of
         found = desk.count(purpose, as_of, threshold)
     if as_json:
         show_json({"purpose": purpose, "at": from_micros(as_of).isoformat(), "sequence": found.sequence,
@@ -262,8 +273,8 @@ def snapshot(
 @app.command("export")
 def export(
     out_file: Annotated[Path, typer.Option("--out", help="The new file.")],
-    registry: _Registry = _HERE,
-    key: _Key = None,
+    registry: RegistryOption = HERE,
+    key: KeyOption = None,
     form: Annotated[str, typer.Option("--format", help="csv, or 27560 (JSON-LD, one record a line).")] = "csv",
     subjects: Annotated[
         Path | None, typer.Option("--subjects", help="Identifiers to name persons by: one a line, or a table.")
@@ -272,7 +283,7 @@ def export(
     named_only: Annotated[
         bool, typer.Option("--named-only", help="Leave out everybody whose identifier is not supplied.")
     ] = False,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write every event to a file that can be imported. The registry knows pseudonyms only: supply identifiers."""
     from confide.privacy.consent.desk import ConsentDesk
@@ -306,10 +317,10 @@ def export(
 
 @app.command("receipt")
 def receipt(
-    subject: _Subject,
+    subject: SubjectArgument,
     out_base: Annotated[Path, typer.Option("--out", help="Writes OUT.json (ISO/IEC TS 27560) and OUT.html.")],
-    registry: _Registry = _HERE,
-    key: _Key = None,
+    registry: RegistryOption = HERE,
+    key: KeyOption = None,
     controller: Annotated[str, typer.Option("--controller", help="Who is responsible for the data.")] = "this site",
     contact: Annotated[
         str, typer.Option("--contact", help="Where the person withdraws: an address, a name.")
@@ -317,7 +328,7 @@ def receipt(
     signing_key: Annotated[
         Path | None, typer.Option("--signing-key", help="An Ed25519 key (PEM, or 32 bytes) that signs the JSON.")
     ] = None,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write what one person takes home: what she agreed to, until when, how to withdraw, and her pseudonym."""
     from confide.privacy.consent.desk import ConsentDesk

@@ -6,18 +6,62 @@ import hashlib
 import re
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from confide.errors import ConfigError
+import typer
+
+from confide.errors import ConfigError, ConsentError
 
 if TYPE_CHECKING:
+    from confide.privacy.consent.desk import ConsentDesk
     from confide.privacy.consent.imports import ImportedEvent
 
 __all__ = [
-    "event_now", "identifiers", "instant", "notice_digest", "purpose_list", "refuse_existing", "unwritable",
+    "HERE",
+    "JsonOption",
+    "KeyOption",
+    "RegistryOption",
+    "SubjectArgument",
+    "erased_person",
+    "event_now",
+    "identifiers",
+    "instant",
+    "notice_digest",
+    "purpose_list",
+    "refuse_erased",
+    "refuse_existing",
+    "unwritable",
 ]  # fmt: skip
 
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+RegistryOption = Annotated[
+    str,
+    typer.Option("--registry", help="The site's folder (consent.db, site.key), or postgresql://… with --key."),
+]
+KeyOption = Annotated[
+    Path | None, typer.Option("--key", help="The site key, where it lies elsewhere (a simulation's: ledgers/SITE/).")
+]
+SubjectArgument = Annotated[str, typer.Argument(help="The person's identifier, as in the site's table.")]
+HERE = "."
 _DIGEST = re.compile(r"(?:sha256:)?[0-9a-f]{64}")
+
+
+def erased_person(subject: str) -> ConsentError:
+    """The answer to whatever is asked of somebody who was erased."""
+    return ConsentError(
+        "this person was erased: nothing on record can be found under this identifier any more, and nothing can be "
+        "recorded", where=subject, hint="an erasure is final",
+    )  # fmt: skip
+
+
+def refuse_erased(desk: ConsentDesk, subject: str) -> None:
+    """Nothing is recorded of an erased person.
+
+    Raises:
+        ConsentError: She was erased.
+    """
+    if desk.is_erased(subject):
+        raise erased_person(subject)
 
 
 def event_now(fields: dict[str, str]) -> ImportedEvent:

@@ -53,7 +53,7 @@ def refuse_import(checked: Checked, *, as_json: bool) -> None:
     raise typer.Exit(ConsentError.exit_code)
 
 
-def show_import(checked: Checked, added: int | None) -> None:
+def show_import(checked: Checked, added: int | None, erased: int = 0) -> None:
     """What a sound file held, and what of it was new."""
     kinds = ", ".join(f"{count:,} {name}" for name, count in sorted(checked.types.items())) or "none"
     rows = [("file", str(checked.path)), ("read as", checked.format.title), ("events", f"{checked.events:,} ({kinds})")]
@@ -61,7 +61,9 @@ def show_import(checked: Checked, added: int | None) -> None:
         rows.append(("applied", "nothing: a dry run"))
     else:
         rows.append(("added", f"{added:,}"))
-        rows.append(("known already", f"{checked.events - added:,}"))
+        rows.append(("known already", f"{checked.events - added - erased:,}"))
+    if erased:
+        rows.append(("passed over", f"{erased:,} of persons who were erased"))
     show("The file holds nothing that leaves a doubt", rows)
 
 

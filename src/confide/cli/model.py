@@ -75,6 +75,7 @@ def show(
         return
     out.print(table(str(model), [
         ("run", card.run), ("purpose", card.purpose), ("model", f"{card.model.kind}, {card.layout.size:,} parameters"),
+        ("strategy", card.strategy.describe() if card.strategy is not None else "not said"),
         ("label", f"{card.label.column} ({card.label.task})"), ("features", f"{len(card.schema_.features)}"),
         ("digest", card.digest), ("privacy", card.privacy),
     ]))  # fmt: skip

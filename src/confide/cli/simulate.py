@@ -49,6 +49,14 @@ def simulate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, wherever it was interrupted.")
     ] = False,
+    retrain_after: Annotated[
+        Path | None,
+        typer.Option(
+            "--retrain-after",
+            metavar="RUN_FOLDER",
+            help="Train anew from a finished run's initial model, without those who have left; charged as any run.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its ε; run nothing, write nothing.")
     ] = False,
@@ -59,6 +67,10 @@ def simulate(
 
     if resume and dry_run:
         raise ConfigError("--dry-run plans a new run", where="--resume", hint="leave one of them out")
+    if retrain_after is not None and (resume or dry_run):
+        what = "--resume" if resume else "--dry-run"
+        raise ConfigError(f"does not go with {what}", where="--retrain-after",
+                          hint="an interrupted retraining is resumed by --resume alone")  # fmt: skip
     if resume and out_folder is not None and (done := simulations.finished_result(out_folder)) is not None:
         show_json(done) if as_json else out.print(f"{out_folder}: this run is finished already", soft_wrap=True)
         return
@@ -76,6 +88,7 @@ def simulate(
                 out=out_folder,
                 ledger=ledger,
                 resume=resume,
+                retrain_after=retrain_after,
                 progress=display.update,
             )
     except KeyboardInterrupt:
@@ -134,6 +147,7 @@ def _show_plan(plan: Plan) -> None:
             "rounds",
             f"{plan.rounds} × {plan.local_steps} local steps; metrics leave after rounds {_list(plan.metric_rounds)}",
         ),
+        ("strategy", plan.strategy),
         ("sites", str(len(plan.sites))),
         ("profile", f"{plan.profile}: {plan.sealing}"),
         (
@@ -187,6 +201,7 @@ def _padding(plan: Plan) -> str:
 
 
 def _show_result(result: Result) -> None:
+    from confide import simulations
     from confide.privacy.dp import LEDGER_LABEL, RUN_LABEL
 
     private = result.epsilon.max != float("inf")
@@ -196,7 +211,7 @@ def _show_result(result: Result) -> None:
         ("sites", f"{len(result.sites)} ({_list(result.sites)})"),
         ("profile", result.profile),
         ("rounds", f"{result.rounds}" + (f", {result.rounds_abandoned} abandoned" if result.rounds_abandoned else "")),
-        ("consent", "simulated consent" if result.consent_is_simulated else "from the imported file"),
+        ("consent", result.consent_source),
         ("ε of this run", f"{cost} (δ = {result.delta:g}; neighbours: {result.neighbours} {result.unit}; {RUN_LABEL})"
          if private else "∞: nobody is protected" if result.warnings
          else "∞: a baseline on public data, nobody is protected"),
@@ -217,6 +232,8 @@ def _show_result(result: Result) -> None:
     ]
     if result.saturated:
         rows.append(("clipped to the range", f"at most {result.saturated:.2%} of a round's coordinates"))
+    if result.retrained_after is not None:
+        rows.insert(1, ("trained anew after", f"{result.retrained_after}. {simulations.HONEST}"))
     _show_warnings(result.warnings)
     out.print(table("Done", rows))
     _show_exposure(result)

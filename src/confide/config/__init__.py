@@ -15,13 +15,15 @@ from confide.config.experiment import (
     SealingConfig,
     SimulatedConsent,
     SitesConfig,
-    StrategyConfig,
     TrainingConfig,
     Withdrawal,
 )
 from confide.config.load import load_experiment, parse_assignment, read_toml
+from confide.config.section import Scalar
+from confide.config.strategy import STRATEGY_OPTIONS, StrategyConfig
 
 __all__ = [
+    "STRATEGY_OPTIONS",
     "CategoryFeature",
     "ConsentConfig",
     "DataConfig",
@@ -32,6 +34,7 @@ __all__ = [
     "NumberFeature",
     "PrivacyConfig",
     "RunConfig",
+    "Scalar",
     "SchemaConfig",
     "SealingConfig",
     "SimulatedConsent",

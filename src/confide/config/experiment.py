@@ -10,7 +10,11 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from confide.config.section import Scalar
+from confide.config.section import Section as _Section
+from confide.config.strategy import StrategyConfig
 
 __all__ = [
     "CategoryFeature",
@@ -33,14 +37,9 @@ __all__ = [
     "metric_rounds",
 ]
 
-Scalar = bool | int | float | str
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Purpose = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$", max_length=200)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, ser_json_inf_nan="strings")
 
 
 class RunConfig(_Section):
@@ -252,13 +251,6 @@ class TrainingConfig(_Section):
         return self
 
 
-class StrategyConfig(_Section):
-    """`[strategy]`: how the sum becomes the next model."""
-
-    kind: Literal["fedavg"] = "fedavg"
-    server_learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-
-
 class PrivacyConfig(_Section):
     """`[privacy]`: the loss (ε, δ) this run may cost a person, and the mechanism that keeps to it.
 
@@ -332,6 +324,8 @@ class Experiment(_Section):
 
     @model_validator(mode="after")
     def _together(self) -> Experiment:
+        if (why := self.strategy.unknown()) is not None:
+            raise ValueError(f"strategy.kind = {self.strategy.kind!r}: {why}")
         if not self.privacy.is_private and not self.data.public:
             raise ValueError(
                 "privacy.epsilon = inf needs data.public = true: without noise, what a site sends reveals its people"

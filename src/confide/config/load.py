@@ -19,6 +19,9 @@ _C = TypeVar("_C", bound=BaseModel)
 __all__ = ["load_experiment", "parse_assignment", "read_toml", "validate"]
 
 
+_KIND = ("strategy", "kind")
+
+
 def load_experiment(source: Path | Mapping[str, Any], assignments: Iterable[str] = ()) -> Experiment:
     """Read an experiment.
 
@@ -31,9 +34,10 @@ def load_experiment(source: Path | Mapping[str, Any], assignments: Iterable[str]
     """
     where = str(source) if isinstance(source, Path) else "experiment"
     tree = read_toml(source) if isinstance(source, Path) else _copy(source)
-    for assignment in assignments:
-        path, value = parse_assignment(assignment)
-        _assign(tree, path, value, assignment)
+    parsed = [(*parse_assignment(assignment), assignment) for assignment in assignments]
+    # A kind brings its own options, in whatever order they are given.
+    for path, value, text in sorted(parsed, key=lambda item: item[0] != _KIND):
+        _assign(tree, path, value, text)
     return validate(Experiment, tree, where, "mend the experiment, or override a key with --set section.key=value")
 
 
@@ -87,6 +91,9 @@ def _assign(tree: dict[str, Any], path: tuple[str, ...], value: Any, text: str) 
     # Two ways of saying one thing exclude each other; the override wins over the file.
     if path[:2] in (("consent", "file"), ("consent", "simulate")) and isinstance(tree.get("consent"), dict):
         tree["consent"].pop("simulate" if path[1] == "file" else "file", None)
+    # Another kind of strategy leaves the options of the one in the file behind: they are not its own.
+    if path == _KIND and isinstance(tree.get("strategy"), dict) and tree["strategy"].get("kind") != value:
+        tree["strategy"] = {}
     for part in path[:-1]:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):

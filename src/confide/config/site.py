@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from confide.config.experiment import LabelConfig, Purpose, SchemaConfig
 from confide.config.load import read_toml, validate
+from confide.config.strategy import STRATEGY_OPTIONS
 
 __all__ = ["DeviceConfig", "FoldersConfig", "PolicyConfig", "SiteConfig", "SourceConfig", "load_site", "site_template"]
 
@@ -68,7 +69,8 @@ class PolicyConfig(_Section):
     """`[policy]`: see `confide.clients.policy`; every line here is a line there.
 
     `models`: built-in names, or `module:function` for code that is installed here; each of these needs its line in
-    `model_digests`, the digest of the package's files. `hours`: `"22:00-06:00"`, UTC; none given: at any time.
+    `model_digests`, the digest of the package's files. `strategies`, `strategy_digests`: the same for strategies; none
+    given: the built-in ones. `hours`: `"22:00-06:00"`, UTC; none given: at any time.
     """
 
     coordinator_key: Hex32 | None = None
@@ -76,6 +78,8 @@ class PolicyConfig(_Section):
     profiles: tuple[Annotated[str, Field(pattern="^(sealed|masked|ckks|open)$")], ...] = ()
     models: tuple[str, ...] = ()
     model_digests: dict[str, Hex32] = Field(default_factory=dict)
+    strategies: tuple[str, ...] = tuple(STRATEGY_OPTIONS)
+    strategy_digests: dict[str, Hex32] = Field(default_factory=dict)
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
     min_sites: Annotated[int, Field(ge=3)] = 3
     min_subjects: Annotated[int, Field(ge=1)] = 20
@@ -107,6 +111,14 @@ class PolicyConfig(_Section):
                 raise ValueError(f"{kind} runs code here: give its digest in model_digests")
         if spare := set(self.model_digests) - set(own):
             raise ValueError(f"model_digests names {min(spare)!r}, which models does not allow")
+        own = [kind for kind in self.strategies if kind not in STRATEGY_OPTIONS]
+        for kind in own:
+            if kind.count(":") != 1:
+                raise ValueError(f"strategies holds {kind!r}: a built-in name or module:Class")
+            if kind not in self.strategy_digests:
+                raise ValueError(f"{kind} runs code here: give its digest in strategy_digests")
+        if spare := set(self.strategy_digests) - set(own):
+            raise ValueError(f"strategy_digests names {min(spare)!r}, which strategies does not allow")
         if self.epsilon_limit > self.ledger_epsilon_limit:
             raise ValueError("epsilon_limit is above ledger_epsilon_limit, the most that the ledger ever holds")
         return self
@@ -195,6 +207,8 @@ population = {population}
 # purposes = ["research/example"]
 # profiles = ["sealed"]
 # models = ["logistic"]             # or "package.module:function", with its line in [policy.model_digests]
+# strategies = ["fedavg"]           # left out: all built-in ones; or "package.module:Class", with its line in
+#                                   # [policy.strategy_digests]
 # epsilon_limit = 2.0               # the most that one run may ask for
 # local_steps_limit = 100           # a round
 ledger_epsilon_limit = 8.0          # for the ledger's lifetime

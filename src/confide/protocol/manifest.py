@@ -92,6 +92,10 @@ class Manifest(_Part):
     noise_multiplier: NoiseMultiplier
     metrics_noise_multiplier: NoiseMultiplier
     sealing: SealingConfig
+    #: What the strategy needs sent: every site's single update, to every site (profile `open`); or, as further
+    #: coordinates of a round's vector, the changes of the sites' control variates.
+    single_updates: bool = False
+    control_variates: bool = False
     #: A statistics run: its two rounds learn the bounds that the schema leaves out, and nothing is trained.
     statistics: bool = False
 
@@ -162,8 +166,9 @@ class Manifest(_Part):
         return metrics.width(self.label.task)
 
     def vector_size(self, round_: int) -> int:
-        """Coordinates of a round's vector: the update's, then the metrics'."""
-        return (self.layout.size if self.trains_in(round_) else 0) + self.metric_width(round_)
+        """Coordinates of a round's vector: the update's, the control variate's where there is one, the metrics'."""
+        parts = 2 if self.control_variates else 1
+        return (parts * self.layout.size if self.trains_in(round_) else 0) + self.metric_width(round_)
 
     def charges(self, round_: int) -> list[PrivacyEvent]:
         """What a round costs each role; empty for ε = ∞ on public data."""

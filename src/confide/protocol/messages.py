@@ -14,6 +14,7 @@ from confide.protocol.envelope import Envelope, LogState
 from confide.protocol.manifest import Hex32
 
 __all__ = [
+    "NO_UPDATE",
     "JoinReply",
     "JoinRequest",
     "KeysReply",
@@ -35,6 +36,8 @@ __all__ = [
     "decode",
 ]
 
+#: A commitment to nothing.
+NO_UPDATE = "0" * 64
 _T = TypeVar("_T")
 #: The first wrong member ends the reading: a list of a million wrong ones must not cost a million errors.
 Many = Annotated[tuple[_T, ...], FailFast()]
@@ -151,6 +154,8 @@ class SumReference(Message):
     tags: Tags
     #: Where sites add masks of their own: the cohort's signed `unlock` replies, in the order of names.
     unlocked: Many[Statement]
+    #: Where single updates are passed on: the cohort's signed `seal` replies, in the order of their chunks.
+    sealed: Many[Statement]
 
 
 class TrainRequest(Message):
@@ -164,7 +169,9 @@ class TrainReply(Message):
     """Site → coordinator: commitments only. Chunk: where metrics are due, the opened, noised coordinates."""
 
     TYPE: ClassVar[str] = "train.reply"
-    #: Digest of (nonce, update): commits to the update without telling anything of it.
+    #: Digest of (nonce, update): commits to the update without telling anything of it. `NO_UPDATE`: the site died in
+    #: this round, which only evaluates, and computes nothing for it a second time. It is in no cohort then, but shows
+    #: which model it ended with, so that the run can be released.
     commitment: Hex32
     #: The replicated model that the site trained from, and the strategy's state, named under a key of the sites.
     model: Hex32
@@ -228,13 +235,12 @@ class ReleaseReply(Message):
 
 
 class Refusal(Message):
-    """Site → coordinator: no. The reason is made of public parameters; anything else is the uniform `abstains`."""
+    """Site → coordinator: no. The reason is made of public parameters; anything else is the uniform `abstains`. The
+    kind `left` says that the site's keys of the run are gone: nobody need keep for it what it has missed."""
 
     TYPE: ClassVar[str] = "refusal"
     kind: Annotated[str, Field(max_length=32)]
     reason: Annotated[str, Field(max_length=500)]
-    #: It has left the run for good: nobody need keep for it what it has missed.
-    final: bool
 
 
 _M = TypeVar("_M", bound=Message)

@@ -21,7 +21,7 @@ from safetensors.numpy import save as save_tensors
 from confide.clients.data.preprocess import encoded_width, features
 from confide.clients.training.artifact import load_model, save_model
 from confide.clients.training.models import flatten, initial_model
-from confide.config import LabelConfig, ModelConfig, SchemaConfig
+from confide.config import LabelConfig, ModelConfig, SchemaConfig, StrategyConfig
 from confide.errors import ConfigError, DataError
 from confide.privacy.digest import digest
 from confide.protocol.manifest import Manifest
@@ -46,8 +46,9 @@ def save(path: Path, label: LabelConfig = BINARY, model: ModelConfig | None = No
     model = model or ModelConfig()
     weights, layout = initial_model(model, encoded_width(SCHEMA), label.outputs, seed=1)
     manifest = types.SimpleNamespace(
-        run="tiny-1", purpose="research/test", label=label, schema_=SCHEMA, model=model, layout=layout
-    )
+        run="tiny-1", purpose="research/test", label=label, schema_=SCHEMA, model=model, layout=layout,
+        strategy=StrategyConfig(),
+    )  # fmt: skip
     name = digest("model", weights.astype("<f4").tobytes()).hex()
     save_model(path, weights, cast(Manifest, manifest), name, "(2, 1e-05)-differentially private")
     return weights

@@ -21,7 +21,7 @@ from confide.privacy.audit.checkpoint import Checkpoint, sign_note
 from confide.privacy.audit.log import export_log, parse_line
 from confide.privacy.audit.merkle import leaf_hash, tree_root
 from confide.protocol.identity import Identity
-from confide.simulations import keeping, runner, world
+from confide.simulations import keeping, place, world
 from confide.simulations.result import Progress, Result
 
 COORDINATOR = "coordinator"
@@ -61,7 +61,7 @@ class KeyRing:
         with (
             mock.patch.object(world, "Identity", RingIdentity),
             mock.patch.object(keeping, "Identity", RingIdentity),
-            mock.patch.object(runner, "World", RingWorld),
+            mock.patch.object(place, "World", RingWorld),
         ):
             return confide.simulate(tree, out=out, progress=progress)
 

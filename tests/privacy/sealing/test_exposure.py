@@ -16,6 +16,17 @@ SAID = {
 }
 
 
+#: What single updates passed on to every site change.
+GATHERED = [(1, 1, 0), (1, 1, 0), (1, 1, 0), (1, 1, 0), (1, 1, 0)]
+
+
+def test_passing_single_updates_on_shows_them_to_every_site_and_lets_nobody_forge_one() -> None:
+    rows = make_profile(SealingConfig(profile="open"), 6, gather=True).describe_exposure()
+    assert tuple(row.coalition for row in rows) == COALITIONS
+    assert [(row.update, row.sum, row.forges) for row in rows] == GATHERED
+    assert rows != table("open"), "the control: where updates are added, it is not so"
+
+
 def table(profile: str, sites: int = 6) -> tuple[Exposure, ...]:
     """What the profile says of itself."""
     return make_profile(SealingConfig.model_validate({"profile": profile}), sites).describe_exposure()

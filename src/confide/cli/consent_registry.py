@@ -1,0 +1,205 @@
+"""`confide consent init | erase | notice | check`: what concerns the registry itself, or cannot be undone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from confide.cli.consent_inputs import (
+    HERE,
+    JsonOption,
+    KeyOption,
+    RegistryOption,
+    SubjectArgument,
+    notice_digest,
+)
+from confide.cli.consent_output import show
+from confide.cli.render import err, out, show_json, when
+from confide.errors import ConfigError, ConsentError
+
+__all__ = ["check", "erase", "init", "notices"]
+
+DESTROYED = "her personal key: nobody, this site included, can compute any more which events were hers"
+STAYS = (
+    "her events without a name, closed for every purpose (while few are erased, which history was hers may be "
+    "guessed); a tombstone, so that this identifier is never enrolled again; in the ledger folder, which charges held "
+    "her (personal.db), so that her spent ε does not start anew. Models released before stay: their ε bounds what they "
+    "say about her"
+)
+YOURS = (
+    "backups of the registry until they have expired, her rows in the site's table, and what her evidence references "
+    "point to"
+)
+
+
+def init(
+    place: Annotated[str, typer.Argument(help="New or empty folder of the site, or postgresql://… with --key.")],
+    key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a registry (consent.db) and the site's key (site.key). Keep a backup of both, apart from each other.
+
+    In a database the registry takes the site key that --key names, which is made where it does not exist.
+    """
+    from confide.privacy.consent.desk import KEY, REGISTRY, ConsentDesk
+    from confide.privacy.consent.storage import is_url, shown_address
+
+    with ConsentDesk.create(place, key) as desk:
+        fingerprint = desk.key_fingerprint
+    registry = shown_address(place) if is_url(place) else str(Path(place) / REGISTRY)
+    key_file = str(key or Path(place) / KEY)
+    if as_json:
+        show_json({"registry": registry, "key": key_file, "key_fingerprint": fingerprint})
+        return
+    show("A new consent registry", [
+        ("registry", registry),
+        ("site key", f"{key_file} (for ever: who loses it cannot find anybody again)"),
+        ("key fingerprint", fingerprint),
+        ("next", f"confide consent import FILE --registry {shown_address(place) if is_url(place) else place}"
+         + (f" --key {key}" if key is not None else "")),
+    ])  # fmt: skip
+
+
+def erase(
+    subject: SubjectArgument,
+    registry: RegistryOption = HERE,
+    key: KeyOption = None,
+    ground: Annotated[
+        str | None, typer.Option("--ground", help="Why the tombstone is kept. Default: GDPR-17-3-b, GDPR-5-2.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Erase a person, for ever: her key is destroyed, and the identifier is never enrolled again."""
+    from confide.privacy.consent.desk import ConsentDesk
+    from confide.privacy.consent.erasure import DEFAULT_GROUND
+
+    if ground is not None and not (ground.isprintable() and 0 < len(ground) <= 200):
+        raise ConfigError("is empty, too long, or does not print", where="--ground", hint="at most 200 characters")
+    with ConsentDesk(registry, key) as desk:
+        already = desk.is_erased(subject)
+        if not already and desk.pseudonym(subject) is None:
+            raise ConsentError("the registry holds nothing about such a person", where=subject,
+                               hint="check the identifier: it is the one of the site's table")  # fmt: skip
+        if not yes and not already:
+            _confirm(subject, as_json=as_json)
+        added = desk.erase(subject, ground or DEFAULT_GROUND)
+    if as_json:
+        show_json({"subject": subject, "events": added, "already": already})
+        return
+    show("Erased before; nothing was left to destroy" if already else f"Erased: {subject}", [
+        ("destroyed", DESTROYED), ("stays", STAYS), ("left to you", YOURS),
+    ])  # fmt: skip
+
+
+def _confirm(subject: str, *, as_json: bool) -> None:
+    if as_json:
+        raise ConfigError("cannot be asked with --json", where="confide consent erase", hint="add --yes")
+    err.print(f"{subject} will be erased. This cannot be undone.", markup=False, soft_wrap=True)
+    err.print(f"Destroyed: {DESTROYED}.", markup=False, soft_wrap=True)
+    err.print(f"Stays: {STAYS}.", markup=False, soft_wrap=True)
+    if typer.prompt("Type the identifier to erase her", err=True, default="", show_default=False).strip() != subject:
+        raise ConsentError("nothing was erased", where=subject, hint="the identifier was not repeated")
+
+
+notices = typer.Typer(no_args_is_help=True, help="Notices: what the texts that persons were shown were written for.")
+
+
+@notices.callback()
+def notices_root() -> None:
+    """Notices: what the texts that persons were shown were written for."""
+
+
+@notices.command("add")
+def add_notice(
+    file: Annotated[str, typer.Argument(help="The text that persons were shown: a file, or its SHA-256.")],
+    purposes: Annotated[
+        list[str], typer.Option("--purpose", help="What it was written for. Give it once for each purpose.")
+    ],
+    covers_beneath: Annotated[
+        bool, typer.Option("--covers-beneath", help="The text says that every purpose beneath is included.")
+    ] = False,
+    registry: RegistryOption = HERE,
+    key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put on record, for ever, what a notice was written for. A grant that names it for another purpose is none."""
+    from confide.privacy.consent.desk import ConsentDesk
+
+    wanted = [purpose.strip() for purpose in purposes]
+    if not all(p and p.isprintable() and len(p) <= 200 for p in wanted):
+        raise ConfigError("is empty, too long, or does not print", where="--purpose", hint="at most 200 characters")
+    digest = notice_digest(file)
+    with ConsentDesk(registry, key) as desk:
+        notice = desk.add_notice(digest, wanted, covers_beneath=covers_beneath)
+    if as_json:
+        show_json({"digest": notice.digest, "purposes": sorted(notice.purposes),
+                   "covers_beneath": notice.covers_beneath, "sequence": notice.sequence})  # fmt: skip
+        return
+    show("On record: a notice", [
+        ("digest", notice.digest), ("written for", ", ".join(sorted(notice.purposes))),
+        ("reaches beneath", "yes" if notice.covers_beneath else "no"), ("registry sequence", f"{notice.sequence:,}"),
+    ])  # fmt: skip
+
+
+@notices.command("list")
+def list_notices(registry: RegistryOption = HERE, key: KeyOption = None, as_json: JsonOption = False) -> None:
+    """The notices on record."""
+    from confide.privacy.consent.desk import ConsentDesk
+    from confide.privacy.consent.events import from_micros
+
+    with ConsentDesk(registry, key) as desk:
+        found = desk.notices()
+    if as_json:
+        show_json({"notices": [
+            {"digest": n.digest, "purposes": sorted(n.purposes), "covers_beneath": n.covers_beneath,
+             "sequence": n.sequence, "registered_at": from_micros(n.registered_at).isoformat()} for n in found
+        ]})  # fmt: skip
+        return
+    if not found:
+        out.print("No notice is on record: confide consent notice add FILE --purpose …")
+        return
+    show("Notices on record", [
+        (n.digest, f"{', '.join(sorted(n.purposes))}{' and all beneath' if n.covers_beneath else ''}; since "
+         f"{when(n.registered_at)}") for n in found
+    ])  # fmt: skip
+
+
+def check(
+    registry: RegistryOption = HERE,
+    key: KeyOption = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Make what is kept for speed anew from the events.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare what the registry keeps for speed with its events. Where they differ nobody takes part any more."""
+    from confide.privacy.consent.desk import ConsentDesk
+
+    with ConsentDesk(registry, key) as desk:
+        found = desk.check()
+        if rebuild:
+            desk.rebuild()
+    if as_json:
+        show_json({
+            "differences": [{"purpose": d.purpose, "pseudonym": d.pseudonym.hex(), "kind": d.kind} for d in found],
+            "rebuilt": rebuild,
+        })  # fmt: skip
+    if found and not rebuild:
+        what = ConsentError(
+            f"{len(found):,} {'place does' if len(found) == 1 else 'places do'} not say what the events say; nobody "
+            "takes part any more", where=registry,
+            hint="find out who wrote to the database, then: confide consent check --rebuild",
+        )  # fmt: skip
+        if not as_json:
+            raise what
+        err.print(str(what), markup=False, soft_wrap=True)
+        raise typer.Exit(ConsentError.exit_code)
+    if as_json:
+        return
+    if not found:
+        out.print("The registry says what its events say." + (" Rebuilt all the same." if rebuild else ""))
+        return
+    out.print(f"{len(found):,} differences, rebuilt from the events. Find out who wrote to the database.")
