@@ -107,6 +107,8 @@ class Service:
             store = RunStore(self._config.store)
             log = self._identity.open_log(self._folder / LOGS, "coordinator", self._name)
             try:
+                if self._roster() is None:
+                    self._config.tell("waiting for a complete roster: confide federation show says who is missing")
                 while True:
                     roster = self._roster()
                     if roster is None:
@@ -159,7 +161,8 @@ class Service:
             return made
 
         try:
-            self._wait_for_sites(manifest, link, store)
+            if store.status(run) != "finished":  # what is released already needs nobody any more
+                self._wait_for_sites(manifest, link, store)
             released = drive(link, LinkGrid(link), start)
             self._config.finish(place, manifest, released)
         except _StopRun:

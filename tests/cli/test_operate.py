@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 import tomllib
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.deployment_demo import SITES, WORDS, Demo, ok
+from confide.cli.server import write_model
 from confide.clients.app import make_client_app
 from confide.clients.assembly import open_site
 from confide.clients.service import alone
@@ -26,7 +28,7 @@ from confide.server.link import Link, LinkConfig
 from confide.server.outcome import finished
 from confide.server.plan import make_manifest
 from confide.server.runs import RunStore
-from confide.server.service import run_store
+from confide.server.service import Service, ServiceConfig, run_store
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
 from tests.cli.command import confide, to_toml
 from tests.rosters import Cast
@@ -35,16 +37,18 @@ PEOPLE = 60
 
 
 class Operated:
-    """A provisioned federation in which one run has ended, with what it released."""
+    """A provisioned federation in which two runs have ended, with what they released."""
 
     def __init__(self, folder: Path) -> None:
         self.demo = Demo(folder, f"sqlite:///{folder / 'visits.db'}", PEOPLE)
         self.demo.provision()
         self.secret = ("--passphrase-file", self.demo.passphrase)
         self.fed = self.demo.fed
-        self.run = self.demo.start_run("short", run={"rounds": 2, "report_metrics_every": 2})
-        self.manifest, weights = self.load(self.run)
-        self.released = self._drive(weights)
+        asked = {"run": {"rounds": 2, "report_metrics_every": 2}, "privacy": {"epsilon": 2.0}}
+        self.runs = [self.demo.start_run(name, **asked) for name in ("short", "again")]
+        self.run = self.runs[0]
+        self.manifest, _ = self.load(self.run)
+        self.released = [self._drive(run) for run in self.runs]
 
     def load(self, run: str) -> tuple[Manifest, Any]:
         """A run as it was put into the store."""
@@ -54,16 +58,15 @@ class Operated:
         assert held is not None
         return Manifest.from_bytes(held[0]), np.frombuffer(held[1], dtype="<f4").astype(np.float32)
 
-    def _drive(self, weights: Any) -> Released:
+    def _drive(self, run: str) -> Released:
+        manifest, weights = self.load(run)
         sites = {name: open_site(str(place), WORDS) for name, place in self.demo.sites.items()}
         identity = FederationFolder(self.fed).identity(WORDS)
-        log = identity.open_log(self.fed / "coordinator.db", "coordinator", self.manifest.federation)
+        log = identity.open_log(self.fed / "coordinator.db", "coordinator", manifest.federation)
         store = RunStore(run_store(self.fed))
         try:
             grid = LocalGrid(make_client_app(lambda c: sites[str(c.node_config[NODE_CONFIG_SITE])]), sites)
-            released = Coordinator(grid, identity, self.manifest, weights, log, store=store).run()
-            log.export(self.fed / "logs" / "coordinator.log")
-            return released
+            return Coordinator(grid, identity, manifest, weights, log, store=store).run()
         finally:
             for site in sites.values():
                 site.close()
@@ -76,7 +79,6 @@ def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
     folder = tmp_path_factory.mktemp("federation")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEMO_DATABASE", f"sqlite:///{folder / 'visits.db'}")
-        (folder / "fed" / "logs").mkdir(parents=True)
         yield Operated(folder)
 
 
@@ -98,11 +100,11 @@ def edit(site: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_sites_opened_from_their_folders_train_seal_and_release(operated: Operated) -> None:
-    result = finished(operated.manifest, operated.released)
+    result = finished(operated.manifest, operated.released[0])
     assert result["sites_in_last_cohort"] == sorted(SITES)
     assert (result["rounds_abandoned"], result["metrics_round"]) == (0, 2)
     assert set(result["released_metrics"]) == set(result["released_intervals"])
-    assert 0 < result["epsilon"] <= 4.0
+    assert 0 < result["epsilon"] <= 2.0
 
 
 def test_a_run_with_another_schema_or_label_is_refused_by_a_site(operated: Operated, site: Path) -> None:
@@ -267,8 +269,8 @@ def test_the_status_tells_of_runs_refusals_and_the_ledger_and_changes_nothing(op
     place = operated.demo.sites["seattle"]
     before = (place / "ledger" / "ledger.db").read_bytes()
     tree = ok("site", "status", place, "--json").last_line
-    (run,) = tree["runs"]
-    assert (run["run"], run["state"], run["round"], run["sealed"]) == (operated.run, "ended", 3, 3)
+    seen = [(run["run"], run["state"], run["round"], run["sealed"]) for run in tree["runs"]]
+    assert seen == [(run, "ended", 3, 3) for run in operated.runs]
     assert {r["role"] for r in tree["ledger"]} == {"train", "held_out"}
     assert all(0 < r["epsilon"] <= tree["epsilon_limit"] for r in tree["ledger"])
     assert tree["refusals"] == []
@@ -276,16 +278,38 @@ def test_the_status_tells_of_runs_refusals_and_the_ledger_and_changes_nothing(op
     assert (place / "ledger" / "ledger.db").read_bytes() == before
 
 
-def test_exported_logs_verify_and_a_forged_one_does_not(operated: Operated, tmp_path: Path) -> None:
-    logs = tmp_path / "logs"
-    shutil.copytree(operated.fed / "logs", logs)
+@pytest.fixture
+def exported(operated: Operated, tmp_path: Path) -> Path:
+    """Everybody's logs, as files."""
     for name, place in operated.demo.sites.items():
         done = ok("site", "export", place, "--out", tmp_path, "--json").last_line
-        assert Path(done["log"]) == logs / f"{name}.log"
-    assert ok("audit", "verify", tmp_path, "--json").last_line["verified"]
-    log = logs / "dayton.log"
+        assert Path(done["log"]) == tmp_path / "logs" / f"{name}.log"
+    ok("server", "export", operated.fed, "--out", tmp_path)
+    return tmp_path
+
+
+def test_exported_logs_verify_and_a_forged_one_does_not(operated: Operated, exported: Path) -> None:
+    told = ok("audit", "verify", exported, "--json").last_line
+    assert (told["verified"], told["runs"], told["parties"]) == (True, operated.runs, 4)
+    log = exported / "logs" / "dayton.log"
     log.write_bytes(log.read_bytes().replace(b'"joined"', b'"jo1ned"', 1))
-    assert confide("audit", "verify", tmp_path).code == AuditError.exit_code
+    assert confide("audit", "verify", exported).code == AuditError.exit_code
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_model_beside_logs_of_several_runs_is_what_one_of_them_released(
+    operated: Operated, exported: Path, number: int
+) -> None:
+    run, other = operated.runs[number], operated.runs[1 - number]
+    write_model(exported, operated.load(run)[0], operated.released[number])
+    for asked in ((), ("--run", run)):
+        assert ok("audit", "verify", exported, *asked, "--json").last_line["verified"]
+    assert confide("audit", "verify", exported, "--run", other).code == AuditError.exit_code
+    model = exported / "model.safetensors"
+    data = bytearray(model.read_bytes())
+    data[-1] ^= 1
+    model.write_bytes(data)
+    assert confide("audit", "verify", exported).code == AuditError.exit_code
 
 
 def test_only_the_federated_log_is_exported(operated: Operated, tmp_path: Path) -> None:
@@ -416,3 +440,33 @@ def test_the_smallest_cohort_is_two_thirds_of_those_who_take_part(
         run, roster=roster, schema=run.schema_, initial_model=weights, layout=operated.manifest.layout
     )
     assert (len(manifest.members), manifest.min_sites) == (sites, fewest)
+
+
+def test_a_service_that_died_before_it_wrote_results_writes_them_and_needs_no_site(
+    operated: Operated, tmp_path: Path
+) -> None:
+    fed = tmp_path / "fed"
+    shutil.copytree(operated.fed, fed)
+    shutil.rmtree(fed / "runs", ignore_errors=True)
+    stopped = RunStore(run_store(fed))
+    manifest, weights = operated.load(operated.run)
+    third = manifest.model_copy(update={"run": "third"})
+    stopped.submit("third", third.to_bytes(), weights.tobytes())
+    stopped.mark("third", "stopping", only=("waiting",))
+    stopped.close()
+    told: list[str] = []
+
+    def tell(event: str) -> None:
+        told.append(event)
+        if event == "run third: stopped":
+            raise KeyboardInterrupt
+
+    service = Service(ServiceConfig(folder=fed, store=run_store(fed), finish=write_model, tell=tell), WORDS)
+    with pytest.raises(KeyboardInterrupt):
+        service.run()
+    results = [json.loads((fed / "runs" / run / "result.json").read_text()) for run in (*operated.runs, "third")]
+    assert [r["status"] for r in results] == ["finished", "finished", "stopped"]
+    assert [r["model"] for r in results[:2]] == [released.model for released in operated.released]
+    assert all((fed / "runs" / run / "model.safetensors").is_file() for run in operated.runs)
+    assert not (fed / "runs" / "third" / "model.safetensors").exists()
+    assert results[0] == finished(operated.manifest, operated.released[0])

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from confide.protocol.manifest import Manifest
     from confide.server.coordinator import Released
 
-__all__ = ["STORE_VARIABLE", "Store", "app"]
+__all__ = ["STORE_VARIABLE", "Store", "app", "write_model"]
 
 app = typer.Typer(no_args_is_help=True, help="The coordinator as a service.")
 #: Where runs lie, if not in the federation's folder.
@@ -59,7 +59,7 @@ def run(
         show_json({"event": event}) if as_json else err.print(event, markup=False, soft_wrap=True)
 
     config = ServiceConfig(
-        folder=folder, store=run_store(folder, store), finish=_write_model, host=host, wait_for_all=wait_for_all,
+        folder=folder, store=run_store(folder, store), finish=write_model, host=host, wait_for_all=wait_for_all,
         tell=tell,
     )  # fmt: skip
     service = Service(config, passphrase_from(passphrase_file))
@@ -70,7 +70,8 @@ def run(
         tell("ended; what was durable is kept")
 
 
-def _write_model(folder: Path, manifest: Manifest, released: Released) -> None:
+def write_model(folder: Path, manifest: Manifest, released: Released) -> None:
+    """The released model, with what it costs a person."""
     from confide.clients.training.artifact import save_model
     from confide.privacy.dp import RUN_LABEL
     from confide.server.outcome import run_loss
