@@ -217,7 +217,9 @@ def shown_address(address: Path | str) -> str:
 
 
 def _shown(url: URL) -> str:
-    return url.database or "" if url.drivername == "sqlite" else url.render_as_string(hide_password=True)
+    if url.drivername == "sqlite":
+        return url.database or ""
+    return url.set(drivername=url.get_backend_name()).render_as_string(hide_password=True)
 
 
 def _url(address: Path | str) -> URL:

@@ -349,8 +349,8 @@ def test_a_name_with_markup_is_shown_as_it_is(site: Path) -> None:
 def test_an_erasure_asks_says_what_it_does_and_is_final(site: Path, tmp_path: Path, monkeypatch: Any) -> None:
     for person in ("ann", "bob"):
         consent(site, "grant", person, "--purpose", PURPOSE)
-    for typed in ("", "an"):
-        monkeypatch.setattr("sys.stdin", io.StringIO(typed + "\n"))
+    for typed in ("", "\n", "an\n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
         asked = consent(site, "erase", "ann")
         assert asked.code == 4
         assert "cannot be undone" in asked.err

@@ -29,7 +29,8 @@ STAYS = (
     "say about her"
 )
 YOURS = (
-    "backups of the registry until they have expired, her rows in the site's table, and what her evidence references "
+    "backups of the registry until they have expired, copies of it in other runs' folders, files of imports and "
+    "exports (event ids still lead to her events), her rows in the site's table, and what her evidence references "
     "point to"
 )
 
@@ -100,8 +101,15 @@ def _confirm(subject: str, *, as_json: bool) -> None:
     err.print(f"{subject} will be erased. This cannot be undone.", markup=False, soft_wrap=True)
     err.print(f"Destroyed: {DESTROYED}.", markup=False, soft_wrap=True)
     err.print(f"Stays: {STAYS}.", markup=False, soft_wrap=True)
-    if typer.prompt("Type the identifier to erase her", err=True, default="", show_default=False).strip() != subject:
-        raise ConsentError("nothing was erased", where=subject, hint="the identifier was not repeated")
+    try:
+        typed = typer.prompt("Type the identifier to erase her", err=True, default="", show_default=False).strip()
+    except typer.Abort:  # nobody is there to type
+        err.print()
+        typed = ""
+    if typed != subject:
+        raise ConsentError(
+            "nothing was erased", where=subject, hint="the identifier was not repeated; --yes asks nothing"
+        )
 
 
 notices = typer.Typer(no_args_is_help=True, help="Notices: what the texts that persons were shown were written for.")
@@ -162,8 +170,8 @@ def list_notices(registry: RegistryOption = HERE, key: KeyOption = None, as_json
         out.print("No notice is on record: confide consent notice add FILE --purpose …")
         return
     show("Notices on record", [
-        (n.digest, f"{', '.join(sorted(n.purposes))}{' and all beneath' if n.covers_beneath else ''}; since "
-         f"{when(n.registered_at)}") for n in found
+        (f"{n.sequence:,}", f"{', '.join(sorted(n.purposes))}{' and all beneath' if n.covers_beneath else ''}; since "
+         f"{when(n.registered_at)}; {n.digest}") for n in found
     ])  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from confide.errors import ConfigError, ConsentError
 from confide.privacy.consent import EventType, ImportedEvent, Status, now_micros
 from confide.privacy.consent.desk import ConsentDesk
 from confide.privacy.consent.imports import check_file, read_checked
+from tests.cli.command import Answer, confide
 from tests.privacy import postgres
 from tests.privacy.consent.imports.samples import FILES, MAPPING, csv_file
 
@@ -260,3 +261,28 @@ def test_a_grant_reaches_beneath_only_with_a_notice_that_says_so(place: Place, p
         found = desk.standings("ann", NOW + 1)
         assert {s.status for s in found.values()} == {Status.REFUSED}
         assert desk.purposes() == ["marketing", "research", "research/cardiology"]
+
+
+def test_the_commands_work_on_either_kind_of_registry(place: Place, tmp_path: Path) -> None:
+    where = ["--registry", str(place.address), *(["--key", str(place.key)] if place.key is not None else [])]
+    path = tmp_path / "file.csv"
+    path.write_bytes(csv_file())
+
+    def consent(*arguments: str | Path) -> Answer:
+        answer = confide("consent", *arguments, *where, "--json")
+        assert answer.code == 0, answer.err
+        return answer
+
+    added = consent("import", path).last_line["added"]
+    assert added == consent("import", path).last_line["known"] > 0
+    consent("grant", "zoe", "--purpose", "research")
+    assert consent("status", "zoe").last_line["standings"]["research"]["status"] == "given"
+    consent("withdraw", "zoe", "--purpose", "research")
+    assert consent("status", "zoe").last_line["standings"]["research"]["status"] == "refused"
+    assert consent("snapshot", "--purpose", "research").last_line["participants"] is None
+    consent("receipt", "zoe", "--out", tmp_path / "zoe")
+    consent("notice", "add", path, "--purpose", "research")
+    assert len(consent("notice", "list").last_line["notices"]) == 1
+    consent("erase", "zoe", "--yes")
+    assert consent("check", "--rebuild").last_line == {"differences": [], "rebuilt": True}
+    assert consent("export", "--out", tmp_path / "out.csv").last_line["events"] == added + 4
