@@ -121,6 +121,7 @@ def rand_tree(folder: Path, sites: int, people: int, **sections: dict[str, Any])
 
 def open_site(folder: str, name: str, passphrase: str | None = None) -> Any:
     """The site that `Deployment` left on the disk, as its operator's configuration would open it."""
+    from confide.clients.membership import Membership
     from confide.clients.policy import SitePolicy
     from confide.clients.site import Site
     from confide.clients.store import SiteStore
@@ -130,6 +131,8 @@ def open_site(folder: str, name: str, passphrase: str | None = None) -> Any:
     from confide.privacy.dp.personal import PersonalLosses
     from confide.privacy.sealing.vault import Vault
     from confide.protocol.identity import Identity
+    from confide.protocol.roster import SignedRoster
+    from confide.protocol.standing import Standing
     from confide.simulations.sources import load_sources
     from confide.simulations.world import COORDINATOR, FEDERATION
 
@@ -146,9 +149,16 @@ def open_site(folder: str, name: str, passphrase: str | None = None) -> Any:
         held_out=experiment.data.held_out, min_sites=experiment.sites.min_sites,
         min_subjects=experiment.sites.min_subjects, population=sources.population[name],
         epsilon_limit=privacy.site_epsilon_limit, delta=privacy.delta, release=True,
+        local_steps_limit=experiment.training.local_steps,
     )  # fmt: skip
+    chain = (SignedRoster.model_validate_json(kept["roster"]),)
+    me = chain[-1].roster.member(name)
+    assert me is not None
+    membership = Membership(None, Standing(federation=FEDERATION, me=me))
+    membership.accept(chain)
     return Site(
-        identity=identity, policy=policy, records=sources.records[name], registry=Registry(run / "consent.db", key),
+        identity=identity, policy=policy, membership=membership,
+        records=sources.records[name], registry=Registry(run / "consent.db", key),
         ledger=Ledger(ledgers / "ledger.db", RenyiBudget.for_limit(privacy.site_epsilon_limit, privacy.delta),
                       privacy.unit, experiment.data.held_out),
         personal=PersonalLosses(ledgers / "personal.db"), key=key, store=SiteStore(run / "state.db"),
@@ -182,6 +192,7 @@ class Deployment:
             "identities": {name: site.identity.key.private_bytes_raw().hex() for name, site in world.sites.items()},
             "coordinator": world.coordinator.key.private_bytes_raw().hex(),
             "coordinator_key": world.coordinator.public_key.hex(),
+            "roster": world.roster[-1].model_dump_json(),
             "manifest": world.manifest.to_bytes().decode(), "initial": world.initial.astype("<f4").tobytes().hex(),
         }  # fmt: skip
         world.close()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from confide.config.experiment import (
     LabelConfig,
@@ -15,17 +15,14 @@ from confide.config.experiment import (
     RunConfig,
     SchemaConfig,
     SealingConfig,
-    StrategyConfig,
     TrainingConfig,
     metric_rounds,
 )
 from confide.config.load import read_toml, validate
+from confide.config.section import Section as _Section
+from confide.config.strategy import StrategyConfig
 
 __all__ = ["DeployedRun", "RunDataConfig", "RunSitesConfig", "load_run"]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class RunDataConfig(_Section):
@@ -73,6 +70,8 @@ class DeployedRun(_Section):
             raise ValueError("sealing.rotation needs training.optimizer = 'sgd'")
         if self.privacy.is_private and self.privacy.epsilon > self.privacy.site_epsilon_limit:
             raise ValueError("privacy.epsilon is above privacy.site_epsilon_limit, what a site's ledger ever holds")
+        if (why := self.strategy.unknown()) is not None:
+            raise ValueError(f"strategy.kind = {self.strategy.kind!r}: {why}")
         if self.schema_.unknown_bounds:
             raise ValueError("a deployed run declares the bounds of every number: learn them with confide simulate")
         for name in self.schema_.features:
