@@ -53,9 +53,8 @@ class SiteRun:
     ) -> None:
         #: Does a seed decide every draw? Then a restarted site computes the very same update again.
         self.reproducible = manifest.privacy.unsafe_noise_seed is not None  # admitted by the policy on public data only
-        if self.reproducible:
-            rng = SecureRandom(unsafe_key=bytes(32))
-        self.manifest, self.site, self._rng, self._coordinator = manifest, site, rng, coordinator
+        self.manifest, self.site, self._coordinator = manifest, site, coordinator
+        self._rng = SecureRandom(unsafe_key=self._unsafe_key(0, "noise")) if self.reproducible else rng
         self._records = records
         self.strategy = _admitted(manifest, site)
         self.profile = make_profile(manifest.sealing, len(manifest.members), gather=manifest.single_updates)
@@ -83,7 +82,7 @@ class SiteRun:
             max_grad_norm=manifest.privacy.max_grad_norm,
             population=member.population,
         )
-        self.trainer = LocalTrainer(model, records, plan, choose_device(device), rng)
+        self.trainer = LocalTrainer(model, records, plan, choose_device(device), self._rng)
         #: The round and the update that waits to be sealed. Never on a disk.
         self.pending: tuple[int, Floats] | None = None
         #: This site's own control variate, where the strategy has them; 0 before its first update was applied.

@@ -240,7 +240,7 @@ def contribution(federation: Any, norm: float) -> float:
     trainer, worst = federation.sites["ash"]._runs[federation.manifest.run].trainer, 0.0
     load_flat(trainer._model, np.zeros(federation.manifest.layout.size, dtype=np.float32))
     for person in range(40):
-        optimizer = _PersonOptimizer(trainer._make_optimizer(), trainer._rng, trainer._plan)
+        optimizer = _PersonOptimizer(trainer._make_optimizer(), trainer._rng, trainer._plan, None)
         optimizer.zero_grad()
         trainer._person_gradients(np.array([person]))
         optimizer.clip_and_accumulate()

@@ -30,7 +30,7 @@ ORIGIN = {
     "public": {"run", "round", "steps", "cohort_size", "attempt", "epoch", "key_epoch", "manifest", "software", "maker",
                "charge", "event", "cohort", "step", "party", "sites", "status"},
     "opaque": {"coordinator", "secret", "commitment", "model", "state", "transcript", "statements", "checkpoints",
-               "key"},
+               "key", "roster"},
     "noised": {"values"},
     "share": {"saturated"},
     "reason": {"reason"},
