@@ -122,7 +122,7 @@ def test_readable_updates_of_private_data(desk: Desk) -> None:
     others = sorted(set(get_args(SealingConfig.model_fields["profile"].annotation)) - {"open"})
     desk.refuse(
         9,
-        f"policy error policy of site ash: profiles allows {others}, the run asks for open\n"
+        f"policy error policy of site ash: site.toml [policy] profiles allows {others}, the run asks for open\n"
         "  → change the run, or have the site's operator change the policy\n",
     )
 
