@@ -148,12 +148,13 @@ def test_a_note_that_was_changed_is_a_finding(run: Run, witness: Witness, tmp_pa
     cosign(witness, run)
     path = witness.notes.path(f"confide/simulation/{SITE}/federated")
     honest = path.read_bytes()
+    other_letter = b"B" if honest[-20:-19] == b"A" else b"A"
     if change == "another witness's":
         other = Witness.create(tmp_path / "other", "regulator")
         cosign(other, run)
         path.write_bytes(other.notes.path(f"confide/simulation/{SITE}/federated").read_bytes())
     else:
-        path.write_bytes(honest[:-20] if change == "cut" else honest[:-20] + b"A" + honest[-19:])
+        path.write_bytes(honest[:-20] if change == "cut" else honest[:-20] + other_letter + honest[-19:])
     assert path.read_bytes() != honest
     assert any("the note of witness regulator" in f for f in findings(run, witness))
 
