@@ -323,6 +323,9 @@ def _serve(server: uvicorn.Server) -> None:
         await server.serve()
         for connection in list(server.server_state.connections):
             connection.transport.abort()  # a peer that does not say goodbye is not waited for
+        # Nor one in the middle of its TLS handshake, of which only the loop itself knows.
+        for transport in list(getattr(asyncio.get_running_loop(), "_transports", {}).values()):
+            transport.abort()
         await asyncio.sleep(0.05)
 
     try:
