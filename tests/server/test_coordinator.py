@@ -141,7 +141,7 @@ def test_a_fault_at_a_site_is_noted_without_what_it_was(federation: Federation, 
     script.coordinator().run()
     assert faults(federation) == [("train", 2, "birch", "a fault at the site")]
     federation.world.export()
-    assert not [p for p in (federation.folder / "logs").iterdir() if b"4711" in p.read_bytes()]
+    assert not [p for p in (federation.folder / "logs").iterdir() if b"cholesterol" in p.read_bytes()]
 
 
 def test_too_few_left_abandon_the_round_and_nobody_seals(federation: Federation, script: Script) -> None:
