@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from confide.errors import AuditError
 
-__all__ = ["Checkpoint", "cosign_note", "parse_cosigned", "parse_note", "sign_note"]
+__all__ = ["Checkpoint", "cosign_note", "fingerprint", "parse_cosigned", "parse_note", "sign_note"]
 
 _ED25519, _COSIGNATURE = b"\x01", b"\x04"
 
@@ -128,3 +128,9 @@ def _cosigned(note: str, at: int) -> bytes:
 
 def _key_id(name: str, public_key: bytes, type_: bytes = _ED25519) -> bytes:
     return hashlib.sha256(name.encode() + b"\n" + type_ + public_key).digest()[:4]
+
+
+def fingerprint(public_key: bytes) -> str:
+    """What people compare out of band: SHA-256 of the key, in groups of four hexadecimal digits."""
+    text = hashlib.sha256(public_key).hexdigest()
+    return " ".join(text[i : i + 4] for i in range(0, 32, 4))

@@ -7,7 +7,6 @@ number (RFC 9162 §2.1.3.2).
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from confide.errors import AuditError
-from confide.privacy.audit.checkpoint import Checkpoint, parse_note
+from confide.privacy.audit.checkpoint import Checkpoint, fingerprint, parse_note
 from confide.privacy.audit.evidence import Evidence
 from confide.privacy.audit.log import parse_line
 from confide.privacy.audit.merkle import verify_inclusion
@@ -166,9 +165,3 @@ def check_entry(proof: EntryProof, where: str) -> Proved:
         raise AuditError("the entry does not lie where the proof says", where=where,
                          hint="the file was changed, or was made from another log")  # fmt: skip
     return Proved(record, at, proof.number, checkpoint, proof.party, fingerprint(key))
-
-
-def fingerprint(public_key: bytes) -> str:
-    """What people compare out of band: SHA-256 of the key, in groups of four hexadecimal digits."""
-    text = hashlib.sha256(public_key).hexdigest()
-    return " ".join(text[i : i + 4] for i in range(0, 32, 4))

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from confide.errors import AuditError
 
 __all__ = [
+    "AttackResult",
     "Charged",
     "Cohort",
     "ConsentRead",
@@ -247,6 +248,25 @@ class RunEnded(Record):
 
     KIND = "run_ended"
     status: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttackResult(Record):
+    """Auditor: invented persons whom an attack told apart, and what that shows of ε, beside what the manifest claims.
+    No real person's record was read for it. ε, δ and the confidence are decimal text."""
+
+    KIND = "attack_result"
+    manifest: str
+    attack: str
+    site: str
+    canaries: int
+    guesses: int
+    correct: int
+    confidence: str
+    shown: str
+    claimed: str
+    delta: str
+    software: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,12 +17,13 @@ from markupsafe import Markup
 
 from confide.errors import AuditError
 from confide.privacy.audit import records as r
+from confide.privacy.audit.attacks import read_attacks
 from confide.privacy.audit.charges import standing_charges
 from confide.privacy.audit.chart import Series, line_chart
 from confide.privacy.audit.evidence import COORDINATOR, Evidence, PartyLog
 from confide.privacy.audit.page import write_page
 from confide.privacy.audit.protection import describe_protection
-from confide.privacy.audit.story import facts, story, unknown_bounds
+from confide.privacy.audit.story import facts, story, unknown_bounds, when
 from confide.privacy.audit.verify import verify
 from confide.privacy.dp import metrics
 from confide.privacy.dp.accounting import LEDGER_LABEL, RUN_LABEL, rdp_epsilon, run_epsilon
@@ -36,7 +37,7 @@ _LAW = (
     ("GDPR Art. 7: demonstrable consent", "Consent; the snapshot commitments in each site’s log"),
     ("GDPR Art. 17: erasure", "Consent; note that differential privacy bounds influence and is not erasure"),
     ("GDPR Art. 30: records of processing", "the whole page; the logs it was made from"),
-    ("GDPR Art. 35: impact assessment", "Privacy loss; Who could learn what; Refusals and faults"),
+    ("GDPR Art. 35: impact assessment", "Privacy loss; Who could learn what; Refusals and faults; Attacks"),
     ("AI Act Art. 10–12, for high-risk systems: data governance, documentation, logs", "Quality; Rounds; Versions"),
 )
 
@@ -114,6 +115,7 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
         ),
         "rounds": rounds,
         "refusals": _refusals(evidence),
+        "attacks": _attacks(evidence, folder),
         "law": _LAW,
         "versions": _versions(evidence),
     }
@@ -276,6 +278,19 @@ def _refusals(evidence: Evidence) -> list[dict[str, Any]]:
             for n, e in log.of(r.RunStopped)
         ]
     return found
+
+
+def _attacks(evidence: Evidence, folder: Path) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": attack.name, "attack": attack.record.attack, "site": attack.record.site, "when": when(attack.at),
+            "canaries": f"{attack.record.canaries:,}",
+            "guesses": f"{attack.record.correct:,} of {attack.record.guesses:,}",
+            "shown": attack.record.shown, "claimed": attack.record.claimed, "confidence": attack.record.confidence,
+            "refuted": float(attack.record.shown) > float(attack.record.claimed), "key": attack.fingerprint,
+        }
+        for attack in read_attacks(folder, evidence)[0]
+    ]  # fmt: skip
 
 
 def _assumptions(manifest: Mapping[str, Any]) -> list[str]:

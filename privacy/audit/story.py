@@ -11,7 +11,7 @@ import numpy as np
 from confide.config import StrategyConfig
 from confide.privacy.audit.evidence import Evidence
 
-__all__ = ["facts", "story", "unknown_bounds"]
+__all__ = ["facts", "story", "unknown_bounds", "when"]
 
 
 def story(evidence: Evidence, rounds: list[dict[str, Any]], epsilon: float | None, ended: bool) -> str:
@@ -107,4 +107,5 @@ def unknown_bounds(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def when(micros: int) -> str:
+    """Microseconds since 1970, as people read them."""
     return datetime.fromtimestamp(micros / 1e6, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

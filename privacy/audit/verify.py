@@ -15,6 +15,7 @@ Steps (numbered in the code):
 7. All sites opened each sum to the same model, and the released model is the last of these.
 8. Every refusal received was sent, and in a run that ended every refusal sent was received.
 9. Every log still holds the state that an independent witness has cosigned of it.
+10. No attack whose signed result lies beside the logs shows a larger loss than the manifest claims (`attacks`).
 
 Keys come from the manifest in the coordinator's log, which names the roster by its digest: whoever doubts it asks a
 site for the roster that it has accepted, whose chain of signatures `confide federation show` verifies.
@@ -33,6 +34,7 @@ from typing import Any
 
 from confide.errors import ConfideError
 from confide.privacy.audit import records as r
+from confide.privacy.audit.attacks import check_attacks
 from confide.privacy.audit.charges import check_charges
 from confide.privacy.audit.evidence import COORDINATOR, Evidence, Finding, PartyLog, broken, load_evidence, load_runs
 from confide.privacy.audit.witness import WitnessNotes
@@ -85,6 +87,7 @@ def _check(evidence: Evidence, folder: Path, witnesses: Sequence[WitnessNotes], 
         partial(_models, evidence, folder / MODEL if model else None),
         partial(_refusals, evidence),
         *(partial(_witnessed, evidence, witness) for witness in witnesses),
+        partial(check_attacks, evidence, folder),
     ]
     for step in steps:
         try:

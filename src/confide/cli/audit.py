@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from confide.cli.render import err, number, out, plain, show_json, table, when
+from confide.cli.render import Display, err, number, out, plain, show_json, table, when
 from confide.errors import AuditError, ConfigError
 
 __all__ = ["app"]
@@ -224,6 +224,49 @@ def exposure(
     ]))  # fmt: skip
     if out_file is not None:
         out.print(f"written to {out_file}", markup=False, soft_wrap=True)
+
+
+@app.command("attack")
+def attack(
+    folder: _Folder,
+    run: _Run = None,
+    site: Annotated[str | None, typer.Option(help="Which site's part. Default: the first of the roster.")] = None,
+    canaries: Annotated[
+        int, typer.Option(help="Persons that are invented, each for a whole run of the site: more show more.")
+    ] = 500,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
+    as_json: _Json = False,
+) -> None:
+    """Try to refute a run's ε with invented persons; sign the result and put it beside the logs. Exit 7 if it is.
+
+    No real person's record is read, so nothing is charged.
+    """
+    from confide.simulations.attack import attack_run
+
+    with Display("attacking") as display:
+        found = attack_run(folder, run=run, site=site, canaries=canaries, device=device, progress=display.count)
+    record, refuted = found.record, float(found.record.shown) > float(found.record.claimed)
+    if as_json:
+        show_json({
+            "attack": f"{found.name}.log", **{k: v for k, v in plain(record).items() if k != "software"},
+            "key_fingerprint": found.fingerprint, "refuted": refuted,
+        })  # fmt: skip
+    else:
+        out.print(table(f"Attack {found.name} on run {record.run}, site {record.site}: {record.attack}", [
+            ("invented persons", f"{record.canaries:,}, each in or out by a fair coin"),
+            ("guessed right", f"{record.correct:,} of {record.guesses:,}"),
+            ("ε shown", f"≥ {number(float(record.shown), 2)}, at {float(record.confidence):.1%} confidence"),
+            ("ε claimed", f"≤ {number(float(record.claimed), 2)} at δ = {record.delta}"),
+            ("signed by", f"{found.fingerprint} (tell it to those who are to believe this)"),
+        ]))  # fmt: skip
+        out.print(f"{folder / 'attacks' / found.name}.log", soft_wrap=True)
+    if refuted and as_json:
+        raise typer.Exit(AuditError.exit_code)
+    if refuted:
+        raise AuditError(
+            f"a person loses at least ε = {record.shown}, where the run claims at most {record.claimed}",
+            where=str(folder), hint="release nothing more of this run, and look for the fault in its training",
+        )  # fmt: skip
 
 
 witnesses = typer.Typer(no_args_is_help=True, help="An independent witness: remembers logs, and signs only growth.")

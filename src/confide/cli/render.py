@@ -49,6 +49,10 @@ class Display:
         if err.is_terminal:
             self._bar.stop()
 
+    def count(self, done: int, of: int) -> None:
+        """So many of so many are done."""
+        self._bar.update(self._task, completed=done, total=of, note=f"{done:,} of {of:,}")
+
 
 def plain(value: Any) -> Any:
     """Dataclasses as objects, in depth; JSON has no infinity, so it is the text "inf"."""

@@ -34,6 +34,8 @@ ORIGIN = {
     "noised": {"values"},
     "share": {"saturated"},
     "reason": {"reason"},
+    # Of an attack: about persons that an auditor has invented, and no real one (tests/simulations/test_attack.py).
+    "invented": {"attack", "site", "canaries", "guesses", "correct", "confidence", "shown", "claimed", "delta"},
 }  # fmt: skip
 OPAQUE = re.compile(r"(\d+:)?[0-9a-f]{64}")
 KINDS = {
