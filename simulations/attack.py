@@ -32,7 +32,7 @@ from confide.privacy.audit.attacks import PLACES, Attack, claimed_epsilon, write
 from confide.privacy.audit.evidence import Evidence, load_evidence
 from confide.privacy.audit.records import AttackResult, RunCreated
 from confide.privacy.dp import SecureRandom
-from confide.privacy.dp.empirical import CONFIDENCE, epsilon_shown
+from confide.privacy.dp.empirical import CONFIDENCE, MOST, epsilon_shown
 from confide.protocol.manifest import Manifest
 from confide.server.software import software_versions
 
@@ -84,8 +84,9 @@ def attack_run(
     if manifest.member(site) is None:
         raise ConfigError(f"there is no site {site[:64]!r} in this run", where="--site",
                           hint=f"sites: {', '.join(m.site for m in manifest.members)}")  # fmt: skip
-    if canaries < FEWEST:
-        raise ConfigError(f"{canaries} are too few to show anything", where="--canaries", hint=f"{FEWEST} or more")
+    if not FEWEST <= canaries <= MOST:
+        raise ConfigError(f"{canaries:,} are too few to show anything, or too many to evaluate", where="--canaries",
+                          hint=f"{FEWEST} to {MOST:,}")  # fmt: skip
     guesses, correct = _Attack(manifest, site, device).execute(canaries, progress)
     shown = epsilon_shown(canaries, guesses, correct, manifest.privacy.delta)
     return write_attack(folder, evidence, AttackResult(

@@ -8,6 +8,7 @@ what the attack shows are recomputed; and what it shows is not more than what wa
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ FOLDER, AUDITOR = "attacks", "auditor"
 _KEY_SUFFIX, _LARGEST = ".pub", 2**16
 #: Numbers in a record are decimal text of this many places.
 PLACES = 4
+_DECIMAL = re.compile(r"\d{1,9}\.\d{4}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ def check_attacks(evidence: Evidence, folder: Path) -> Iterator[Finding]:
         try:
             shown = epsilon_shown(record.canaries, record.guesses, record.correct, delta, float(record.confidence))
         except ValueError:
-            yield broken(party, 0, "tells of more right guesses than guesses, or more guesses than canaries")
+            yield broken(party, 0, "tells of more right guesses than guesses, or of guesses that nobody can make")
             continue
         if record.shown != f"{shown:.{PLACES}f}" or record.claimed != f"{claimed:.{PLACES}f}":
             yield broken(party, 0, "names another ε than follows from its guesses, or from the manifest")
@@ -148,7 +150,7 @@ def _read(path: Path, evidence: Evidence) -> Attack:
     if len(entries) != 1 or checkpoint.size != 1 or Tree(leaf for _, leaf, _ in entries).root() != checkpoint.root:
         raise AuditError("is not what was signed")
     record, _, at = entries[0]
-    if not isinstance(record, AttackResult):
+    if not isinstance(record, AttackResult) or not all(map(_DECIMAL.fullmatch, (record.shown, record.claimed))):
         raise AuditError("is not the result of an attack")
     return Attack(path.stem, record, at, fingerprint(public))
 

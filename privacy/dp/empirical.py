@@ -17,10 +17,12 @@ import math
 import numpy as np
 from scipy.stats import binom
 
-__all__ = ["CONFIDENCE", "epsilon_shown"]
+__all__ = ["CONFIDENCE", "MOST", "epsilon_shown"]
 
 #: Of every statement made here: an honest run must not be called refuted by chance.
 CONFIDENCE = 0.999
+#: Of persons in one attack; more take too long to evaluate.
+MOST = 100_000
 _LARGEST, _HALVINGS = 64.0, 40
 
 
@@ -28,7 +30,7 @@ def epsilon_shown(canaries: int, guesses: int, correct: int, delta: float, confi
     """The largest ε that the guesses refute; 0 if they refute none.
 
     Args:
-        canaries: Invented persons m, each in or out by a fair coin of her own.
+        canaries: Invented persons m ≤ `MOST`, each in or out by a fair coin of her own.
         guesses: How many of them were guessed, r ≤ m, fixed before anything was seen.
         correct: How many guesses were right, v ≤ r.
         delta: δ of the claim.
@@ -37,7 +39,7 @@ def epsilon_shown(canaries: int, guesses: int, correct: int, delta: float, confi
     Raises:
         ValueError: The numbers do not go together.
     """
-    if not 0 <= correct <= guesses <= canaries or not 0 <= delta < 1 or not 0 < confidence < 1:
+    if not 0 <= correct <= guesses <= canaries <= MOST or not 0 <= delta < 1 or not 0 < confidence < 1:
         raise ValueError("not an attack's result")
     risk = 1.0 - confidence
     if _probability(canaries, guesses, correct, delta, 0.0) > risk:

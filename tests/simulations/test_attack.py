@@ -135,6 +135,9 @@ def _forge(folder: Path, record: AttackResult) -> None:
         ({"manifest": "0" * 64}, "another manifest"),
         ({"correct": 30}, "more right guesses"),
         ({"confidence": "certain"}, "more right guesses"),
+        ({"canaries": 2**62, "guesses": 2**62, "correct": 2**62}, "nobody can make"),
+        ({"shown": "much"}, "not the result"),
+        ({"claimed": "nan"}, "not the result"),
         ({"software": {}}, "another version"),
     ],
 )
@@ -148,6 +151,7 @@ def test_a_statement_that_does_not_hold_is_found_whoever_signed_it(
     (finding,) = verify(clean).findings
     assert finding.party == "attacks/9999"
     assert what in finding.what
+    assert confide("audit", "report", clean).code == 0
 
 
 def test_a_file_that_was_changed_or_lost_is_found(clean: Path) -> None:
