@@ -12,10 +12,9 @@ import pandas as pd
 from confide.clients.data.preprocess import canonical_value
 from confide.clients.data.source import read_table, resolve
 from confide.config import NumberFeature, load_experiment
-from confide.privacy.consent import canonical_subject
-from confide.simulations.sources import load_sources
+from confide.simulations.sources import EXAMPLE, experiment_file, load_sources
 
-__all__ = ["check_experiment", "describe_table"]
+__all__ = ["EXAMPLE", "check_experiment", "describe_table"]
 
 _FEW = 12
 
@@ -26,19 +25,19 @@ def check_experiment(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any
     Raises:
         ConfideError: What a run would refuse outright, with the row and column.
     """
+    path = experiment_file(path)
     experiment = load_experiment(path, overrides)
     base = path.resolve().parent
     sources = load_sources(experiment, base)
     file = resolve(experiment.data.file, base)
-    table = read_table(file, text=(experiment.data.subject, experiment.data.site))
-    sizes = table[experiment.data.site].map(canonical_subject).value_counts()
+    table = read_table(file, text=experiment.data.keys)
     refusals, sites = [], []
     for name, records in sources.records.items():
         small = len(records.persons) < experiment.sites.min_subjects
         if small:
             refusals.append(f"site {name}: fewer than sites.min_subjects = {experiment.sites.min_subjects} subjects")
         sites.append({
-            "site": name, "subjects": len(records.persons), "records": int(sizes[name]),
+            "site": name, "subjects": len(records.persons), "records": records.size,
             "population": sources.population[name],
             "remark": "below min_subjects" if small else "",
         })  # fmt: skip

@@ -22,7 +22,7 @@ from confide.simulations.planning import Source, load_source
 __all__ = ["earlier_run", "ledgers_of", "retraining"]
 
 #: What has to be the same for the initial model, and what it is for, to be the same.
-_SAME = (("data",), ("schema_",), ("model",), ("run", "purpose"), ("run", "seed"))
+_SAME = (("data",), ("partition",), ("schema_",), ("model",), ("run", "purpose"), ("run", "seed"))
 
 
 def earlier_run(folder: Path) -> str:

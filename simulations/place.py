@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from confide.clients.data.source import resolve
+from confide.clients.data.source import files_of
 from confide.config import Experiment, load_experiment
 from confide.errors import ConfigError
 from confide.privacy.files import write_atomically
@@ -163,6 +163,6 @@ def _difference(one: Experiment, other: Experiment) -> str:
 
 def _inputs(experiment: Experiment, base: Path) -> str:
     """Names the content of the files that the run reads."""
-    files = [resolve(experiment.data.file, base)]
+    files = files_of(experiment.data.file, base)
     files += [base / experiment.consent.file] if experiment.consent.file is not None else []
     return digest_of_files(files)

@@ -13,7 +13,7 @@ from confide.privacy.dp import PrivacyEvent, Role, run_epsilon
 from confide.privacy.dp.events import merge_events
 from confide.privacy.sealing import make_profile
 from confide.simulations.result import NEIGHBOURS, Plan, SitePlan
-from confide.simulations.sources import builtin_example, load_sources
+from confide.simulations.sources import builtin_example, experiment_file, load_sources
 from confide.simulations.world import World
 
 __all__ = ["Source", "any_bounds", "load_source", "plan", "schedule_epsilon"]
@@ -101,7 +101,7 @@ def load_source(source: Source, overrides: Iterable[str]) -> tuple[Experiment, P
         return load_experiment(tree, overrides), Path.cwd()
     if isinstance(source, Mapping):
         return load_experiment(source, overrides), Path.cwd()
-    path = builtin_example() if source is None else Path(source)
+    path = builtin_example() if source is None else experiment_file(source)
     return load_experiment(path, overrides), path.resolve().parent
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib.resources
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
 
 from confide.clients.data.preprocess import encoded_width, expand, require_columns
 from confide.clients.data.records import SiteRecords
@@ -19,18 +16,33 @@ from confide.config import Experiment, SchemaConfig
 from confide.errors import ConfigError, DataError
 from confide.privacy.consent import (
     ImportedEvent,
-    canonical_subject,
     read_csv,
 )
+from confide.simulations.partitions import split
 
-__all__ = ["Sources", "builtin_example", "load_sources"]
+__all__ = ["EXAMPLE", "Sources", "builtin_example", "experiment_file", "load_sources"]
 
-_SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
+#: What an experiment's name begins with where it is one of the package's own.
+EXAMPLE = "example:"
 
 
 def builtin_example(name: str = "rand_health") -> Path:
-    """An experiment file that ships with the package."""
-    return Path(str(importlib.resources.files("confide.simulations.examples") / f"{name}.toml"))
+    """An experiment file that ships with the package.
+
+    Raises:
+        ConfigError: There is none of this name.
+    """
+    folder = Path(str(importlib.resources.files("confide.simulations.examples")))
+    known = sorted(path.stem for path in folder.glob("*.toml"))
+    if name not in known:
+        raise ConfigError("is no built-in example", where=f"{EXAMPLE}{name}", hint=f"there are {', '.join(known)}")
+    return folder / f"{name}.toml"
+
+
+def experiment_file(source: str | Path) -> Path:
+    """The file that a user names: `example:NAME` for one that ships with the package, or a path."""
+    name = str(source)
+    return builtin_example(name.removeprefix(EXAMPLE)) if name.startswith(EXAMPLE) else Path(source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +75,10 @@ def load_sources(
     """
     data = experiment.data
     path = resolve(data.file, base)
-    table, where = read_table(path, text=(data.subject, data.site)), path.name
-    require_columns(table, [data.subject, data.site, data.label.column], where)
-    schema = expand(experiment.schema_, list(table.columns), [data.subject, data.site, data.label.column])
+    keys = data.keys
+    table, where = read_table(path, text=keys), path.name
+    require_columns(table, [*keys, data.label.column], where)
+    schema = expand(experiment.schema_, list(table.columns), [*keys, data.label.column])
     learned = schema.unknown_bounds
     if bounds is not None:
         schema = schema.with_bounds({name: bounds(name) for name in learned})
@@ -74,7 +87,7 @@ def load_sources(
                           hint="leave it out of the features: a model would only copy it")  # fmt: skip
     inputs, outputs = encoded_width(schema), data.label.outputs
     admit_model(build_model(experiment.model, inputs, outputs), inputs, outputs)
-    parts = _split(table, experiment, where)
+    parts = split(table, experiment, where)
     records = {
         site: SiteRecords.build(
             part,
@@ -90,28 +103,6 @@ def load_sources(
     return Sources(experiment, schema, records, _populations(experiment, parts), consent, learned)
 
 
-def _split(table: pd.DataFrame, experiment: Experiment, where: str) -> dict[str, pd.DataFrame]:
-    column = table[experiment.data.site]
-    if column.isna().any():
-        raise DataError("the site is missing", where=f"{where}, row {column.isna().idxmax()}, column {column.name!r}",
-                        hint="every record belongs to a site")  # fmt: skip
-    parts = {str(k): v for k, v in table.groupby(column.map(canonical_subject), sort=True)}
-    for name in parts:
-        if not _SITE_NAME.fullmatch(name):
-            raise DataError(f"{name[:80]!r} cannot be a site's name", where=f"{where}, column {column.name!r}",
-                            hint="use letters, digits, spaces, dots, dashes; at most 64")  # fmt: skip
-    homes: dict[str, str] = {}
-    for name, part in parts.items():
-        for person in part[experiment.data.subject].dropna().map(canonical_subject).unique():
-            if homes.setdefault(person, name) != name:
-                raise DataError(
-                    f"one subject has records at sites {homes[person]} and {name}",
-                    where=where,
-                    hint="each person's loss is accounted at one site; give the person one site",
-                )
-    return parts
-
-
 def _populations(experiment: Experiment, parts: Mapping[str, object]) -> dict[str, int]:
     found = {}
     for name in parts:
@@ -125,6 +116,7 @@ def _populations(experiment: Experiment, parts: Mapping[str, object]) -> dict[st
         found[name] = population
     for name in experiment.sites.population:
         if name != "default" and name not in parts:
-            raise DataError(f"site {name!r} has no records", where=f"column {experiment.data.site!r}",
+            where = f"column {experiment.data.site!r}" if experiment.partition.kind == "natural" else "[partition]"
+            raise DataError(f"site {name!r} has no records", where=where,
                             hint="drop it from sites.population, or check data.site")  # fmt: skip
     return found

@@ -105,6 +105,11 @@ class SiteRecords:
         """Number of encoded features."""
         return int(self._x.shape[1])
 
+    @property
+    def size(self) -> int:
+        """Number of records."""
+        return len(self._y)
+
     def units_of(self, persons: NDArray[np.bool_]) -> Ints:
         """Units whose person is marked; `persons` is a mask over `self.persons`."""
         return np.flatnonzero(persons[self.person_of]).astype(np.int64)

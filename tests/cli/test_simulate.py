@@ -61,7 +61,7 @@ def test_help_of_simulate_names_every_option_and_says_what_the_argument_is() -> 
     answer = confide("simulate", "--help")
     assert answer.code == 0
     assert {"--set", "--out", "--ledger", "--engine", "--dry-run", "--json"} <= set(answer.out.split())
-    assert "Default: the built-in RAND health example" in " ".join(answer.out.replace("│", " ").split())
+    assert "Default: example:rand_health" in " ".join(answer.out.replace("│", " ").split())
 
 
 def test_without_a_command_it_shows_help() -> None:

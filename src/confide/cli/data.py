@@ -24,14 +24,14 @@ def root() -> None:
 
 @app.command("check")
 def check(
-    source: Annotated[Path, typer.Argument(help="An experiment (TOML), or a CSV or Parquet file.")],
+    source: Annotated[Path, typer.Argument(help="An experiment (TOML, or example:NAME), or a CSV or Parquet file.")],
     assignments: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Columns, bounds, subjects, sites, and what would be refused. For the data's holder: nothing is sent."""
     from confide.simulations import checks
 
-    if source.suffix.lower() == ".toml":
+    if source.suffix.lower() == ".toml" or str(source).startswith(checks.EXAMPLE):
         found = checks.check_experiment(source, assignments or ())
         show_json(found) if as_json else _show_experiment(found)
         if found["refusals"]:

@@ -33,7 +33,7 @@ class Engine(StrEnum):
 
 def simulate(
     experiment: Annotated[
-        Path | None, typer.Argument(help="Experiment file (TOML). Default: the built-in RAND health example.")
+        Path | None, typer.Argument(help="Experiment (TOML), or example:NAME. Default: example:rand_health.")
     ] = None,
     assignments: Annotated[
         list[str] | None,

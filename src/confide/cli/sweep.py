@@ -22,7 +22,7 @@ _INTERRUPTED = 130
 
 def sweep(
     experiment: Annotated[
-        Path | None, typer.Argument(help="Experiment file (TOML). Default: the built-in RAND health example.")
+        Path | None, typer.Argument(help="Experiment (TOML), or example:NAME. Default: example:rand_health.")
     ] = None,
     over: Annotated[
         list[str] | None,

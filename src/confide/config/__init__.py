@@ -19,6 +19,7 @@ from confide.config.experiment import (
     Withdrawal,
 )
 from confide.config.load import load_experiment, parse_assignment, read_toml
+from confide.config.partition import PartitionConfig
 from confide.config.section import Scalar
 from confide.config.strategy import STRATEGY_OPTIONS, StrategyConfig
 
@@ -32,6 +33,7 @@ __all__ = [
     "LabelConfig",
     "ModelConfig",
     "NumberFeature",
+    "PartitionConfig",
     "PrivacyConfig",
     "RunConfig",
     "Scalar",

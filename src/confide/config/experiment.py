@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from confide.config.partition import PartitionConfig
 from confide.config.section import Scalar
 from confide.config.section import Section as _Section
 from confide.config.strategy import StrategyConfig
@@ -25,6 +26,7 @@ __all__ = [
     "LabelConfig",
     "ModelConfig",
     "NumberFeature",
+    "PartitionConfig",
     "PrivacyConfig",
     "RunConfig",
     "SchemaConfig",
@@ -85,14 +87,19 @@ class LabelConfig(_Section):
 
 
 class DataConfig(_Section):
-    """`[data]`: the table. `public` means that anybody may see every row."""
+    """`[data]`: the table. `public` means that anybody may see every row. `site` is read by natural partitions only."""
 
     file: str
     subject: str
-    site: str
+    site: str | None = None
     label: LabelConfig
     public: bool = False
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+
+    @property
+    def keys(self) -> list[str]:
+        """Columns that tell whose a row is, and where it lies: identifiers, and no features."""
+        return [self.subject] if self.site is None else [self.subject, self.site]
 
 
 class NumberFeature(_Section):
@@ -315,6 +322,7 @@ class Experiment(_Section):
     data: DataConfig
     schema_: Annotated[SchemaConfig, Field(alias="schema")]
     sites: SitesConfig
+    partition: PartitionConfig = PartitionConfig()
     consent: ConsentConfig
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
@@ -326,6 +334,11 @@ class Experiment(_Section):
     def _together(self) -> Experiment:
         if (why := self.strategy.unknown()) is not None:
             raise ValueError(f"strategy.kind = {self.strategy.kind!r}: {why}")
+        if self.partition.kind == "natural" and self.data.site is None:
+            raise ValueError(
+                "data.site is missing: name the column that says where a record lies, or deal people out with "
+                "partition.kind = iid, dirichlet, quantity or shards"
+            )
         if not self.privacy.is_private and not self.data.public:
             raise ValueError(
                 "privacy.epsilon = inf needs data.public = true: without noise, what a site sends reveals its people"

@@ -134,7 +134,7 @@ def test_an_index_inside_a_parquet_file_is_not_taken_for_line_numbers(tmp_path: 
 def test_another_format_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(CSV)
     assert str(refusal(tmp_path / name)) == (
-        f"{tmp_path / name}: is neither .csv nor .parquet\n  → convert it to one of these"
+        f"{tmp_path / name}: is neither .csv nor .parquet, nor *-images-idx3-ubyte.gz\n  → convert it to one of these"
     )
 
 

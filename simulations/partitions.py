@@ -1,0 +1,168 @@
+"""Which person lies at which site: by a column of the table, or dealt out to made-up sites.
+
+Invariants:
+1. A person's records stay together, at one site: it is there that her loss is accounted. A table that says otherwise is
+   refused.
+2. The same seed, table and options give the same sites, whatever else is in the experiment.
+
+A person's class is that of her first record; a number is cut into ten equally frequent classes. These are choices about
+a simulated world, made from its table: nothing of them is in any message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from confide.clients.data.preprocess import labels
+from confide.config import Experiment, PartitionConfig
+from confide.errors import ConfigError, DataError
+from confide.privacy.consent import canonical_subject
+
+__all__ = ["split"]
+
+Ints = NDArray[np.int64]
+_SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
+_CLASSES_OF_NUMBERS, _TRIES = 10, 1000
+
+
+def split(table: pd.DataFrame, experiment: Experiment, where: str) -> dict[str, pd.DataFrame]:
+    """The table's rows by site, in the order of the sites' names.
+
+    Args:
+        table: With the subject's column, and, where the partition is natural, the site's.
+        experiment: What is asked.
+        where: The table's name, for errors.
+
+    Raises:
+        DataError: A site is missing or cannot be a name, or a person lies at two sites.
+        ConfigError: So many sites of at least `min_subjects` people cannot be made.
+    """
+    if experiment.partition.kind == "natural":
+        parts = _natural(table, experiment, where)
+        _check_homes(parts, experiment, where)
+        return parts
+    return _dealt(table, experiment, where)
+
+
+def _natural(table: pd.DataFrame, experiment: Experiment, where: str) -> dict[str, pd.DataFrame]:
+    column = table[experiment.data.site]
+    if column.isna().any():
+        raise DataError("the site is missing", where=f"{where}, row {column.isna().idxmax()}, column {column.name!r}",
+                        hint="every record belongs to a site")  # fmt: skip
+    parts = {str(k): v for k, v in table.groupby(column.map(canonical_subject), sort=True)}
+    for name in parts:
+        if not _SITE_NAME.fullmatch(name):
+            raise DataError(f"{name[:80]!r} cannot be a site's name", where=f"{where}, column {column.name!r}",
+                            hint="use letters, digits, spaces, dots, dashes; at most 64")  # fmt: skip
+    return parts
+
+
+def _check_homes(parts: dict[str, pd.DataFrame], experiment: Experiment, where: str) -> None:
+    homes: dict[str, str] = {}
+    for name, part in parts.items():
+        for person in part[experiment.data.subject].dropna().map(canonical_subject).unique():
+            if homes.setdefault(person, name) != name:
+                raise DataError(
+                    f"one subject has records at sites {homes[person]} and {name}",
+                    where=where,
+                    hint="each person's loss is accounted at one site; give the person one site",
+                )
+
+
+def _dealt(table: pd.DataFrame, experiment: Experiment, where: str) -> dict[str, pd.DataFrame]:
+    partition = experiment.partition
+    subject = table[experiment.data.subject]
+    if subject.isna().any():
+        raise DataError("the subject is missing, so nobody's consent covers the row",
+                        where=f"{where}, row {subject.isna().idxmax()}, column {subject.name!r}",
+                        hint="leave such rows out of the table")  # fmt: skip
+    codes, persons = pd.factorize(subject.map(canonical_subject), sort=True)
+    if len(persons) < partition.sites * experiment.sites.min_subjects:
+        raise ConfigError(
+            f"{len(persons):,} people do not make {partition.sites:,} sites of at least "
+            f"{experiment.sites.min_subjects}", where="partition.sites", hint="ask for fewer sites, or lower "
+            "sites.min_subjects",
+        )  # fmt: skip
+    first = np.unique(codes, return_index=True)[1]
+    classes = _classes(labels(table, experiment.data.label, where)[first], experiment.data.label.task)
+    rng = np.random.default_rng(_seed(experiment.run.seed, partition))
+    home = _enough(_DEALERS[partition.kind], classes, partition, experiment.sites.min_subjects, rng)
+    width = max(2, len(str(partition.sites)))
+    parts = {}
+    for site in range(partition.sites):
+        parts[f"site-{site + 1:0{width}d}"] = table[(home == site)[codes]]
+    return parts
+
+
+def _classes(y: NDArray[np.float32], task: str) -> Ints:
+    if task != "regression":
+        return y.astype(np.int64)
+    ranks = np.argsort(np.argsort(y, kind="stable"), kind="stable")
+    return ranks.astype(np.int64) * _CLASSES_OF_NUMBERS // len(y)
+
+
+def _seed(seed: int, partition: PartitionConfig) -> int:
+    return int.from_bytes(hashlib.sha256(f"confide/partition/{partition.kind}/{seed}".encode()).digest()[:8], "big")
+
+
+def _enough(
+    deal: Callable[[Ints, PartitionConfig, np.random.Generator], Ints],
+    classes: Ints,
+    partition: PartitionConfig,
+    fewest: int,
+    rng: np.random.Generator,
+) -> Ints:
+    """The first deal that gives every site enough people, as is customary with Dirichlet's."""
+    for _ in range(_TRIES):
+        home = deal(classes, partition, rng)
+        if np.bincount(home, minlength=partition.sites).min() >= fewest:
+            return home
+    raise ConfigError(
+        f"no {partition.kind} partition with at least {fewest} people at every site was found in {_TRIES} tries",
+        where="[partition]", hint="raise alpha, ask for fewer sites, or lower sites.min_subjects",
+    )  # fmt: skip
+
+
+def _deal_iid(classes: Ints, partition: PartitionConfig, rng: np.random.Generator) -> Ints:
+    home = np.empty(len(classes), dtype=np.int64)
+    home[rng.permutation(len(classes))] = np.arange(len(classes)) % partition.sites
+    return home
+
+
+def _deal_dirichlet(classes: Ints, partition: PartitionConfig, rng: np.random.Generator) -> Ints:
+    home = np.empty(len(classes), dtype=np.int64)
+    for label in np.unique(classes):
+        members = rng.permutation(np.flatnonzero(classes == label))
+        home[members] = _shares(len(members), partition, rng)
+    return home
+
+
+def _deal_quantity(classes: Ints, partition: PartitionConfig, rng: np.random.Generator) -> Ints:
+    home = np.empty(len(classes), dtype=np.int64)
+    home[rng.permutation(len(classes))] = _shares(len(classes), partition, rng)
+    return home
+
+
+def _deal_shards(classes: Ints, partition: PartitionConfig, rng: np.random.Generator) -> Ints:
+    # Shuffled within a class, so that a shard is not a run of the table.
+    order = np.lexsort((rng.random(len(classes)), classes))
+    owners = rng.permutation(np.repeat(np.arange(partition.sites), partition.shards_per_site))
+    home = np.empty(len(classes), dtype=np.int64)
+    for owner, shard in zip(owners, np.array_split(order, len(owners)), strict=True):
+        home[shard] = owner
+    return home
+
+
+def _shares(people: int, partition: PartitionConfig, rng: np.random.Generator) -> Ints:
+    """So many people in runs whose lengths are shared out by Dirichlet(alpha)."""
+    ends = np.cumsum(rng.dirichlet(np.full(partition.sites, partition.alpha)))[:-1]
+    return np.searchsorted(ends * people, np.arange(people), side="right").astype(np.int64)
+
+
+_DEALERS = {"iid": _deal_iid, "dirichlet": _deal_dirichlet, "quantity": _deal_quantity, "shards": _deal_shards}
