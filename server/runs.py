@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Engine, and_, create_engine, event, make_url, select
+from sqlalchemy import Connection, Engine, and_, create_engine, event, exists, make_url, select
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
@@ -60,6 +60,28 @@ class RunStore:
         query = select(t.run.c.run, t.run.c.status).order_by(t.run.c.submitted, t.run.c.run)
         with self._errors(), self._engine.connect() as db:
             return {run: status for run, status in db.execute(query)}
+
+    def invited(self, run: str) -> bool:
+        """Was any site asked to take part in a run? Only then its log tells of it."""
+        query = select(t.message.c.site).where(t.message.c.run == run, t.message.c.step == "join").limit(1)
+        with self._errors(), self._engine.connect() as db:
+            return db.scalar(query) is not None
+
+    def untold(self) -> list[str]:
+        """Runs that ended without a release, and members of which have not answered that they know it."""
+        joined, answered = t.message.alias(), t.message.alias()
+        answer = exists().where(
+            answered.c.run == joined.c.run, answered.c.site == joined.c.site, answered.c.step == "end",
+            answered.c.kind == "reply",
+        )  # fmt: skip
+        query = (
+            select(t.run.c.run).distinct().join(joined, joined.c.run == t.run.c.run)
+            .where(t.run.c.status.in_(("stopped", "failed")), ~answer)
+            .where(joined.c.step == "join", joined.c.kind == "reply")
+            .order_by(t.run.c.run)
+        )  # fmt: skip
+        with self._errors(), self._engine.connect() as db:
+            return list(db.scalars(query))
 
     def submit(self, run: str, manifest: bytes, initial: bytes) -> None:
         """Put a run here, for the coordinator to take it.

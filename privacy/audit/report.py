@@ -88,7 +88,7 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
         "verified": not evidence.findings,
         "findings": [str(f) for f in evidence.findings],
         "warnings": [UNSAFE_NOISE] if unsafe else [],
-        "story": story(evidence, rounds, epsilon if private else None, ended is not None),
+        "story": story(evidence, rounds, epsilon if private else None, ended is not None and not head),
         "interruption_head": head,
         "interruption": interruption,
         "facts": facts(evidence),
@@ -119,7 +119,10 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
     }
 
 
-def _interruption(ended: r.Record | None, folder: Path) -> tuple[str, str]:
+def _interruption(ended: r.RunEnded | None, folder: Path) -> tuple[str, str]:
+    if ended is not None and ended.status in ("stopped", "failed"):
+        head = "This run was stopped." if ended.status == "stopped" else "This run failed."
+        return head, "Nothing of it was released. What was charged stays charged."
     if ended is not None:
         return "", ""
     status = _json(folder / "status.json").get("status", "unknown")
@@ -274,6 +277,10 @@ def _refusals(evidence: Evidence) -> list[dict[str, Any]]:
         found += [
             {"party": site, "round": "—", "step": "stopped for good", "reason": e.reason, "entry": f"{site} {n}"}
             for n, e in log.of(r.RunStopped)
+        ]
+        found += [
+            {"party": site, "round": "—", "step": "told the end", "reason": e.status, "entry": f"{site} {n}"}
+            for n, e in log.of(r.ToldEnded)
         ]
     return found
 

@@ -14,7 +14,8 @@ Steps (numbered in the code):
    within what the manifest promises.
 7. All sites opened each sum to the same model, and the released model is the last of these.
 8. Every refusal received was sent, and in a run that ended every refusal sent was received.
-9. Every log still holds the state that an independent witness has cosigned of it.
+9. A run that has ended does not go on, and a site that was told of an end was told the one in the coordinator's log.
+10. Every log still holds the state that an independent witness has cosigned of it.
 
 Keys come from the manifest in the coordinator's log, which names the roster by its digest: whoever doubts it asks a
 site for the roster that it has accepted, whose chain of signatures `confide federation show` verifies.
@@ -84,6 +85,7 @@ def _check(evidence: Evidence, folder: Path, witnesses: Sequence[WitnessNotes], 
         partial(_unlocked, evidence),
         partial(_models, evidence, folder / MODEL if model else None),
         partial(_refusals, evidence),
+        partial(_ended, evidence),
         *(partial(_witnessed, evidence, witness) for witness in witnesses),
     ]
     for step in steps:
@@ -116,7 +118,7 @@ def _seen_checkpoints(evidence: Evidence) -> Iterator[Finding]:
             if site in evidence.sites:
                 claims.append((evidence.sites[site], seen, COORDINATOR, number))
     for site, log in evidence.sites.items():
-        for kind in (r.Joined, r.UpdateCommitted, r.Sealed):
+        for kind in (r.Joined, r.UpdateCommitted, r.Sealed, r.ToldEnded):
             claims += [(evidence.coordinator, e.coordinator, site, number) for number, e in log.of(kind)]
     reported: set[str] = set()
     for log, seen, witness, number in sorted(claims, key=lambda c: _size(c[1])):
@@ -306,7 +308,7 @@ def _refusals(evidence: Evidence) -> Iterator[Finding]:
     """Step 8: what the coordinator received was sent, and what was sent was received."""
     received = {(e.party, e.round, e.step, e.reason): n for n, e in evidence.coordinator.of(r.Refused)}
     # Without an end the coordinator may have stopped before it could note what it received.
-    ended = any(True for _ in evidence.coordinator.of(r.RunEnded))
+    ended = any(entry.status == "finished" for _, entry in evidence.coordinator.of(r.RunEnded))
     sent: set[tuple[str, int, str, str]] = set()
     for site, log in evidence.sites.items():
         for number, entry in log.of(r.Refused):
@@ -318,8 +320,27 @@ def _refusals(evidence: Evidence) -> Iterator[Finding]:
             yield broken(COORDINATOR, number, f"a refusal by {refusal[0]} that its own log does not hold")
 
 
+def _ended(evidence: Evidence) -> Iterator[Finding]:
+    """Step 9."""
+    said: set[str] = set()
+    for number, entry in evidence.coordinator.of_run():
+        if said and isinstance(entry, r.Cohort | r.RoundAbandoned | r.MetricsReleased | r.ModelReleased | r.RunEnded):
+            yield broken(COORDINATOR, number, "goes on with a run that it has ended")
+        if isinstance(entry, r.RunEnded):
+            said.add(entry.status)
+    for site, log in evidence.sites.items():
+        over = False
+        for number, told in log.of_run():
+            if isinstance(told, r.ToldEnded) and told.status not in said and evidence.coordinator.complete:
+                yield broken(site, number, f"was told that the run has {told.status}, which the coordinator's log does "
+                             "not hold")  # fmt: skip
+            if over and isinstance(told, r.Charged | r.UpdateCommitted | r.Sealed | r.Opened | r.ModelReleased):
+                yield broken(site, number, "goes on with a run that it was told is over")
+            over = over or isinstance(told, r.ToldEnded)
+
+
 def _witnessed(evidence: Evidence, witness: WitnessNotes) -> Iterator[Finding]:
-    """Step 9: what no party can take back together with its own files."""
+    """Step 10: what no party can take back together with its own files."""
     for log in (evidence.coordinator, *evidence.sites.values()):
         if log.checkpoint is None:
             continue  # a finding of its own
