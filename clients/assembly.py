@@ -26,6 +26,7 @@ from confide.privacy.consent import Registry, SiteKey
 from confide.privacy.dp import Ledger, RenyiBudget
 from confide.privacy.dp.personal import PersonalLosses
 from confide.privacy.sealing.vault import Vault
+from confide.protocol.roster import given_up_keys
 
 __all__ = ["SiteFolder", "open_site", "read_records"]
 
@@ -153,6 +154,7 @@ def open_site(folder: str, passphrase: str | None = None) -> Site:
     _make_folders(place)
     key = SiteKey.load_or_create(place.site_key)
     ledger = Ledger(place.ledger / "ledger.db", place.budget(), _UNIT, config.policy.held_out)
+    former = given_up_keys(membership.standing.accepted, me.site)
     return Site(
         identity=identity,
         policy=policy,
@@ -163,8 +165,8 @@ def open_site(folder: str, passphrase: str | None = None) -> Site:
         personal=PersonalLosses(place.ledger / "personal.db"),
         key=key,
         store=SiteStore(place.state),
-        log=identity.open_log(place.federated_log, "federated", config.federation),
-        local_log=identity.open_log(place.local_log, "local", config.federation),
+        log=identity.open_log(place.federated_log, "federated", config.federation, former),
+        local_log=identity.open_log(place.local_log, "local", config.federation, former),
         device=config.device.kind,
         vault=None if passphrase is None else Vault(place.vault, passphrase),
     )

@@ -26,6 +26,7 @@ from confide.privacy.files import write_atomically
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
 from confide.protocol.roster import Roster
+from confide.protocol.rosterbook import write_rosters
 from confide.server.certificates import host_of
 from confide.server.coordinator import Coordinator, Released
 from confide.server.ending import Endings, Status
@@ -190,6 +191,7 @@ class Service:
         try:
             (place / "logs").mkdir(exist_ok=True)
             log.export(place / "logs" / "coordinator.log")
+            write_rosters(place / "logs", FederationFolder(self._folder).state.chain)
             write_atomically(place / RESULT, json.dumps(result, allow_nan=False).encode() + b"\n")
         except OSError as error:
             raise StorageError(f"cannot be written: {error.strerror}", where=str(place),

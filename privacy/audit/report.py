@@ -19,7 +19,7 @@ from confide.errors import AuditError
 from confide.privacy.audit import records as r
 from confide.privacy.audit.charges import standing_charges
 from confide.privacy.audit.chart import Series, line_chart
-from confide.privacy.audit.evidence import COORDINATOR, Evidence, PartyLog
+from confide.privacy.audit.evidence import COORDINATOR, Evidence, PartyLog, Rosters
 from confide.privacy.audit.page import write_page
 from confide.privacy.audit.protection import describe_protection
 from confide.privacy.audit.story import facts, story, unknown_bounds
@@ -41,13 +41,14 @@ _LAW = (
 )
 
 
-def write_report(folder: Path, path: Path, run: str | None = None) -> dict[str, Any]:
+def write_report(folder: Path, path: Path, run: str | None = None, rosters: Rosters | None = None) -> dict[str, Any]:
     """Verify a run's folder and write its page.
 
     Args:
         folder: The run's folder, or a folder of exported logs.
         path: Where the page goes.
         run: The run's name; None where the logs hold one run only.
+        rosters: The chain of rosters beside the logs; None: it is not looked at.
 
     Returns:
         `verified`, `findings` (how many), `interrupted`.
@@ -56,7 +57,7 @@ def write_report(folder: Path, path: Path, run: str | None = None) -> dict[str, 
         AuditError: There is no run to report on.
         OSError: The page cannot be written.
     """
-    evidence = verify(folder, run=run)
+    evidence = verify(folder, run=run, rosters=rosters)
     try:
         context = _context(evidence, folder)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:

@@ -16,9 +16,8 @@ Steps (numbered in the code):
 8. Every refusal received was sent, and in a run that ended every refusal sent was received.
 9. A run that has ended does not go on, and a site that was told of an end was told the one in the coordinator's log.
 10. Every log still holds the state that an independent witness has cosigned of it.
-
-Keys come from the manifest in the coordinator's log, which names the roster by its digest: whoever doubts it asks a
-site for the roster that it has accepted, whose chain of signatures `confide federation show` verifies.
+11. The run's members, and the keys that signed the logs, stand in the chain of rosters that lies beside them, which
+every member has signed (`confide.protocol.rosterbook`).
 """
 
 from __future__ import annotations
@@ -35,7 +34,16 @@ from typing import Any
 from confide.errors import ConfideError
 from confide.privacy.audit import records as r
 from confide.privacy.audit.charges import check_charges
-from confide.privacy.audit.evidence import COORDINATOR, Evidence, Finding, PartyLog, broken, load_evidence, load_runs
+from confide.privacy.audit.evidence import (
+    COORDINATOR,
+    Evidence,
+    Finding,
+    PartyLog,
+    Rosters,
+    broken,
+    load_evidence,
+    load_runs,
+)
 from confide.privacy.audit.witness import WitnessNotes
 from confide.privacy.digest import digest
 from confide.privacy.sealing.transcript import transcript
@@ -46,13 +54,16 @@ __all__ = ["COORDINATOR", "Evidence", "Finding", "PartyLog", "verify", "verify_r
 MODEL = "model.safetensors"
 
 
-def verify(folder: Path, witnesses: Sequence[WitnessNotes] = (), run: str | None = None) -> Evidence:
+def verify(
+    folder: Path, witnesses: Sequence[WitnessNotes] = (), run: str | None = None, rosters: Rosters | None = None
+) -> Evidence:
     """Check everything about one run under `folder` (a run's output folder, or a folder of exported logs).
 
     Args:
         folder: The logs.
         witnesses: What independent witnesses have cosigned of them.
         run: Its name; None where the logs hold one run only.
+        rosters: The chain of rosters; None: keys are the manifest's word.
 
     Returns:
         The evidence with its findings; no finding means that it holds together.
@@ -60,22 +71,24 @@ def verify(folder: Path, witnesses: Sequence[WitnessNotes] = (), run: str | None
     Raises:
         AuditError: There is no run to verify, none of this name, or its first log cannot be read at all.
     """
-    return _check(load_evidence(folder, run), folder, witnesses)
+    return _check(load_evidence(folder, run, rosters), folder, witnesses, rosters)
 
 
-def verify_runs(folder: Path, witnesses: Sequence[WitnessNotes] = ()) -> list[Evidence]:
+def verify_runs(folder: Path, witnesses: Sequence[WitnessNotes] = (), rosters: Rosters | None = None) -> list[Evidence]:
     """The same for every run in the logs, oldest first; the logs are read once. A model beside them must be what one of
     the runs released.
 
     Raises:
         AuditError: There is no run to verify, or its first log cannot be read at all.
     """
-    runs, path = load_runs(folder), folder / MODEL
+    runs, path = load_runs(folder, rosters), folder / MODEL
     owners = [e.run for e in runs if path.is_file() and _holds_release(path, e)]
-    return [_check(e, folder, witnesses, model=not owners or e.run in owners) for e in runs]
+    return [_check(e, folder, witnesses, rosters, model=not owners or e.run in owners) for e in runs]
 
 
-def _check(evidence: Evidence, folder: Path, witnesses: Sequence[WitnessNotes], *, model: bool = True) -> Evidence:
+def _check(
+    evidence: Evidence, folder: Path, witnesses: Sequence[WitnessNotes], rosters: Rosters | None, *, model: bool = True
+) -> Evidence:
     found = evidence.findings
     steps: list[Callable[[], Iterator[Finding]]] = [
         *(partial(_times, log) for log in (evidence.coordinator, *evidence.sites.values(), *evidence.local)),
@@ -87,6 +100,7 @@ def _check(evidence: Evidence, folder: Path, witnesses: Sequence[WitnessNotes], 
         partial(_refusals, evidence),
         partial(_ended, evidence),
         *(partial(_witnessed, evidence, witness) for witness in witnesses),
+        *([partial(rosters.check, evidence)] if rosters is not None else []),
     ]
     for step in steps:
         try:
@@ -345,7 +359,7 @@ def _witnessed(evidence: Evidence, witness: WitnessNotes) -> Iterator[Finding]:
         if log.checkpoint is None:
             continue  # a finding of its own
         try:
-            seen = witness.of(log.checkpoint.origin, log.party, log.public_key)
+            seen = witness.of(log.checkpoint.origin, log.party, log.keys)
         except ConfideError as error:
             yield Finding(log.party, None, f"the note of witness {witness.name} {error.what}")
             continue

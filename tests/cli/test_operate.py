@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sqlite3
@@ -312,10 +313,71 @@ def test_the_model_beside_logs_of_several_runs_is_what_one_of_them_released(
     assert confide("audit", "verify", exported).code == AuditError.exit_code
 
 
-def test_only_the_federated_log_is_exported(operated: Operated, tmp_path: Path) -> None:
+def test_only_the_federated_log_and_the_roster_are_exported(operated: Operated, tmp_path: Path) -> None:
     ok("site", "export", operated.demo.sites["dayton"], "--out", tmp_path)
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["dayton.checkpoint", "dayton.log"]
+    names = ["dayton.checkpoint", "dayton.log", "roster.json"]
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == names
     assert b"local_" not in (tmp_path / "logs" / "dayton.log").read_bytes()
+
+
+# --- new keys ---------------------------------------------------------------------------------------------------------
+
+
+def moved(operated: Operated, to: Path) -> Operated:
+    """The same federation somewhere else, to go on with it."""
+    other, old = copy.copy(operated), operated.demo
+    shutil.copytree(old.folder, to)
+    demo = other.demo = copy.copy(old)
+    demo.folder, demo.fed, demo.passphrase = to, to / "fed", to / "passphrase"
+    demo.sites = {name: to / name for name in old.sites}
+    other.fed, other.secret = demo.fed, ("--passphrase-file", demo.passphrase)
+    return other
+
+
+def rotate(federation: Operated, site: str) -> None:
+    """New keys for a site, confirmed by everybody."""
+    fed, sites, secret = federation.fed, federation.demo.sites, federation.secret
+    ok("federation", "rotate", fed, ok("site", "rotate", sites[site], *secret, "--json").last_line["request"], *secret)
+    kits = ok("federation", "kit", fed, *secret, "--json").last_line["kits"]
+    for name, place in sites.items():
+        said = ok("federation", "show", place, "--kit", kits[name], "--json").last_line["fingerprint"]
+        done = ok("site", "confirm", place, kits[name], "--fingerprint", said, *secret, "--json").last_line
+        ok("federation", "collect", fed, done["file"])
+    kits = ok("federation", "kit", fed, *secret, "--json").last_line["kits"]
+    for name, place in sites.items():
+        ok("site", "confirm", place, kits[name], *secret)
+
+
+def export_all(federation: Operated, to: Path) -> Path:
+    for place in federation.demo.sites.values():
+        ok("site", "export", place, "--out", to)
+    ok("server", "export", federation.fed, "--out", to)
+    return to
+
+
+def test_a_sites_log_goes_on_under_its_new_key_and_verification_follows_the_roster(
+    operated: Operated, tmp_path: Path
+) -> None:
+    later = moved(operated, tmp_path / "later")
+    before = export_all(later, tmp_path / "before")
+    rotate(later, "dayton")
+    again = export_all(later, tmp_path / "again")
+    told = json.loads(confide("audit", "verify", again, "--json").out)
+    assert [(f["party"], f["severity"]) for f in told["findings"]] == [("dayton", "low")], "nobody has signed anew yet"
+    open_site(str(later.demo.sites["dayton"]), WORDS).close()
+    for name in ("dayton.log", "dayton.checkpoint"):
+        shutil.copy(export_all(later, tmp_path / "now") / "logs" / name, again / "logs" / name)
+    assert ok("audit", "verify", again, "--json").last_line["verified"], "the same entries, under the new key"
+    run = later.demo.start_run("third", run={"rounds": 1, "report_metrics_every": 1}, privacy={"epsilon": 1.0})
+    later._drive(run)
+    after = export_all(later, tmp_path / "after")
+    told = ok("audit", "verify", after, "--json").last_line
+    assert (told["verified"], told["runs"], told["roster"]["version"]) == (True, [*operated.runs, run], 2)
+    assert ok("audit", "verify", before, "--json").last_line["roster"]["version"] == 1
+    log = (before / "logs" / "dayton.log").read_bytes()
+    assert (after / "logs" / "dayton.log").read_bytes().startswith(log)
+    shutil.copy(before / "logs" / "roster.json", after / "logs")
+    assert confide("audit", "verify", after).code == AuditError.exit_code, "without the rotation nobody knows the key"
 
 
 # --- backup and restore -----------------------------------------------------------------------------------------------
