@@ -20,8 +20,9 @@ from confide.clients.app import make_client_app
 from confide.clients.assembly import open_site
 from confide.clients.service import alone
 from confide.config.run import load_run
-from confide.errors import AuditError, ConfideError, ConfigError, PolicyError
+from confide.errors import AuditError, ConfideError, ConfigError, ConsentError, PolicyError, SealingError
 from confide.privacy.files import write_private
+from confide.protocol.keyfiles import PASSPHRASE, PASSPHRASE_FILE, is_encrypted, site_key
 from confide.protocol.manifest import Manifest
 from confide.server.coordinator import Coordinator, Released
 from confide.server.federation import SERVER_CERTIFICATE, SERVER_KEY, FederationFolder
@@ -257,6 +258,64 @@ def test_a_wrong_passphrase_is_told_from_a_missing_one(site: Path, tmp_path: Pat
     (tmp_path / "wrong").write_text("another passphrase")
     assert findings(site)[1]["keys"] == ("fail", 2)
     assert findings(site, "--passphrase-file", tmp_path / "wrong")[1]["keys"] == ("fail", 6)
+
+
+# --- the site key under the passphrase --------------------------------------------------------------------------------
+
+
+def test_the_site_key_lies_under_the_passphrase_that_the_site_was_made_with(operated: Operated, site: Path) -> None:
+    assert is_encrypted(site / "site.key")
+    assert findings(site, *operated.secret)[1]["keys"] == ("ok", 0)
+    asked = ("consent", "status", "nobody", "--registry", site)
+    assert confide(*asked).code == ConfigError.exit_code
+    assert "--passphrase-file" in confide(*asked).err
+    assert "nothing about such a person" in confide(*asked, *operated.secret).err, "the control: it was opened"
+    site.joinpath("wrong").write_text("another passphrase")
+    assert confide(*asked, "--passphrase-file", site / "wrong").code == SealingError.exit_code
+    with pytest.raises(ConfigError, match="is encrypted"):
+        open_site(str(site), None)
+
+
+@pytest.mark.parametrize("variable", [PASSPHRASE, PASSPHRASE_FILE])
+def test_the_environment_may_hold_the_passphrase_or_name_its_file(
+    operated: Operated, site: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, WORDS if variable == PASSPHRASE else str(operated.demo.passphrase))
+    assert "nothing about such a person" in confide("consent", "status", "nobody", "--registry", site).err
+    assert findings(site)[1]["keys"] == ("ok", 0)
+
+
+def test_keys_in_the_clear_are_put_under_a_passphrase_afterwards_and_are_the_same_keys(
+    operated: Operated, site: Path
+) -> None:
+    sealed, words = site / "site.key", operated.secret
+    key = site_key(sealed, WORDS)
+    sealed.write_bytes(key.secret)
+    sealed.chmod(0o600)
+    assert findings(site, *words)[1]["keys"] == ("warn", 0)
+    assert "in the clear: site.key" in confide("site", "check", site, *words).words
+    assert ok("site", "lock", site, *words, "--json").last_line["encrypted"] == ["site.key"]
+    assert (sealed.stat().st_mode & 0o777, site_key(sealed, WORDS)) == (0o600, key)
+    assert key.secret not in sealed.read_bytes()
+    assert ok("site", "lock", site, *words, "--json").last_line["encrypted"] == []
+    site.joinpath("wrong").write_text("another passphrase")
+    assert confide("site", "lock", site, "--passphrase-file", site / "wrong").code == SealingError.exit_code
+    assert confide("site", "lock", site).code == ConfigError.exit_code
+
+
+@pytest.mark.parametrize("place", [0, 30, -1])
+def test_a_changed_site_key_is_no_other_site_key(operated: Operated, site: Path, place: int) -> None:
+    """Everybody would get another role and another name."""
+    changed = bytearray((site / "site.key").read_bytes())
+    changed[place] ^= 1
+    (site / "site.key").write_bytes(changed)
+    with pytest.raises((ConsentError, SealingError)):
+        open_site(str(site), WORDS)
+
+
+def test_a_backup_holds_the_site_key_as_it_lies_there(operated: Operated, backup: Path, tmp_path: Path) -> None:
+    ok("site", "restore", backup, "--out", tmp_path / "b", *operated.secret)
+    assert is_encrypted(tmp_path / "b" / "site.key")
 
 
 def test_an_empty_folder_is_no_site(tmp_path: Path) -> None:
