@@ -133,7 +133,7 @@ class Demo:
             out.writerow(["event_id", "subject", "purpose", "type", "effective_at", "lawful_basis"])
             for number, person in enumerate(persons):
                 out.writerow([f"paper-{number}", person, PURPOSE, "given", "2024-01-01T00:00:00+00:00", "consent"])
-        ok("consent", "import", place / "consent.csv", "--registry", place)
+        ok("consent", "import", place / "consent.csv", "--registry", place, "--passphrase-file", self.passphrase)
 
     def start(self, name: str, *arguments: str | Path) -> subprocess.Popen[bytes]:
         """Start a command as a process of its own."""

@@ -1,4 +1,4 @@
-"""The Flower ClientApp: seven message types, each answered by the site that lives on this node."""
+"""The Flower ClientApp: eight message types, each answered by the site that lives on this node."""
 
 from __future__ import annotations
 
@@ -69,5 +69,9 @@ def make_client_app(find_site: Callable[[Context], Site]) -> ClientApp:
     @app.query("release")
     def release(message: Message, context: Context) -> Message:
         return answer("release", message, context)
+
+    @app.query("end")
+    def end(message: Message, context: Context) -> Message:
+        return answer("end", message, context)
 
     return app

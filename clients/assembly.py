@@ -22,10 +22,12 @@ from confide.clients.site import Site
 from confide.clients.store import SiteStore
 from confide.config.site import SiteConfig, load_site
 from confide.errors import ConfigError, PolicyError, StorageError
-from confide.privacy.consent import Registry, SiteKey
+from confide.privacy.consent import Registry
 from confide.privacy.dp import Ledger, RenyiBudget
 from confide.privacy.dp.personal import PersonalLosses
 from confide.privacy.sealing.vault import Vault
+from confide.protocol.keyfiles import site_key
+from confide.protocol.roster import given_up_keys
 
 __all__ = ["SiteFolder", "open_site", "read_records"]
 
@@ -151,8 +153,9 @@ def open_site(folder: str, passphrase: str | None = None) -> Site:
     if not place.site_key.is_file():  # another one would give every person another role
         raise ConfigError("is not there", where=str(place.site_key), hint="restore it from the newest backup")
     _make_folders(place)
-    key = SiteKey.load_or_create(place.site_key)
+    key = site_key(place.site_key, passphrase)
     ledger = Ledger(place.ledger / "ledger.db", place.budget(), _UNIT, config.policy.held_out)
+    former = given_up_keys(membership.standing.accepted, me.site)
     return Site(
         identity=identity,
         policy=policy,
@@ -163,8 +166,8 @@ def open_site(folder: str, passphrase: str | None = None) -> Site:
         personal=PersonalLosses(place.ledger / "personal.db"),
         key=key,
         store=SiteStore(place.state),
-        log=identity.open_log(place.federated_log, "federated", config.federation),
-        local_log=identity.open_log(place.local_log, "local", config.federation),
+        log=identity.open_log(place.federated_log, "federated", config.federation, former),
+        local_log=identity.open_log(place.local_log, "local", config.federation, former),
         device=config.device.kind,
         vault=None if passphrase is None else Vault(place.vault, passphrase),
     )

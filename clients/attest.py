@@ -7,7 +7,8 @@ from confide.clients.snapshots import SnapshotStore
 from confide.errors import ConsentError
 from confide.privacy.audit.evidence import Evidence
 from confide.privacy.audit.participation import find_snapshot, make_participation_proof
-from confide.privacy.consent import Registry, SiteKey, canonical_subject
+from confide.privacy.consent import Registry, canonical_subject
+from confide.protocol.keyfiles import site_key
 
 __all__ = ["attest"]
 
@@ -30,7 +31,7 @@ def attest(subject: str, round_: int, evidence: Evidence, files: SiteFiles) -> b
         if not path.is_file():
             raise ConsentError("is missing", where=str(path), hint="name the site's folder and its ledger folder")
     number = find_snapshot(evidence, files.site, round_)
-    key, person = SiteKey.load_or_create(files.key), canonical_subject(subject)
+    key, person = site_key(files.key), canonical_subject(subject)
     registry = Registry(files.registry, key)
     try:
         pseudonym = registry.pseudonyms([person]).get(person)

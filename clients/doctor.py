@@ -25,7 +25,7 @@ from confide.clients.assembly import SiteFolder, read_records
 from confide.clients.data.records import SiteRecords
 from confide.clients.data.source import read_source
 from confide.clients.enrolment import AUTHORITY, CONFIG, site_keys
-from confide.clients.membership import MEMBERSHIP, Membership
+from confide.clients.membership import KEYS, MEMBERSHIP, Membership
 from confide.clients.policy import SitePolicy
 from confide.clients.training.trainer import choose_device
 from confide.config import NumberFeature
@@ -41,6 +41,7 @@ from confide.errors import (
 )
 from confide.privacy.consent import Registry, SiteKey, now_micros
 from confide.privacy.dp import Ledger, Role
+from confide.protocol.keyfiles import is_encrypted, site_key
 from confide.protocol.provisioning import certificate_digest
 
 __all__ = ["Finding", "examine"]
@@ -98,9 +99,9 @@ def examine(folder: Path, passphrase: str | None = None) -> Iterator[Finding]:
     records = list[SiteRecords]()
     yield from _looked("data", partial(_data, place, records))
     for purpose in place.config.policy.purposes:
-        yield from _looked(f"consent for {purpose}", partial(_consent, place, purpose, records))
+        yield from _looked(f"consent for {purpose}", partial(_consent, place, passphrase, purpose, records))
     if not place.config.policy.purposes:
-        yield from _looked("consent registry", partial(_registry, place))
+        yield from _looked("consent registry", partial(_registry, place, passphrase))
     yield from _looked("ledger", partial(_ledger, place))
     yield from _looked("coordinator", partial(_coordinator, place))
     yield from _looked("device", partial(_device, place))
@@ -140,8 +141,13 @@ def _keys(place: SiteFolder, passphrase: str | None) -> _Said:
         raise ConfigError("is not there", where=str(place.site_key), hint="restore it from the newest backup")
     if passphrase is None:
         return ("warn", "readable without a passphrase; a run does not survive a restart of this site",
-                "give one when the site is made, or with confide site rotate")  # fmt: skip
-    return "ok", "there, encrypted, and those of the roster", ""
+                "confide site lock puts them under one")  # fmt: skip
+    paths = [place.site_key, *(place.folder / KEYS).glob("*.key")]
+    clear = sorted(str(path.relative_to(place.folder)) for path in paths if not is_encrypted(path))
+    if clear:
+        return "warn", f"in the clear: {', '.join(clear)}", "confide site lock puts them under the passphrase"
+    site_key(place.site_key, passphrase)
+    return "ok", "there, all of them encrypted, and those of the roster", ""
 
 
 def _modes(place: SiteFolder) -> _Said:
@@ -181,22 +187,22 @@ def _data(place: SiteFolder, found: list[SiteRecords]) -> _Said:
     return "ok", "readable, and fits schema and bounds", ""
 
 
-def _open_registry(place: SiteFolder) -> tuple[Registry, SiteKey]:
+def _open_registry(place: SiteFolder, passphrase: str | None) -> tuple[Registry, SiteKey]:
     named = place.registry
     if isinstance(named, Path) and not named.is_file():
         raise ConsentError("there is no registry", where=str(named), hint="restore it, or: confide consent init")
-    key = SiteKey.load_or_create(place.site_key)
+    key = site_key(place.site_key, passphrase)
     return Registry(named, key), key
 
 
-def _registry(place: SiteFolder) -> _Said:
-    registry, _ = _open_registry(place)
+def _registry(place: SiteFolder, passphrase: str | None) -> _Said:
+    registry, _ = _open_registry(place, passphrase)
     registry.close()
     return "ok", "can be read", ""
 
 
-def _consent(place: SiteFolder, purpose: str, found: list[SiteRecords]) -> _Said:
-    registry, key = _open_registry(place)
+def _consent(place: SiteFolder, passphrase: str | None, purpose: str, found: list[SiteRecords]) -> _Said:
+    registry, key = _open_registry(place, passphrase)
     try:
         snapshot = registry.snapshot(purpose, now_micros())
         if not found:

@@ -17,6 +17,7 @@ from confide.privacy.consent import Registry, SiteKey
 from confide.privacy.files import write_atomically
 from confide.protocol.fingerprint import same_fingerprint
 from confide.protocol.identity import Identity
+from confide.protocol.keyfiles import SiteKeyBox, encrypt_key
 from confide.protocol.provisioning import (
     Kit,
     Request,
@@ -29,7 +30,17 @@ from confide.protocol.provisioning import (
 from confide.protocol.roster import Roster
 from confide.protocol.standing import Standing
 
-__all__ = ["AUTHORITY", "CONFIG", "REQUEST", "Confirmation", "Outcome", "change_keys", "make_site", "site_keys"]
+__all__ = [
+    "AUTHORITY",
+    "CONFIG",
+    "REQUEST",
+    "Confirmation",
+    "Outcome",
+    "change_keys",
+    "encrypt_keys",
+    "make_site",
+    "site_keys",
+]
 
 CONFIG, REQUEST, AUTHORITY = "site.toml", "request.json", "ca.crt"
 _OLD_KEYS = "keys.old"
@@ -44,7 +55,7 @@ def make_site(folder: Path, name: str, federation: str, population: int, passphr
         name: As the federation shall know it.
         federation: Its name.
         population: Declared number of subjects: a public constant, not a count of the data.
-        passphrase: Encrypts the signing, exchange and node keys.
+        passphrase: Encrypts the signing, exchange and node keys, and the site key.
 
     Returns:
         The request, which goes to the coordinator.
@@ -71,7 +82,7 @@ def make_site(folder: Path, name: str, federation: str, population: int, passphr
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         keys.save(folder / KEYS, passphrase)
         Membership(folder / MEMBERSHIP, first)
-        Registry(folder / _CONSENT, SiteKey.load_or_create(folder / _SITE_KEY)).close()
+        Registry(folder / _CONSENT, SiteKey.load_or_create(folder / _SITE_KEY, box=SiteKeyBox(passphrase))).close()
         write_document(folder / REQUEST, sign_request(request, keys.identity))
         write_atomically(folder / CONFIG, site_template(name, federation, population).encode())
     except OSError as error:
@@ -99,6 +110,24 @@ def site_keys(folder: Path, passphrase: str | None = None) -> SiteKeys:
             return keys
     raise ConfigError("are not the keys under which this site stands in its roster", where=str(folder / KEYS),
                       hint="restore them from the newest backup of the whole folder")  # fmt: skip
+
+
+def encrypt_keys(folder: Path, passphrase: str) -> list[str]:
+    """Put every private key of a site that lies in the clear under a passphrase; their names.
+
+    Raises:
+        ConfigError: There is no site, or a key is under another passphrase.
+        SealingError: The same.
+        StorageError: One cannot be written; those before it are done, and doing it again does the rest.
+    """
+    config = load_site(folder / CONFIG)
+    site_keys(folder, passphrase)
+    site = folder / config.folders.site_key
+    SiteKey.load_or_create(site, box=SiteKeyBox(passphrase))
+    found = [p for part in (KEYS, NEXT_KEYS, _OLD_KEYS) for p in sorted((folder / part).glob("*.key"))]
+    done = [path for path in found if encrypt_key(path, passphrase)]
+    done += [site] if encrypt_key(site, passphrase, _SITE_KEY) else []
+    return [str(path.relative_to(folder)) for path in done]
 
 
 def change_keys(folder: Path, passphrase: str | None = None) -> Path:

@@ -17,10 +17,11 @@ from confide.clients.past import manifests_of, released_models, was_used
 from confide.clients.snapshots import SnapshotStore
 from confide.errors import ConsentError
 from confide.privacy.audit.page import write_page
-from confide.privacy.consent import ConsentEvent, Registry, SiteKey, canonical_subject, from_micros
+from confide.privacy.consent import ConsentEvent, Registry, canonical_subject, from_micros
 from confide.privacy.dp import LEDGER_LABEL, RUN_LABEL, Ledger, PrivacyEvent, Role, run_epsilon
 from confide.privacy.dp.events import merge_events
 from confide.privacy.dp.personal import PersonalLosses
+from confide.protocol.keyfiles import site_key
 from confide.protocol.manifest import Manifest
 
 __all__ = [
@@ -151,7 +152,7 @@ def describe_person(subject: str, files: SiteFiles) -> PersonExposure:
     for path in (files.key, files.registry):
         if not path.is_file():
             raise ConsentError("is missing", where=str(path), hint="name the site's folder and its ledger folder")
-    key = SiteKey.load_or_create(files.key)
+    key = site_key(files.key)
     registry, ledger = Registry(files.registry, key), Ledger.open(files.ledger)
     try:
         history = [event for _, event in registry.history(person)]

@@ -302,11 +302,20 @@ class RoundSteps:
     def end(self, run: SiteRun) -> None:
         """The run is over here: every key of it goes, and with them whatever was recorded under them. What it was
         charged and not given back stands whole from now on."""
-        self._ledger.expire(f"{run.manifest.run}/")
+        self.expire(run.manifest.run)
         if not run.keys.destroyed:
             secret = run.keys.session.secret_digest
             run.destroy()
             self._log.append(audit.KeysDestroyed(run=run.manifest.run, secret=secret))
+
+    def drop(self, run: SiteRun) -> None:
+        """The run is over without a release: an update that was not sealed goes unsent, and every key goes."""
+        self._settle_unsent(run, run.manifest.rounds + 2)
+        run.destroy()
+
+    def expire(self, run: str) -> None:
+        """What a run was charged and not given back stands whole from now on."""
+        self._ledger.expire(f"{run}/")
 
     def _model(self, run: SiteRun) -> ModelState:
         return self._store.model(run.manifest.run, run.keys.storage)

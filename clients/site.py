@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from confide.clients.continuity import Continuity, check_ledger
 from confide.clients.data.records import SiteRecords
-from confide.clients.keys import vault_entry
+from confide.clients.ending import OVER, Endings
 from confide.clients.membership import Membership
 from confide.clients.participants import Participants, ParticipantSource
 from confide.clients.policy import SitePolicy
@@ -115,7 +115,8 @@ class Site:
             "join": self._join, "secret": self._secret, "keys": self._keys, "train": self._rounds.train,
             "seal": self._rounds.seal, "unlock": self._rounds.unlock, "release": self._rounds.release,
         }  # fmt: skip
-        self._forget_ended_runs()
+        self._endings = Endings(self.name, store, log, self._rounds, vault)
+        self._endings.forget_ended_runs()
         #: The latest refusal with its full reason, for the operator; only shareable reasons are sent.
         self.last_refusal: ConfideError | None = None
 
@@ -206,8 +207,12 @@ class Site:
                 return stored
             if (why := self._store.halted()) is not None:
                 raise AuditError(why, where=f"site {self.name}", hint="see this site's local log")
-            if self._store.stopped(header.run) is not None:
-                raise SealingError(NOT_AUTHENTIC, where=f"run {header.run}")
+            if step == "end":
+                held = self._runs.get(header.run)
+                place, answer = self._endings.told(header, request, held, self.policy.coordinator)
+                return self._commit(place, request, answer)
+            if (over := self._store.stopped(header.run)) is not None:
+                raise SealingError(OVER if over == OVER else NOT_AUTHENTIC, where=f"run {header.run}")
             if self.policy.hours and step in ("join", "train"):
                 self.policy.check_hours(self.log.now(), self.name)
             run = self._joining(header, request) if step == "join" else self._known(header.run)
@@ -223,7 +228,7 @@ class Site:
                 raise SealingError("keys are agreed on before the first round only", where=f"run {header.run}")
             if step in ("join", "secret", "keys") and header.round != 0:
                 raise SealingError("keys are agreed on before the first round only", where=f"run {header.run}")
-            reply = self._commit(run, address, request, self._steps[step](run, header, request))
+            reply = self._commit(address, request, self._steps[step](run, header, request))
             if step == "release":
                 self._rounds.end(run)
             return reply
@@ -275,7 +280,7 @@ class Site:
         self.log.append(audit.KeysAgreed(run=run.manifest.run, epoch=header.key_epoch, maker=made.site, secret=digest_))
         return Answer(m.KeysReply(secret=digest_))
 
-    def _commit(self, run: SiteRun, address: Address, request: Envelope, answer: Answer) -> Envelope:
+    def _commit(self, address: Address, request: Envelope, answer: Answer) -> Envelope:
         reply = self._sign(address, request, answer.message, answer.chunks)
         self._store.commit_reply(
             address, request.digest, reply, sealed=answer.sealed, unlocked=answer.unlocked, control=answer.control
@@ -329,20 +334,6 @@ class Site:
             return _REQUEST_BODY
         manifest = self._runs[run].manifest if run in self._runs else Manifest.from_bytes(data)
         return min(MAX_BODY, _REQUEST_BODY + _STATEMENT * len(manifest.members) * (manifest.rounds + 2))
-
-    def _forget_ended_runs(self) -> None:
-        """Destroy what a process left in the vault that died between the end of a run and the end of its keys, and say
-        so: what was in its memory has gone with it."""
-        ended = [Manifest.from_bytes(data) for data in self._store.ended_runs()]
-        if self._vault is not None:
-            for manifest in ended:
-                self._vault.destroy(vault_entry(manifest))
-        entries = list(self.log.entries()) if ended else []
-        secrets = {e.run: e.secret for e in entries if isinstance(e, audit.KeysAgreed)}
-        told = {e.run for e in entries if isinstance(e, audit.KeysDestroyed | audit.RunStopped)}
-        for run in [manifest.run for manifest in ended]:
-            if run in secrets and run not in told:
-                self.log.append(audit.KeysDestroyed(run=run, secret=secrets[run]))
 
     def _joining(self, header: Header, request: Envelope) -> SiteRun:
         if len(request.chunks) != 2:

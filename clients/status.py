@@ -22,7 +22,8 @@ class RunSeen:
     """A run, as this site's own log has it. Times: microseconds since 1970.
 
     Attributes:
-        state: `under way`, `ended` (its keys are destroyed) or `stopped` (something was not authentic).
+        state: `under way`, `ended` (its keys are destroyed), `called off` (so is it by the coordinator's word) or
+            `stopped` (something was not authentic).
         round: The latest round that this site trained or evaluated for.
         sealed: In how many rounds it sealed.
     """
@@ -89,6 +90,8 @@ def _runs(log: Path) -> list[RunSeen]:
             sealed += 1
         elif isinstance(entry, r.KeysDestroyed):
             state = "ended" if state == "under way" else state
+        elif isinstance(entry, r.ToldEnded):
+            state = "called off" if state == "under way" else state
         elif isinstance(entry, r.RunStopped):
             state = "stopped"
         found[entry.run] = RunSeen(entry.run, before.joined, at, state, round_, sealed)

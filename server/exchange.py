@@ -41,6 +41,7 @@ _MESSAGE_TYPES = {
     "seal": "train.seal",
     "unlock": "train.unlock",
     "release": "query.release",
+    "end": "query.end",
 }
 
 
@@ -223,7 +224,7 @@ class Exchange:
             roster_version=manifest.roster_version,
             run=manifest.run,
             manifest=manifest.digest,
-            key_epoch=0 if step == "join" else self.key_epoch,
+            key_epoch=0 if step in ("join", "end") else self.key_epoch,
             round=round_,
             step=step,
             attempt=attempt,

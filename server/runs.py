@@ -17,8 +17,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Engine, and_, create_engine, event, make_url, select
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy import Connection, Engine, and_, create_engine, event, exists, make_url, select
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, OperationalError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from confide.errors import AuditError, ConfigError, StorageError
@@ -30,13 +30,17 @@ __all__ = ["MEMORY", "RunStore"]
 
 #: Nothing outlives the process.
 MEMORY = "sqlite://"
+_PATIENCE = 30.0
+#: Names our lock among PostgreSQL's: the first eight bytes of SHA-256("confide/runs"), as a signed number.
+_LOCK = int.from_bytes(hashlib.sha256(b"confide/runs").digest()[:8], signed=True)
+_SCHEMES = ("sqlite", "postgresql")
 
 
 class RunStore:
     """All runs of one coordinator.
 
     Args:
-        url: SQLAlchemy's, e.g. `sqlite:////var/lib/confide/runs.db` or `postgresql+psycopg://…`.
+        url: SQLAlchemy's, e.g. `sqlite:////var/lib/confide/runs.db` or `postgresql://user@host/database`.
 
     Raises:
         ConfigError: The URL names no database that can be used here.
@@ -45,14 +49,37 @@ class RunStore:
 
     def __init__(self, url: str = MEMORY) -> None:
         self._engine, self._where = _engine(url), _shown(url)
-        with self._errors(), self._engine.begin() as db:
-            t.metadata.create_all(db)
-            version = db.scalar(select(t.schema.c.version))
-            if version is None:
-                db.execute(t.schema.insert().values(version=t.SCHEMA_VERSION))
+        try:
+            with self._errors():
+                version = self._made()
+        except StorageError:
+            self.close()
+            raise
         if version not in (None, t.SCHEMA_VERSION):
+            self.close()
             raise StorageError(f"has schema version {version}; this program writes {t.SCHEMA_VERSION}",
                                where=self._where, hint="use the version of confide that made it")  # fmt: skip
+
+    def _made(self) -> int | None:
+        """The version of the tables that were there; new ones are made, by one process if several open at once."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                with self._engine.begin() as db:
+                    alone = (
+                        "BEGIN IMMEDIATE" if db.dialect.name == "sqlite" else f"SELECT pg_advisory_xact_lock({_LOCK})"
+                    )
+                    db.exec_driver_sql(alone)
+                    t.metadata.create_all(db)
+                    version: int | None = db.scalar(select(t.schema.c.version))
+                    if version is None:
+                        db.execute(t.schema.insert().values(version=t.SCHEMA_VERSION))
+                    return version
+            except OperationalError as error:
+                # Where several processes make the file at once SQLite does not wait for the journal's change of mode.
+                if "locked" not in str(error.orig) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def runs(self) -> dict[str, str]:
         """Every run and its status, in the order in which they were put here: `waiting`, `running`, `finished`,
@@ -61,16 +88,40 @@ class RunStore:
         with self._errors(), self._engine.connect() as db:
             return {run: status for run, status in db.execute(query)}
 
+    def invited(self, run: str) -> bool:
+        """Was any site asked to take part in a run? Only then its log tells of it."""
+        query = select(t.message.c.site).where(t.message.c.run == run, t.message.c.step == "join").limit(1)
+        with self._errors(), self._engine.connect() as db:
+            return db.scalar(query) is not None
+
+    def untold(self) -> list[str]:
+        """Runs that ended without a release, and members of which have not answered that they know it."""
+        joined, answered = t.message.alias(), t.message.alias()
+        answer = exists().where(
+            answered.c.run == joined.c.run, answered.c.site == joined.c.site, answered.c.step == "end",
+            answered.c.kind == "reply",
+        )  # fmt: skip
+        query = (
+            select(t.run.c.run).distinct().join(joined, joined.c.run == t.run.c.run)
+            .where(t.run.c.status.in_(("stopped", "failed")), ~answer)
+            .where(joined.c.step == "join", joined.c.kind == "reply")
+            .order_by(t.run.c.run)
+        )  # fmt: skip
+        with self._errors(), self._engine.connect() as db:
+            return list(db.scalars(query))
+
     def submit(self, run: str, manifest: bytes, initial: bytes) -> None:
         """Put a run here, for the coordinator to take it.
 
         Raises:
             ConfigError: There is one of this name.
         """
-        with self._errors(), self._engine.begin() as db:
-            if db.scalar(select(t.run.c.run).where(t.run.c.run == run)) is not None:
-                raise ConfigError("there is a run of this name", where=f"run {run}")
-            self._insert(db, run, manifest, initial, owner="", status="waiting", position="")
+        with self._errors():
+            try:
+                with self._engine.begin() as db:
+                    self._insert(db, run, manifest, initial, owner="", status="waiting", position="")
+            except IntegrityError:
+                raise ConfigError("there is a run of this name", where=f"run {run}") from None
 
     def status(self, run: str) -> str | None:
         """A run's status; None where there is no such run."""
@@ -176,23 +227,26 @@ class RunStore:
 def _engine(url: str) -> Engine:
     try:
         parsed = make_url(url)
-        if parsed.get_backend_name() != "sqlite":
-            return create_engine(parsed, pool_pre_ping=True)
+        if parsed.get_backend_name() not in _SCHEMES:
+            raise NoSuchModuleError
+        if parsed.get_backend_name() == "postgresql":
+            driver = parsed.set(drivername="postgresql+psycopg")
+            return create_engine(driver, connect_args={"connect_timeout": 10}, pool_pre_ping=True)
         if parsed.database in (None, "", ":memory:"):
             engine = create_engine(parsed, poolclass=StaticPool, connect_args={"check_same_thread": False})
         else:
             engine = create_engine(parsed)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         raise ConfigError(f"names no database that can be used here ({type(error).__name__})", where=_shown(url),
-                          hint="e.g. sqlite:////path/runs.db, or postgresql+psycopg://host/database with psycopg "
-                          "installed") from None  # fmt: skip
+                          hint="e.g. sqlite:////path/runs.db, or postgresql://user@host/database with the "
+                          "extra confide[postgres] installed") from None  # fmt: skip
     event.listen(engine, "connect", _durable)
     return engine
 
 
 def _durable(connection: Any, _record: object) -> None:
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000"):
+    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

@@ -20,14 +20,16 @@ from pathlib import Path
 import numpy as np
 from flwr.serverapp import Grid
 
-from confide.errors import ConfideError, ConfigError, StorageError
+from confide.errors import AuditError, ConfideError, ConfigError, StorageError
 from confide.privacy.audit.log import Log
 from confide.privacy.files import write_atomically
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
 from confide.protocol.roster import Roster
+from confide.protocol.rosterbook import write_rosters
 from confide.server.certificates import host_of
 from confide.server.coordinator import Coordinator, Released
+from confide.server.ending import Endings, Status
 from confide.server.federation import SERVER_CERTIFICATE, SERVER_KEY, FederationFolder
 from confide.server.grid import LinkGrid
 from confide.server.link import Link, LinkConfig
@@ -106,6 +108,7 @@ class Service:
         with self._alone(), log_file(self._folder / "server.log"):
             store = RunStore(self._config.store)
             log = self._identity.open_log(self._folder / LOGS, "coordinator", self._name)
+            endings = Endings(self._identity, store, log)
             try:
                 if self._roster() is None:
                     self._config.tell("waiting for a complete roster: confide federation show says who is missing")
@@ -114,22 +117,23 @@ class Service:
                     if roster is None:
                         time.sleep(_IDLE_SECONDS)
                     else:
-                        self._serve(roster, store, log)
+                        self._serve(roster, store, log, endings)
             finally:
                 log.close()
                 store.close()
 
-    def _serve(self, roster: Roster, store: RunStore, log: Log) -> None:
+    def _serve(self, roster: Roster, store: RunStore, log: Log, endings: Endings) -> None:
         """As long as this roster is the complete one."""
         with Link(self._link(roster)) as link:
             self._config.tell(f"listening on port {link.port} for the {len(roster.members)} sites of {roster.where}")
             write_atomically(self._folder / "server.port", str(link.port).encode())
             while self._roster() == roster:
+                endings.tell(link)
                 run = self._next(store)
                 if run is None:
                     time.sleep(_IDLE_SECONDS)
                 else:
-                    self._take(run, link, store, log)
+                    self._take(run, link, store, log, endings)
 
     def _next(self, store: RunStore) -> str | None:
         """A run under way before one that waits; a finished one whose result is missing counts as under way."""
@@ -142,7 +146,7 @@ class Service:
                 waiting = run
         return waiting
 
-    def _take(self, run: str, link: Link, store: RunStore, log: Log) -> None:
+    def _take(self, run: str, link: Link, store: RunStore, log: Log, endings: Endings) -> None:
         held = store.load(run)
         if held is None:
             return
@@ -167,20 +171,27 @@ class Service:
             self._config.finish(place, manifest, released)
         except _StopRun:
             result = failed(manifest, "stopped", "stopped by confide run stop", {})
-            store.mark(run, "stopped", only=("waiting", *_UNDER_WAY))
+            self._over(run, "stopped", store, endings)
         except StorageError:
             raise
         except ConfideError as error:
             result = failed(manifest, "failed", str(error), coordinator[0].refusals if coordinator else {})
-            store.mark(run, "failed", only=("waiting", *_UNDER_WAY))
+            self._over(run, "failed", store, endings)
         else:
             result = finished(manifest, released)
         self._end(run, place, result, log)
+
+    def _over(self, run: str, status: Status, store: RunStore, endings: Endings) -> None:
+        """It ends without a release: that is logged before anybody is told, and told between runs."""
+        store.mark(run, status, only=("waiting", *_UNDER_WAY))
+        with suppress(AuditError, ConfigError):  # a log or manifest that is not the run's is why it failed
+            endings.note(run, status)
 
     def _end(self, run: str, place: Path, result: dict[str, object], log: Log) -> None:
         try:
             (place / "logs").mkdir(exist_ok=True)
             log.export(place / "logs" / "coordinator.log")
+            write_rosters(place / "logs", FederationFolder(self._folder).state.chain)
             write_atomically(place / RESULT, json.dumps(result, allow_nan=False).encode() + b"\n")
         except OSError as error:
             raise StorageError(f"cannot be written: {error.strerror}", where=str(place),

@@ -78,7 +78,7 @@ total = Table(
     Column("reference", Text, nullable=False),
     Column("chunks", Text, nullable=False),
     Column("sealed", Text, nullable=False),
-    Column("uplink", Integer, nullable=False),
+    Column("uplink", BigInteger, nullable=False),
 )
 #: The latest sum that a member has applied, and whether it has left the run for good.
 applied = Table(
@@ -97,7 +97,7 @@ outcome = Table(
     Column("round", Integer, primary_key=True),
     Column("cohort", Text, nullable=False),
     Column("abandoned", Integer, nullable=False),
-    Column("uplink", Integer, nullable=False),
+    Column("uplink", BigInteger, nullable=False),
     Column("update_bytes", Float),
     Column("metrics_round", Integer),
     Column("metrics", LargeBinary),

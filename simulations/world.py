@@ -34,6 +34,7 @@ from confide.privacy.dp.statistics import RELEASES
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
 from confide.protocol.roster import NO_AUTHORITY, RosterMember, SignedRoster, first_roster, sign_roster
+from confide.protocol.rosterbook import write_rosters
 from confide.protocol.standing import Standing
 from confide.server.plan import make_manifest
 from confide.simulations.keeping import Keeping
@@ -82,6 +83,7 @@ class World:
         try:
             chain, memberships = self._found()
             self.roster: tuple[SignedRoster, ...] = chain
+            write_rosters(log_folder, chain)
             for name, records in sources.records.items():
                 folders = run_folder / name, ledger_folder / name
                 self.sites[name] = self._make_site(name, records, memberships[name], *folders)

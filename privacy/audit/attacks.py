@@ -2,7 +2,7 @@
 
 An attack is made after a run, when the run's own keys are gone, and by whoever likes: its record is signed by a key of
 the auditor's own, made for this one statement and forgotten. Its fingerprint is what the auditor tells those who are to
-believe it. Step 10 of `verify`: the file is whole and signed; it is about this run, under this manifest; the claim and
+believe it. Step 12 of `verify`: the file is whole and signed; it is about this run, under this manifest; the claim and
 what the attack shows are recomputed; and what it shows is not more than what was claimed.
 """
 
@@ -109,7 +109,7 @@ def read_attacks(folder: Path, evidence: Evidence) -> tuple[list[Attack], list[F
 
 
 def check_attacks(evidence: Evidence, folder: Path) -> Iterator[Finding]:
-    """Step 10 of `verify`."""
+    """Step 12 of `verify`."""
     attacks, findings = read_attacks(folder, evidence)
     yield from findings
     for attack in attacks:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from confide.errors import AuditError
 from confide.privacy.audit import records as r
@@ -20,9 +20,21 @@ from confide.privacy.audit.log import CHECKPOINT_SUFFIX, LOG_SUFFIX, read_lines
 from confide.privacy.audit.merkle import Tree
 from confide.privacy.digest import digest
 
-__all__ = ["COORDINATOR", "Evidence", "Finding", "PartyLog", "broken", "load_evidence", "load_runs"]
+__all__ = [
+    "COORDINATOR",
+    "ROSTER",
+    "Evidence",
+    "Finding",
+    "PartyLog",
+    "Rosters",
+    "broken",
+    "load_evidence",
+    "load_runs",
+]
 
 COORDINATOR = "coordinator"
+#: Whom a finding about the roster names: no site can be called so.
+ROSTER = "(roster)"
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
 
 
@@ -40,7 +52,8 @@ class Finding:
     severity: Literal["critical", "high", "low"] = field(default="critical", compare=False)
 
     def __str__(self) -> str:
-        place = f"log of {self.party}" + (f", entry {self.entry}" if self.entry is not None else "")
+        place = "roster" if self.party == ROSTER else f"log of {self.party}"
+        place += f", entry {self.entry}" if self.entry is not None else ""
         return f"{place}: {self.what}"
 
 
@@ -62,6 +75,8 @@ class PartyLog:
     checkpoint: Checkpoint | None = None
     note: str = ""
     public_key: bytes = b""
+    #: Every key that the party has had, as far as anything here tells.
+    keys: tuple[bytes, ...] = ()
     #: The run that is looked at; None: all of them.
     run: str | None = None
     #: False where reading stopped at a bad entry: what follows from missing entries then needs no finding of its own.
@@ -95,18 +110,29 @@ class Evidence:
         return str(self.manifest["run"])
 
 
-def load_evidence(folder: Path, run: str | None = None) -> Evidence:
+class Rosters(Protocol):
+    """The chain of rosters beside the logs, whose signatures are another package's to check."""
+
+    def keys(self, party: str) -> Sequence[bytes]:
+        """Every signing key that a party has had, the newest first; none where the chain does not hold."""
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """What does not fit the chain."""
+
+
+def load_evidence(folder: Path, run: str | None = None, rosters: Rosters | None = None) -> Evidence:
     """Steps 1 and 2, for one run.
 
     Args:
         folder: The logs.
         run: Its name; None where the logs hold one run only.
+        rosters: Says which keys a site has had; None: the manifests' alone.
 
     Raises:
         AuditError: There is no readable coordinator's log that starts with a run, no such run in it, or several and
             none was named.
     """
-    found = load_runs(folder)
+    found = load_runs(folder, rosters)
     if run is None and len(found) == 1:
         return found[0]
     names = [evidence.run for evidence in found]
@@ -119,7 +145,7 @@ def load_evidence(folder: Path, run: str | None = None) -> Evidence:
     return found[names.index(run)]
 
 
-def load_runs(folder: Path) -> list[Evidence]:
+def load_runs(folder: Path, rosters: Rosters | None = None) -> list[Evidence]:
     """Every run in the logs under a folder, oldest first. What is wrong with a log as a whole is a finding of each.
 
     Raises:
@@ -144,7 +170,7 @@ def load_runs(folder: Path) -> list[Evidence]:
         elif isinstance(entry, r.RunCreated) or entry.run not in manifests:
             findings.append(Finding(COORDINATOR, number, f"belongs to another run ({entry.run[:80]})"))
             break
-    return _by_run(folder, logs, path, coordinator, manifests, findings)
+    return _by_run(folder, logs, path, coordinator, manifests, findings, rosters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,15 +197,17 @@ def _parse(entry: r.RunCreated, path: Path, number: int) -> _Created:
 
 
 def _by_run(
-    folder: Path, logs: Path, path: Path, coordinator: PartyLog, runs: Mapping[str, _Created], findings: list[Finding]
-) -> list[Evidence]:
-    # A log is signed with the key that its party held last, so with the one that the latest run names.
+    folder: Path, logs: Path, path: Path, coordinator: PartyLog, runs: Mapping[str, _Created], findings: list[Finding],
+    rosters: Rosters | None,
+) -> list[Evidence]:  # fmt: skip
+    # A log is signed with the key that its party held last, so with the one that the latest run names, or a later one.
     latest = list(runs.values())[-1]
     if any((c.federation, c.coordinator_key) != (latest.federation, latest.coordinator_key) for c in runs.values()):
         findings.append(Finding(COORDINATOR, None, "runs of several federations, or coordinators, in one log"))
     origin = f"confide/{latest.federation}"
-    _check_signature(path, coordinator, f"{origin}/{COORDINATOR}/coordinator", latest.coordinator_key, findings)
-    keys = {site: key for created in runs.values() for site, key in created.keys.items()}
+    _check_signature(path, coordinator, f"{origin}/{COORDINATOR}/coordinator", (latest.coordinator_key,), findings)
+    named = {site: key for created in runs.values() for site, key in created.keys.items()}
+    keys = {s: tuple(dict.fromkeys((*(rosters.keys(s) if rosters else ()), key))) for s, key in named.items()}
     federated = {
         site: _party(logs / f"{site}{LOG_SUFFIX}", site, f"{origin}/{site}/federated", key, runs, findings)
         for site, key in keys.items()
@@ -218,7 +246,7 @@ def _party(
     path: Path,
     party: str,
     origin: str,
-    key: bytes,
+    keys: Sequence[bytes],
     runs: Mapping[str, _Created],
     findings: list[Finding],
     name: str = "",
@@ -227,7 +255,7 @@ def _party(
         findings.append(Finding(party, None, "the log is missing"))
         return PartyLog(party)
     log = _read(path, party, findings)
-    _check_signature(path, log, origin, key, findings, name=name or party)
+    _check_signature(path, log, origin, keys, findings, name=name or party)
     for number, entry in enumerate(log.entries):
         if entry.run not in runs:
             findings.append(Finding(party, number, f"belongs to another run ({entry.run[:80]})"))
@@ -265,11 +293,12 @@ def _read(path: Path, party: str, findings: list[Finding]) -> PartyLog:
 
 
 def _check_signature(
-    path: Path, log: PartyLog, origin: str, key: bytes, findings: list[Finding], name: str = COORDINATOR
+    path: Path, log: PartyLog, origin: str, keys: Sequence[bytes], findings: list[Finding], name: str = COORDINATOR
 ) -> None:
+    log.keys = tuple(keys)
     try:
         note = path.with_suffix(CHECKPOINT_SUFFIX).read_bytes().decode("utf-8")
-        checkpoint = parse_note(note, origin, name, key)
+        checkpoint, key = _signed_by(note, origin, name, keys)
         log.checkpoint, log.note, log.public_key = checkpoint, note, key
     except (OSError, UnicodeDecodeError):
         findings.append(Finding(log.party, None, "there is no readable checkpoint"))
@@ -285,6 +314,17 @@ def _check_signature(
         findings.append(Finding(log.party, _first_difference(log, checkpoint), "is not what was signed"))
     elif checkpoint.size < len(log.entries):
         findings.append(Finding(log.party, checkpoint.size, "entries follow that no checkpoint covers", "low"))
+
+
+def _signed_by(note: str, origin: str, name: str, keys: Sequence[bytes]) -> tuple[Checkpoint, bytes]:
+    """The state that a note says, and the first of these keys that has signed it; the first one's error if none has."""
+    first: AuditError | None = None
+    for key in keys:
+        try:
+            return parse_note(note, origin, name, key), key
+        except AuditError as error:
+            first = first or error
+    raise first or AuditError("is signed by nobody")
 
 
 def _first_difference(log: PartyLog, checkpoint: Checkpoint) -> int | None:

@@ -6,6 +6,7 @@ Invariants:
 2. Every entry is covered: leaf = H(0x00 ‖ salt ‖ JSON). Rows are never changed; on opening, all leaves are hashed again
    and must give the signed root.
 3. Times never go backwards: a clock that is behind the log's last entry by more than a correction is refused.
+4. A log goes on under a party's new key: the first process that has it signs the state that the old one has signed.
 
 The random salt keeps a leaf hash from telling what an entry says. `export` writes what travels: a line an entry
 (`<salt hex> <canonical JSON>`) and the checkpoint as a C2SP note beside it. Why a database: docs/adr/0011.
@@ -17,7 +18,7 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -70,6 +71,7 @@ class Log:
         name: The signer's name.
         public_key: The signer's Ed25519 public key.
         sign: Its signing function.
+        former: Keys that the signer has had before, which may have signed the latest checkpoint.
 
     Raises:
         AuditError: The file is no log, or does not hold what its signed checkpoint says.
@@ -77,9 +79,10 @@ class Log:
     """
 
     def __init__(
-        self, path: Path, *, origin: str, name: str, public_key: bytes, sign: Callable[[bytes], bytes]
-    ) -> None:
-        self.path, self.origin = path, origin
+        self, path: Path, *, origin: str, name: str, public_key: bytes, sign: Callable[[bytes], bytes],
+        former: Sequence[bytes] = (),
+    ) -> None:  # fmt: skip
+        self.path, self.origin, self._former = path, origin, tuple(former)
         self._name, self._public_key, self._sign = name, public_key, sign
         self._tree, self._latest = Tree(), 0
         try:
@@ -227,8 +230,20 @@ class Log:
         if self.size == 0 and self._db.execute("SELECT note FROM head").fetchone() is None:
             # A log has a checkpoint from the start: a missing one is always a finding.
             self._db.execute("INSERT INTO head VALUES (1, ?)", (self._signed(),))
+        self._take_over()
         self._check_head()
         self._db.execute("COMMIT")
+
+    def _take_over(self) -> None:
+        """Invariant 4: what an earlier key of this party has signed, and holds, is signed with the present one."""
+        found = self._db.execute("SELECT note FROM head").fetchall()
+        for key in self._former if len(found) == 1 and type(found[0][0]) is str else ():
+            try:
+                held = parse_note(found[0][0], self.origin, self._name, key)
+            except AuditError:
+                continue
+            if held == self.checkpoint():
+                self._db.execute("UPDATE head SET note = ?", (self._signed(),))
 
     def _check_head(self) -> None:
         found = self._db.execute("SELECT note FROM head").fetchall()

@@ -42,7 +42,8 @@ def describe_protection(evidence: Evidence) -> Protection:
     clipped = "No coordinate of a sum was clipped to the public range." if shares else ""
     if max(shares, default=0.0) > 0:
         clipped = f"At most {max(shares):.2%} of a sum’s coordinates were clipped to the public range."
-    keys = [f"{site} (entry {n})" for site, log in evidence.sites.items() for n, _ in log.of(r.KeysDestroyed)]
+    keys = [f"{site} (entry {n})" for site, log in evidence.sites.items() for n, e in log.of_run()
+            if isinstance(e, r.KeysDestroyed | r.ToldEnded)]  # fmt: skip
     return Protection(profile.summary, profile.describe_exposure(), clipped, keys)
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "Sealed",
     "Settled",
     "SnapshotTaken",
+    "ToldEnded",
     "Unlocked",
     "UpdateCommitted",
     "canonical",
@@ -194,6 +195,16 @@ class RunStopped(Record):
 
     KIND = "run_stopped"
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToldEnded(Record):
+    """Site: the coordinator's signed word that the run is over (`stopped`, `failed`); its keys are destroyed.
+    `coordinator` is the checkpoint that came with it."""
+
+    KIND = "told_ended"
+    status: str
+    coordinator: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ from confide.privacy.audit import records as r
 from confide.privacy.audit.attacks import read_attacks
 from confide.privacy.audit.charges import standing_charges
 from confide.privacy.audit.chart import Series, line_chart
-from confide.privacy.audit.evidence import COORDINATOR, Evidence, PartyLog
+from confide.privacy.audit.evidence import COORDINATOR, Evidence, PartyLog, Rosters
 from confide.privacy.audit.page import write_page
 from confide.privacy.audit.protection import describe_protection
 from confide.privacy.audit.story import facts, story, unknown_bounds, when
@@ -42,13 +42,14 @@ _LAW = (
 )
 
 
-def write_report(folder: Path, path: Path, run: str | None = None) -> dict[str, Any]:
+def write_report(folder: Path, path: Path, run: str | None = None, rosters: Rosters | None = None) -> dict[str, Any]:
     """Verify a run's folder and write its page.
 
     Args:
         folder: The run's folder, or a folder of exported logs.
         path: Where the page goes.
         run: The run's name; None where the logs hold one run only.
+        rosters: The chain of rosters beside the logs; None: it is not looked at.
 
     Returns:
         `verified`, `findings` (how many), `interrupted`.
@@ -57,7 +58,7 @@ def write_report(folder: Path, path: Path, run: str | None = None) -> dict[str, 
         AuditError: There is no run to report on.
         OSError: The page cannot be written.
     """
-    evidence = verify(folder, run=run)
+    evidence = verify(folder, run=run, rosters=rosters)
     try:
         context = _context(evidence, folder)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
@@ -89,7 +90,7 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
         "verified": not evidence.findings,
         "findings": [str(f) for f in evidence.findings],
         "warnings": [UNSAFE_NOISE] if unsafe else [],
-        "story": story(evidence, rounds, epsilon if private else None, ended is not None),
+        "story": story(evidence, rounds, epsilon if private else None, ended is not None and not head),
         "interruption_head": head,
         "interruption": interruption,
         "facts": facts(evidence),
@@ -121,7 +122,10 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
     }
 
 
-def _interruption(ended: r.Record | None, folder: Path) -> tuple[str, str]:
+def _interruption(ended: r.RunEnded | None, folder: Path) -> tuple[str, str]:
+    if ended is not None and ended.status in ("stopped", "failed"):
+        head = "This run was stopped." if ended.status == "stopped" else "This run failed."
+        return head, "Nothing of it was released. What was charged stays charged."
     if ended is not None:
         return "", ""
     status = _json(folder / "status.json").get("status", "unknown")
@@ -276,6 +280,10 @@ def _refusals(evidence: Evidence) -> list[dict[str, Any]]:
         found += [
             {"party": site, "round": "—", "step": "stopped for good", "reason": e.reason, "entry": f"{site} {n}"}
             for n, e in log.of(r.RunStopped)
+        ]
+        found += [
+            {"party": site, "round": "—", "step": "told the end", "reason": e.status, "entry": f"{site} {n}"}
+            for n, e in log.of(r.ToldEnded)
         ]
     return found
 

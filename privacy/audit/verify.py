@@ -14,11 +14,11 @@ Steps (numbered in the code):
    within what the manifest promises.
 7. All sites opened each sum to the same model, and the released model is the last of these.
 8. Every refusal received was sent, and in a run that ended every refusal sent was received.
-9. Every log still holds the state that an independent witness has cosigned of it.
-10. No attack whose signed result lies beside the logs shows a larger loss than the manifest claims (`attacks`).
-
-Keys come from the manifest in the coordinator's log, which names the roster by its digest: whoever doubts it asks a
-site for the roster that it has accepted, whose chain of signatures `confide federation show` verifies.
+9. A run that has ended does not go on, and a site that was told of an end was told the one in the coordinator's log.
+10. Every log still holds the state that an independent witness has cosigned of it.
+11. The run's members, and the keys that signed the logs, stand in the chain of rosters that lies beside them, which
+every member has signed (`confide.protocol.rosterbook`).
+12. No attack whose signed result lies beside the logs shows a larger loss than the manifest claims (`attacks`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,16 @@ from confide.errors import ConfideError
 from confide.privacy.audit import records as r
 from confide.privacy.audit.attacks import check_attacks
 from confide.privacy.audit.charges import check_charges
-from confide.privacy.audit.evidence import COORDINATOR, Evidence, Finding, PartyLog, broken, load_evidence, load_runs
+from confide.privacy.audit.evidence import (
+    COORDINATOR,
+    Evidence,
+    Finding,
+    PartyLog,
+    Rosters,
+    broken,
+    load_evidence,
+    load_runs,
+)
 from confide.privacy.audit.witness import WitnessNotes
 from confide.privacy.digest import digest
 from confide.privacy.sealing.transcript import transcript
@@ -47,13 +56,16 @@ __all__ = ["COORDINATOR", "Evidence", "Finding", "PartyLog", "verify", "verify_r
 MODEL = "model.safetensors"
 
 
-def verify(folder: Path, witnesses: Sequence[WitnessNotes] = (), run: str | None = None) -> Evidence:
+def verify(
+    folder: Path, witnesses: Sequence[WitnessNotes] = (), run: str | None = None, rosters: Rosters | None = None
+) -> Evidence:
     """Check everything about one run under `folder` (a run's output folder, or a folder of exported logs).
 
     Args:
         folder: The logs.
         witnesses: What independent witnesses have cosigned of them.
         run: Its name; None where the logs hold one run only.
+        rosters: The chain of rosters; None: keys are the manifest's word.
 
     Returns:
         The evidence with its findings; no finding means that it holds together.
@@ -61,22 +73,24 @@ def verify(folder: Path, witnesses: Sequence[WitnessNotes] = (), run: str | None
     Raises:
         AuditError: There is no run to verify, none of this name, or its first log cannot be read at all.
     """
-    return _check(load_evidence(folder, run), folder, witnesses)
+    return _check(load_evidence(folder, run, rosters), folder, witnesses, rosters)
 
 
-def verify_runs(folder: Path, witnesses: Sequence[WitnessNotes] = ()) -> list[Evidence]:
+def verify_runs(folder: Path, witnesses: Sequence[WitnessNotes] = (), rosters: Rosters | None = None) -> list[Evidence]:
     """The same for every run in the logs, oldest first; the logs are read once. A model beside them must be what one of
     the runs released.
 
     Raises:
         AuditError: There is no run to verify, or its first log cannot be read at all.
     """
-    runs, path = load_runs(folder), folder / MODEL
+    runs, path = load_runs(folder, rosters), folder / MODEL
     owners = [e.run for e in runs if path.is_file() and _holds_release(path, e)]
-    return [_check(e, folder, witnesses, model=not owners or e.run in owners) for e in runs]
+    return [_check(e, folder, witnesses, rosters, model=not owners or e.run in owners) for e in runs]
 
 
-def _check(evidence: Evidence, folder: Path, witnesses: Sequence[WitnessNotes], *, model: bool = True) -> Evidence:
+def _check(
+    evidence: Evidence, folder: Path, witnesses: Sequence[WitnessNotes], rosters: Rosters | None, *, model: bool = True
+) -> Evidence:
     found = evidence.findings
     steps: list[Callable[[], Iterator[Finding]]] = [
         *(partial(_times, log) for log in (evidence.coordinator, *evidence.sites.values(), *evidence.local)),
@@ -86,7 +100,9 @@ def _check(evidence: Evidence, folder: Path, witnesses: Sequence[WitnessNotes], 
         partial(_unlocked, evidence),
         partial(_models, evidence, folder / MODEL if model else None),
         partial(_refusals, evidence),
+        partial(_ended, evidence),
         *(partial(_witnessed, evidence, witness) for witness in witnesses),
+        *([partial(rosters.check, evidence)] if rosters is not None else []),
         partial(check_attacks, evidence, folder),
     ]
     for step in steps:
@@ -119,7 +135,7 @@ def _seen_checkpoints(evidence: Evidence) -> Iterator[Finding]:
             if site in evidence.sites:
                 claims.append((evidence.sites[site], seen, COORDINATOR, number))
     for site, log in evidence.sites.items():
-        for kind in (r.Joined, r.UpdateCommitted, r.Sealed):
+        for kind in (r.Joined, r.UpdateCommitted, r.Sealed, r.ToldEnded):
             claims += [(evidence.coordinator, e.coordinator, site, number) for number, e in log.of(kind)]
     reported: set[str] = set()
     for log, seen, witness, number in sorted(claims, key=lambda c: _size(c[1])):
@@ -309,7 +325,7 @@ def _refusals(evidence: Evidence) -> Iterator[Finding]:
     """Step 8: what the coordinator received was sent, and what was sent was received."""
     received = {(e.party, e.round, e.step, e.reason): n for n, e in evidence.coordinator.of(r.Refused)}
     # Without an end the coordinator may have stopped before it could note what it received.
-    ended = any(True for _ in evidence.coordinator.of(r.RunEnded))
+    ended = any(entry.status == "finished" for _, entry in evidence.coordinator.of(r.RunEnded))
     sent: set[tuple[str, int, str, str]] = set()
     for site, log in evidence.sites.items():
         for number, entry in log.of(r.Refused):
@@ -321,13 +337,32 @@ def _refusals(evidence: Evidence) -> Iterator[Finding]:
             yield broken(COORDINATOR, number, f"a refusal by {refusal[0]} that its own log does not hold")
 
 
+def _ended(evidence: Evidence) -> Iterator[Finding]:
+    """Step 9."""
+    said: set[str] = set()
+    for number, entry in evidence.coordinator.of_run():
+        if said and isinstance(entry, r.Cohort | r.RoundAbandoned | r.MetricsReleased | r.ModelReleased | r.RunEnded):
+            yield broken(COORDINATOR, number, "goes on with a run that it has ended")
+        if isinstance(entry, r.RunEnded):
+            said.add(entry.status)
+    for site, log in evidence.sites.items():
+        over = False
+        for number, told in log.of_run():
+            if isinstance(told, r.ToldEnded) and told.status not in said and evidence.coordinator.complete:
+                yield broken(site, number, f"was told that the run has {told.status}, which the coordinator's log does "
+                             "not hold")  # fmt: skip
+            if over and isinstance(told, r.Charged | r.UpdateCommitted | r.Sealed | r.Opened | r.ModelReleased):
+                yield broken(site, number, "goes on with a run that it was told is over")
+            over = over or isinstance(told, r.ToldEnded)
+
+
 def _witnessed(evidence: Evidence, witness: WitnessNotes) -> Iterator[Finding]:
-    """Step 9: what no party can take back together with its own files."""
+    """Step 10: what no party can take back together with its own files."""
     for log in (evidence.coordinator, *evidence.sites.values()):
         if log.checkpoint is None:
             continue  # a finding of its own
         try:
-            seen = witness.of(log.checkpoint.origin, log.party, log.public_key)
+            seen = witness.of(log.checkpoint.origin, log.party, log.keys)
         except ConfideError as error:
             yield Finding(log.party, None, f"the note of witness {witness.name} {error.what}")
             continue

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,7 @@ class Witness:
                               hint="name a folder you may write to") from None  # fmt: skip
         return cls(folder)
 
-    def cosign(self, log: Path, origin: str, name: str, public_key: bytes) -> Cosigned:
+    def cosign(self, log: Path, origin: str, name: str, public_key: bytes, former: Sequence[bytes] = ()) -> Cosigned:
         """Look at an exported log, and cosign its checkpoint.
 
         Args:
@@ -91,6 +92,7 @@ class Witness:
             origin: The log's name in its checkpoints.
             name: Its signer.
             public_key: The signer's key, which the witness got from somebody it trusts.
+            former: Those that it has had before, under which this witness may have seen the log.
 
         Raises:
             AuditError: The log is damaged, or is not the one that was cosigned before, grown.
@@ -104,7 +106,7 @@ class Witness:
         tree = Tree(leaf for _, leaf, _ in read_lines(data, str(log)))
         if checkpoint.size > tree.size or tree.root(checkpoint.size) != checkpoint.root:
             raise AuditError("does not hold what its own checkpoint says", where=str(log))
-        before = self.notes.of(origin, name, public_key)
+        before = self.notes.of(origin, name, (public_key, *former))
         if before is not None and (
             before.checkpoint.size > checkpoint.size or tree.root(before.checkpoint.size) != before.checkpoint.root
         ):
@@ -141,8 +143,9 @@ class WitnessNotes:
             raise ConfigError("holds no witness's notes (name, key.pub, notes/)", where=str(folder),
                               hint="ask the witness for a copy of its folder without the key") from None  # fmt: skip
 
-    def of(self, origin: str, name: str, public_key: bytes) -> Cosigned | None:
-        """The latest state of a log that the witness has cosigned; None where it has seen none.
+    def of(self, origin: str, name: str, keys: bytes | Sequence[bytes]) -> Cosigned | None:
+        """The latest state of a log that the witness has cosigned, signed by its party with one of these keys; None
+        where it has seen none.
 
         Raises:
             AuditError: The note does not hold.
@@ -153,7 +156,13 @@ class WitnessNotes:
             return None
         except OSError as error:
             raise AuditError(f"cannot be read: {error.strerror}", where=str(self.path(origin))) from None
-        return Cosigned(*parse_cosigned(note, origin, name, public_key, self.name, self.public_key))
+        first: AuditError | None = None
+        for key in (keys,) if isinstance(keys, bytes) else keys:
+            try:
+                return Cosigned(*parse_cosigned(note, origin, name, key, self.name, self.public_key))
+            except AuditError as error:
+                first = first or error
+        raise first or AuditError("names no key", where=str(self.path(origin)))
 
     def path(self, origin: str) -> Path:
         """Where the note of a log lies; its origin may hold any character."""

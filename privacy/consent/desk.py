@@ -22,7 +22,7 @@ from confide.privacy.consent.events import ConsentEvent
 from confide.privacy.consent.imports.event import ImportedEvent
 from confide.privacy.consent.notices import Notice, lineage
 from confide.privacy.consent.projection import Difference
-from confide.privacy.consent.pseudonyms import SiteKey, canonical_subject
+from confide.privacy.consent.pseudonyms import KeyBox, SiteKey, canonical_subject
 from confide.privacy.consent.registry import Registry
 from confide.privacy.consent.state import GRANTS, Standing, Status
 from confide.privacy.consent.storage import holds_registry, is_url, shown_address
@@ -53,23 +53,24 @@ class ConsentDesk:
     Args:
         address: The folder that holds `consent.db`; or `postgresql://user@host/database`.
         key: The site key's file; None: `site.key` in the folder.
+        box: Opens that file, where it is encrypted.
 
     Raises:
         ConsentError: One of them is missing, or is not what it should be. Nothing is made.
         ConfigError: An address of a database comes without a key.
     """
 
-    def __init__(self, address: Path | str, key: Path | None = None) -> None:
+    def __init__(self, address: Path | str, key: Path | None = None, box: KeyBox | None = None) -> None:
         place, key = _where(address, key)
         # A server may be out of reach; a file that is missing is told first.
         if not key.is_file():
             raise _missing(str(key))
         if not holds_registry(place):
             raise _missing(shown_address(place))
-        self._open(place, _load_key(key))
+        self._open(place, _load_key(key, box))
 
     @classmethod
-    def create(cls, address: Path | str, key: Path | None = None) -> ConsentDesk:
+    def create(cls, address: Path | str, key: Path | None = None, box: KeyBox | None = None) -> ConsentDesk:
         """A new registry. In a folder it gets a key of its own, readable by the owner only; in a database it takes the
         site's key where there is one.
 
@@ -90,12 +91,12 @@ class ConsentDesk:
                     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             if isinstance(place, Path):
                 place.touch(mode=0o600)
-            SiteKey.load_or_create(key)
+            SiteKey.load_or_create(key, box=box)
         except OSError as error:
             raise ConsentError(f"cannot be written: {error.strerror}", where=str(key.parent),
                                hint="name a folder that you may write to") from None  # fmt: skip
         desk = cls.__new__(cls)
-        desk._open(place, _load_key(key))
+        desk._open(place, _load_key(key, box))
         return desk
 
     def _open(self, place: Path | str, key: SiteKey) -> None:
@@ -290,9 +291,9 @@ def _where(address: Path | str, key: Path | None) -> tuple[Path | str, Path]:
     return str(address), key
 
 
-def _load_key(path: Path) -> SiteKey:
+def _load_key(path: Path, box: KeyBox | None) -> SiteKey:
     try:
-        return SiteKey.load_or_create(path)
+        return SiteKey.load_or_create(path, box=box)
     except OSError as error:
         raise ConsentError(f"cannot be read: {error.strerror}", where=str(path),
                            hint="only who runs the site may read its key") from None  # fmt: skip

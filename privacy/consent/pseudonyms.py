@@ -12,12 +12,13 @@ import hmac
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from confide.errors import ConsentError
 from confide.privacy.consent.commitment import RoundKeys
 from confide.privacy.files import write_private
 
-__all__ = ["KEY_BYTES", "SiteKey", "canonical_subject"]
+__all__ = ["KEY_BYTES", "KeyBox", "SiteKey", "canonical_subject"]
 
 KEY_BYTES = 32
 
@@ -32,6 +33,16 @@ def canonical_subject(value: object) -> str:
     return whole if dot and whole.isdigit() and zeros and not zeros.strip("0") else text
 
 
+class KeyBox(Protocol):
+    """How a key lies on the disk, where it does not lie there as it is (`confide.protocol.keyfiles`)."""
+
+    def close(self, secret: bytes) -> bytes:
+        """What is written."""
+
+    def open(self, data: bytes) -> bytes:
+        """Inverse of `close`."""
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class SiteKey:
     """The site-lifetime secret from which names and roles are derived."""
@@ -39,17 +50,28 @@ class SiteKey:
     secret: bytes
 
     @classmethod
-    def load_or_create(cls, path: Path, secret: bytes | None = None) -> SiteKey:
+    def load_or_create(cls, path: Path, secret: bytes | None = None, box: KeyBox | None = None) -> SiteKey:
         """Read the key file, or make it (from `secret` where one is given, else from the operating system).
 
+        Args:
+            path: The file.
+            secret: For a new one.
+            box: Opens and closes it; None: it lies there in the clear.
+
         Raises:
-            ConsentError: The file is not a key.
+            ConsentError: The file is not a key, or no box was given that opens it.
+            ConfigError: It is encrypted, and there is no passphrase.
+            SealingError: A wrong passphrase, or a changed file.
         """
         if not path.exists():
-            write_private(path, secret or secrets.token_bytes(KEY_BYTES))
+            new = secret or secrets.token_bytes(KEY_BYTES)
+            write_private(path, new if box is None else box.close(new))
         data = path.read_bytes()
+        if box is not None:
+            data = box.open(data)
         if len(data) != KEY_BYTES:
-            raise ConsentError("is not a site key", where=str(path), hint="restore it from the site's backup")
+            hint = "restore it from the site's backup; an encrypted one needs its passphrase"
+            raise ConsentError("is not a site key", where=str(path), hint=hint)
         return cls(data)
 
     @property

@@ -121,7 +121,7 @@ class Federation:
         of = manifest or self.manifest
         return Address(
             federation=of.federation, roster_version=of.roster_version, run=of.run, manifest=of.digest,
-            key_epoch=0 if step == "join" else self.key_epoch, round=round_, step=step, attempt=attempt,
+            key_epoch=0 if step in ("join", "end") else self.key_epoch, round=round_, step=step, attempt=attempt,
         )  # fmt: skip
 
     def sign(

@@ -204,7 +204,7 @@ def test_whatever_the_coordinator_signs_as_a_header_is_no_exception_of_another_k
         fields[name] = data.draw(JSON)
     assume(fields != json.loads(honest(standing).header))  # the same statement may be answered
     header = json.dumps(fields).encode()
-    step = data.draw(st.sampled_from(["join", "secret", "keys", "train", "seal", "unlock", "release"]))
+    step = data.draw(st.sampled_from(["join", "secret", "keys", "train", "seal", "unlock", "release", "end"]))
     assert not answered(standing, step, signed_by_the_coordinator(standing, header))
 
 
@@ -215,7 +215,7 @@ def test_signed_bytes_that_are_no_header_are_not_answered(standing: Federation, 
         standing.sites["ash"].handle("train", signed_by_the_coordinator(standing, header))
 
 
-@pytest.mark.parametrize("step", ["train", "seal", "unlock", "release", "secret", "keys"])
+@pytest.mark.parametrize("step", ["train", "seal", "unlock", "release", "secret", "keys", "end"])
 def test_a_round_that_no_run_has_is_refused_by_name(standing: Federation, step: str) -> None:
     for round_ in (2**31, 2**63, 2**64, 2**200, -1):
         fields = json.loads(standing.sign(step, 1, "ash", TRAIN).header) | {"round": round_}

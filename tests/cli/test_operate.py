@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sqlite3
@@ -19,8 +20,9 @@ from confide.clients.app import make_client_app
 from confide.clients.assembly import open_site
 from confide.clients.service import alone
 from confide.config.run import load_run
-from confide.errors import AuditError, ConfideError, ConfigError, PolicyError
+from confide.errors import AuditError, ConfideError, ConfigError, ConsentError, PolicyError, SealingError
 from confide.privacy.files import write_private
+from confide.protocol.keyfiles import PASSPHRASE, PASSPHRASE_FILE, is_encrypted, site_key
 from confide.protocol.manifest import Manifest
 from confide.server.coordinator import Coordinator, Released
 from confide.server.federation import SERVER_CERTIFICATE, SERVER_KEY, FederationFolder
@@ -258,6 +260,64 @@ def test_a_wrong_passphrase_is_told_from_a_missing_one(site: Path, tmp_path: Pat
     assert findings(site, "--passphrase-file", tmp_path / "wrong")[1]["keys"] == ("fail", 6)
 
 
+# --- the site key under the passphrase --------------------------------------------------------------------------------
+
+
+def test_the_site_key_lies_under_the_passphrase_that_the_site_was_made_with(operated: Operated, site: Path) -> None:
+    assert is_encrypted(site / "site.key")
+    assert findings(site, *operated.secret)[1]["keys"] == ("ok", 0)
+    asked = ("consent", "status", "nobody", "--registry", site)
+    assert confide(*asked).code == ConfigError.exit_code
+    assert "--passphrase-file" in confide(*asked).err
+    assert "nothing about such a person" in confide(*asked, *operated.secret).err, "the control: it was opened"
+    site.joinpath("wrong").write_text("another passphrase")
+    assert confide(*asked, "--passphrase-file", site / "wrong").code == SealingError.exit_code
+    with pytest.raises(ConfigError, match="is encrypted"):
+        open_site(str(site), None)
+
+
+@pytest.mark.parametrize("variable", [PASSPHRASE, PASSPHRASE_FILE])
+def test_the_environment_may_hold_the_passphrase_or_name_its_file(
+    operated: Operated, site: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, WORDS if variable == PASSPHRASE else str(operated.demo.passphrase))
+    assert "nothing about such a person" in confide("consent", "status", "nobody", "--registry", site).err
+    assert findings(site)[1]["keys"] == ("ok", 0)
+
+
+def test_keys_in_the_clear_are_put_under_a_passphrase_afterwards_and_are_the_same_keys(
+    operated: Operated, site: Path
+) -> None:
+    sealed, words = site / "site.key", operated.secret
+    key = site_key(sealed, WORDS)
+    sealed.write_bytes(key.secret)
+    sealed.chmod(0o600)
+    assert findings(site, *words)[1]["keys"] == ("warn", 0)
+    assert "in the clear: site.key" in confide("site", "check", site, *words).words
+    assert ok("site", "lock", site, *words, "--json").last_line["encrypted"] == ["site.key"]
+    assert (sealed.stat().st_mode & 0o777, site_key(sealed, WORDS)) == (0o600, key)
+    assert key.secret not in sealed.read_bytes()
+    assert ok("site", "lock", site, *words, "--json").last_line["encrypted"] == []
+    site.joinpath("wrong").write_text("another passphrase")
+    assert confide("site", "lock", site, "--passphrase-file", site / "wrong").code == SealingError.exit_code
+    assert confide("site", "lock", site).code == ConfigError.exit_code
+
+
+@pytest.mark.parametrize("place", [0, 30, -1])
+def test_a_changed_site_key_is_no_other_site_key(operated: Operated, site: Path, place: int) -> None:
+    """Everybody would get another role and another name."""
+    changed = bytearray((site / "site.key").read_bytes())
+    changed[place] ^= 1
+    (site / "site.key").write_bytes(changed)
+    with pytest.raises((ConsentError, SealingError)):
+        open_site(str(site), WORDS)
+
+
+def test_a_backup_holds_the_site_key_as_it_lies_there(operated: Operated, backup: Path, tmp_path: Path) -> None:
+    ok("site", "restore", backup, "--out", tmp_path / "b", *operated.secret)
+    assert is_encrypted(tmp_path / "b" / "site.key")
+
+
 def test_an_empty_folder_is_no_site(tmp_path: Path) -> None:
     assert findings(tmp_path) == (2, {"site.toml": ("fail", 2)})
 
@@ -312,10 +372,71 @@ def test_the_model_beside_logs_of_several_runs_is_what_one_of_them_released(
     assert confide("audit", "verify", exported).code == AuditError.exit_code
 
 
-def test_only_the_federated_log_is_exported(operated: Operated, tmp_path: Path) -> None:
+def test_only_the_federated_log_and_the_roster_are_exported(operated: Operated, tmp_path: Path) -> None:
     ok("site", "export", operated.demo.sites["dayton"], "--out", tmp_path)
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["dayton.checkpoint", "dayton.log"]
+    names = ["dayton.checkpoint", "dayton.log", "roster.json"]
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == names
     assert b"local_" not in (tmp_path / "logs" / "dayton.log").read_bytes()
+
+
+# --- new keys ---------------------------------------------------------------------------------------------------------
+
+
+def moved(operated: Operated, to: Path) -> Operated:
+    """The same federation somewhere else, to go on with it."""
+    other, old = copy.copy(operated), operated.demo
+    shutil.copytree(old.folder, to)
+    demo = other.demo = copy.copy(old)
+    demo.folder, demo.fed, demo.passphrase = to, to / "fed", to / "passphrase"
+    demo.sites = {name: to / name for name in old.sites}
+    other.fed, other.secret = demo.fed, ("--passphrase-file", demo.passphrase)
+    return other
+
+
+def rotate(federation: Operated, site: str) -> None:
+    """New keys for a site, confirmed by everybody."""
+    fed, sites, secret = federation.fed, federation.demo.sites, federation.secret
+    ok("federation", "rotate", fed, ok("site", "rotate", sites[site], *secret, "--json").last_line["request"], *secret)
+    kits = ok("federation", "kit", fed, *secret, "--json").last_line["kits"]
+    for name, place in sites.items():
+        said = ok("federation", "show", place, "--kit", kits[name], "--json").last_line["fingerprint"]
+        done = ok("site", "confirm", place, kits[name], "--fingerprint", said, *secret, "--json").last_line
+        ok("federation", "collect", fed, done["file"])
+    kits = ok("federation", "kit", fed, *secret, "--json").last_line["kits"]
+    for name, place in sites.items():
+        ok("site", "confirm", place, kits[name], *secret)
+
+
+def export_all(federation: Operated, to: Path) -> Path:
+    for place in federation.demo.sites.values():
+        ok("site", "export", place, "--out", to)
+    ok("server", "export", federation.fed, "--out", to)
+    return to
+
+
+def test_a_sites_log_goes_on_under_its_new_key_and_verification_follows_the_roster(
+    operated: Operated, tmp_path: Path
+) -> None:
+    later = moved(operated, tmp_path / "later")
+    before = export_all(later, tmp_path / "before")
+    rotate(later, "dayton")
+    again = export_all(later, tmp_path / "again")
+    told = json.loads(confide("audit", "verify", again, "--json").out)
+    assert [(f["party"], f["severity"]) for f in told["findings"]] == [("dayton", "low")], "nobody has signed anew yet"
+    open_site(str(later.demo.sites["dayton"]), WORDS).close()
+    for name in ("dayton.log", "dayton.checkpoint"):
+        shutil.copy(export_all(later, tmp_path / "now") / "logs" / name, again / "logs" / name)
+    assert ok("audit", "verify", again, "--json").last_line["verified"], "the same entries, under the new key"
+    run = later.demo.start_run("third", run={"rounds": 1, "report_metrics_every": 1}, privacy={"epsilon": 1.0})
+    later._drive(run)
+    after = export_all(later, tmp_path / "after")
+    told = ok("audit", "verify", after, "--json").last_line
+    assert (told["verified"], told["runs"], told["roster"]["version"]) == (True, [*operated.runs, run], 2)
+    assert ok("audit", "verify", before, "--json").last_line["roster"]["version"] == 1
+    log = (before / "logs" / "dayton.log").read_bytes()
+    assert (after / "logs" / "dayton.log").read_bytes().startswith(log)
+    shutil.copy(before / "logs" / "roster.json", after / "logs")
+    assert confide("audit", "verify", after).code == AuditError.exit_code, "without the rotation nobody knows the key"
 
 
 # --- backup and restore -----------------------------------------------------------------------------------------------

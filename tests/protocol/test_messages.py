@@ -51,6 +51,8 @@ FIELDS: dict[type[m.Message], set[str]] = {
     m.UnlockReply: {"transcript", "seed"},
     m.ReleaseRequest: {"sums", "statements"},
     m.ReleaseReply: {"model", "key"},
+    m.EndRequest: {"status"},
+    m.EndReply: set(),
     m.Refusal: {"kind", "reason"},
 }
 EXAMPLES: list[m.Message] = [
@@ -70,11 +72,14 @@ EXAMPLES: list[m.Message] = [
     m.UnlockReply(transcript=H, seed=H),
     m.ReleaseRequest(sums=(SUM,), statements=()),
     m.ReleaseReply(model=H, key=H),
+    m.EndRequest(status="stopped"),
+    m.EndReply(),
     m.Refusal(kind="abstains", reason="abstains"),
 ]
 TYPES = [e.TYPE for e in EXAMPLES]
 FROM_SITES = (
-    m.JoinReply, m.SecretReply, m.KeysReply, m.TrainReply, m.SealReply, m.UnlockReply, m.ReleaseReply, m.Refusal,
+    m.JoinReply, m.SecretReply, m.KeysReply, m.TrainReply, m.SealReply, m.UnlockReply, m.ReleaseReply, m.EndReply,
+    m.Refusal,
 )  # fmt: skip
 
 

@@ -19,7 +19,16 @@ from confide.clients.membership import Membership, SiteKeys
 from confide.errors import SealingError
 from confide.protocol.fingerprint import fingerprint, same_fingerprint
 from confide.protocol.identity import Identity
-from confide.protocol.roster import Roster, RosterMember, SignedRoster, look, required_keys, sign_roster, verify_chain
+from confide.protocol.roster import (
+    Roster,
+    RosterMember,
+    SignedRoster,
+    given_up_keys,
+    look,
+    required_keys,
+    sign_roster,
+    verify_chain,
+)
 from confide.protocol.standing import Standing
 from tests.rosters import FEDERATION, POPULATION, Cast, Chain
 
@@ -383,3 +392,20 @@ def test_two_processes_that_confirm_at_once_sign_one_version_of_a_number(turn: i
         thread.join()
     assert len(signed) == 1
     assert Membership(tmp_path / "m.json").standing.promised_digest == signed[0]
+
+
+def test_keys_that_were_given_up_are_followed_back_through_signed_changes_only() -> None:
+    cast = Cast("ash", "birch", "cedar")
+    chain = cast.founded()
+    first = cast.keys["ash"].identity.public_key
+    for kind in ("rotate", "rotate", "replace"):
+        old, new = cast.keys["ash"], SiteKeys.generate(Identity.generate("ash"))
+        members = [m for m in chain[-1].roster.members if m.site != "ash"] + [cast.member("ash", new)]
+        roster = cast.next(chain, kind, "ash", members=sorted(members, key=lambda m: m.site))
+        signed = cast.signed(roster, "birch", "cedar", others=[new.identity, *([old.identity] * (kind == "rotate"))])
+        cast.keys["ash"], chain = new, (*chain, signed)
+        verify_chain(chain)
+        found = given_up_keys(chain, "ash")
+        assert found == ((old.identity.public_key, *found[1:]) if kind == "rotate" else ())
+        assert (first in found) == (kind == "rotate")
+    assert given_up_keys(chain, "birch") == given_up_keys((), "ash") == given_up_keys(chain, "nobody") == ()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import json
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +28,40 @@ from confide.server.coordinator import Coordinator
 from confide.server.journal import Journal, RoundOutcome, Total
 from confide.server.runs import RunStore
 from tests.attacks.federation import Federation, open_federation
+from tests.privacy import postgres
 
 MANIFEST, INITIAL = b'{"run": "r"}', b"first weights"
+_numbers = itertools.count()
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    """A database in a file."""
-    return f"sqlite:///{tmp_path / 'runs.db'}"
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database in a file, and one on a real PostgreSQL server."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'runs.db'}"
+    return postgres.new_database(request.getfixturevalue("postgres_folder"), f"runs_{next(_numbers)}")
+
+
+@pytest.fixture(scope="module")
+def postgres_folder() -> Iterator[str]:
+    """One server for the tests of this file."""
+    with postgres.server() as folder:
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def closed_stores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a test opens is closed at its end: a connection that is left behind is a warning."""
+    made, real = list[RunStore](), RunStore.__init__
+
+    def noted(store: RunStore, *arguments: Any) -> None:
+        real(store, *arguments)
+        made.append(store)
+
+    monkeypatch.setattr(RunStore, "__init__", noted)
+    yield
+    for store in made:
+        store.close()
 
 
 @pytest.fixture
@@ -126,6 +155,100 @@ def test_another_version_is_refused(url: str) -> None:
         db.execute(t.schema.update().values(version=99))
     with pytest.raises(StorageError, match="version 99"):
         RunStore(url)
+
+
+def test_processes_that_open_a_new_store_at_once_make_it_once(url: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(pool.map(lambda _: RunStore(url), range(8)))
+    stores[0].submit("r", MANIFEST, INITIAL)
+    assert {tuple(store.runs()) for store in stores} == {("r",)}
+    for store in stores:
+        store.close()
+
+
+def test_of_those_who_put_a_run_there_under_one_name_one_does(url: str) -> None:
+    stores = [RunStore(url) for _ in range(6)]
+
+    def put(number: int) -> bool:
+        try:
+            stores[number].submit("r", b"manifest %d" % number, INITIAL)
+        except ConfigError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        won = [number for number, done in enumerate(pool.map(put, range(6))) if done]
+    assert len(won) == 1
+    assert RunStore(url).load("r") == (b"manifest %d" % won[0], INITIAL)
+
+
+def test_of_two_owners_that_write_at_once_only_the_last_one_is_taken(url: str, tmp_path: Path) -> None:
+    """Whatever the interleaving: once a take-over is through, nothing of an earlier owner is."""
+    key = Identity.generate("c").key
+    Identity("c", key).open_log(tmp_path / "log.db", "coordinator", "f").close()
+    RunStore(url).submit("r", MANIFEST, INITIAL)
+
+    def drive(number: int) -> tuple[str, int]:
+        store, written = RunStore(url), 0
+        log = Identity("c", key).open_log(tmp_path / "log.db", "coordinator", "f")
+        journal = store.open("r", MANIFEST, INITIAL, log)
+        try:
+            for round_ in range(1, 40):
+                journal.put_requests(at("train", round_, attempt=number), {"ash": message(b"%d" % number)})
+                written += 1
+        except StorageError as error:
+            return (journal._owner, written) if "taken this run over" in str(error) else ("", -1)
+        finally:
+            log.close()
+        return journal._owner, written
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(drive, range(4)))
+    with RunStore(url).transaction() as db:
+        last = db.scalar(select(t.run.c.owner))
+        rows = dict(db.execute(select(t.message.c.attempt, func.count()).group_by(t.message.c.attempt)).all())  # type: ignore[arg-type]
+    assert [written for owner, written in found if owner == last] == [39], "who came last was never disturbed"
+    assert rows == {number: written for number, (_, written) in enumerate(found) if written}
+
+
+def test_a_run_is_stopped_while_its_owner_writes(url: str, log: Any) -> None:
+    """Two processes, one row: neither's change is lost."""
+    store, other = RunStore(url), RunStore(url)
+    journal = store.open("r", MANIFEST, INITIAL, log)
+    with ThreadPoolExecutor(1) as pool:
+        stopped = pool.submit(lambda: [other.mark("r", "stopping", only=("running",)) for _ in range(30)])
+        for number in range(1, 31):
+            journal.end_round(_outcome(number), [], "")
+        assert sum(stopped.result()) == 1
+    assert (other.status("r"), journal.position().next) == ("stopping", 31)
+
+
+def test_a_run_dies_and_goes_on_from_either_database_to_the_same_end(url: str, tmp_path: Path) -> None:
+    with open_federation(tmp_path / "f", privacy={"epsilon": float("inf"), "unsafe_noise_seed": 5},
+                         sealing={"profile": "masked"}) as federation:  # fmt: skip
+        with pytest.raises(_Died):
+            federation.coordinator(store=RunStore(url), before_round=_die_in(2)).run()
+        store = RunStore(url)
+        assert store.next_round(federation.manifest.run) == 2
+        assert store.untold() == []
+        released = federation.coordinator(store=store).run()
+        assert store.runs() == {federation.manifest.run: "finished"}
+        assert [o.abandoned for o in released.outcomes] == [False] * 4
+        again = federation.coordinator(
+            federation.grid(lambda *_: pytest.fail("asked again")), store=RunStore(url)
+        ).run()
+        assert again.weights.tobytes() == released.weights.tobytes()
+
+
+def test_a_large_round_and_a_hostile_sites_words_are_taken_by_every_database(url: str, log: Any) -> None:
+    """More bytes than 32 bits count; and text that PostgreSQL does not take must not end a run."""
+    journal = RunStore(url).open("r", MANIFEST, INITIAL, log)
+    journal.agree(0, ["ash"])
+    journal.end_round(replace(_outcome(1), uplink_bytes=2**40), ["ash"], "")
+    assert [o.uplink_bytes for o in journal.outcomes()] == [2**40]
+    hostile = json.loads('{"kind": "a\\u0000b", "reason": "no\\u0000\\n\\u202e \\u00e9"}')
+    journal.refuse("ash", Refusal(**hostile))
+    assert journal.refusals() == {"ash": Refusal(kind="a\ufffdb", reason="no\ufffd\ufffd\ufffd é")}
 
 
 # --- what a run holds -------------------------------------------------------------------------------------------------

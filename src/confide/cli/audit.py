@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from confide.cli.render import Display, err, number, out, plain, show_json, table, when
 from confide.errors import AuditError, ConfigError
+
+if TYPE_CHECKING:
+    from confide.protocol.rosterbook import RosterBook
 
 __all__ = ["app"]
 
@@ -32,19 +35,21 @@ def verify(
     run: _Run = None,
     as_json: _Json = False,
 ) -> None:
-    """Check signatures, trees, agreement between the parties, charges and ε. Exit 0, or 7 with what does not hold.
+    """Check signatures, trees, whose keys these are, agreement of the parties, charges, ε. Exit 0, or 7 with findings.
 
     Logs of several runs are checked run by run.
     """
     from confide.privacy.audit.verify import verify as check
     from confide.privacy.audit.verify import verify_runs
     from confide.privacy.audit.witness import WitnessNotes
+    from confide.protocol.rosterbook import RosterBook
 
     if folder.is_file():
         _show_proof(folder, as_json=as_json)
         return
     notes = [WitnessNotes(w) for w in witness or ()]
-    runs = verify_runs(folder, notes) if run is None else [check(folder, notes, run)]
+    book = RosterBook.read(folder)
+    runs = verify_runs(folder, notes, book) if run is None else [check(folder, notes, run, book)]
     found = list(dict.fromkeys(finding for evidence in runs for finding in evidence.findings))
     logs = {
         log.party: len(log.entries) for evidence in runs for log in (evidence.coordinator, *evidence.sites.values())
@@ -54,6 +59,7 @@ def verify(
         show_json({
             "run_id": runs[-1].run, "runs": [evidence.run for evidence in runs], "parties": len(logs),
             "entries": entries, "verified": not found, "findings": [plain(finding) for finding in found],
+            "roster": _roster(book),
         })  # fmt: skip
     if found and as_json:
         err.print(f"{folder}: {len(found)} findings; first: {found[0]}", markup=False, soft_wrap=True)
@@ -69,6 +75,21 @@ def verify(
     if not as_json:
         names = f"run {runs[0].run}" if len(runs) == 1 else f"{len(runs)} runs, the last {runs[-1].run}"
         out.print(f"verified: {names}, {len(logs)} logs, {entries:,} entries, no finding")
+        roster = _roster(book)
+        if roster is not None:
+            out.print(f"keys: version {roster['version']} of {roster['federation']}, signed by its {roster['members']} "
+                      f"members; ask one of them whether its fingerprint is {roster['fingerprint']}",
+                      soft_wrap=True, markup=False)  # fmt: skip
+
+
+def _roster(book: RosterBook) -> dict[str, Any] | None:
+    """What somebody who doubts the keys has to ask a site for."""
+    from confide.protocol.fingerprint import fingerprint
+
+    if book.latest is None:
+        return None
+    return {"federation": book.latest.federation, "version": book.latest.version, "digest": book.latest.digest,
+            "members": len(book.latest.members), "fingerprint": fingerprint(book.latest)}  # fmt: skip
 
 
 def _show_proof(path: Path, *, as_json: bool) -> None:
@@ -128,11 +149,12 @@ def prove(
     from confide.privacy.audit.participation import find_snapshot
     from confide.privacy.audit.proof import find_charge, make_proof
     from confide.privacy.audit.verify import verify as check
+    from confide.protocol.rosterbook import RosterBook
 
     if sum(given is not None for given in (entry, charge, person)) != 1 or (person is None) != (round_ is None):
         raise ConfigError("name exactly one of --entry, --charge, --person with --round", where="confide audit prove",
                           hint="--entry 12, or --charge RUN/ROUND/train, or --person ID --round 3")  # fmt: skip
-    evidence = check(folder, run=run)
+    evidence = check(folder, run=run, rosters=RosterBook.read(folder))
     if person is not None and round_ is not None:
         number = find_snapshot(evidence, party, round_)
         files = SiteFiles.of(party, folder / "sites" / party, (ledger or folder / "ledgers") / party)
@@ -299,15 +321,16 @@ def cosign(
     """Look at every log of a run, and sign those states that only grew since the last time. Exit 7 if one did not."""
     from confide.privacy.audit.evidence import load_runs
     from confide.privacy.audit.witness import Witness
+    from confide.protocol.rosterbook import RosterBook
 
-    witness, runs = Witness(folder), load_runs(run)
+    witness, runs = Witness(folder), load_runs(run, RosterBook.read(run))
     logs = {log.party: log for evidence in runs for log in (evidence.coordinator, *evidence.sites.values())}
     done = []
     for log in logs.values():
         if log.checkpoint is None or log.path is None:
             raise AuditError("there is no log with a checkpoint that holds", where=f"log of {log.party}",
                              hint="see confide audit verify")  # fmt: skip
-        seen = witness.cosign(log.path, log.checkpoint.origin, log.party, log.public_key)
+        seen = witness.cosign(log.path, log.checkpoint.origin, log.party, log.public_key, log.keys)
         done.append({"party": log.party, "entries": seen.checkpoint.size, "at": when(seen.at * 10**6)})
     if as_json:
         show_json({"witness": witness.name, "run_id": runs[-1].run, "logs": done})
@@ -324,10 +347,11 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: what was trained, for what, at what privacy loss, who could see what."""
     from confide.privacy.audit.report import write_report
+    from confide.protocol.rosterbook import RosterBook
 
     path = out_file or folder / "report.html"
     try:
-        summary = write_report(folder, path, run)
+        summary = write_report(folder, path, run, RosterBook.read(folder))
     except OSError as error:
         raise ConfigError(
             f"cannot be written: {error.strerror}", where=str(path), hint="name a place you may write to"

@@ -39,6 +39,7 @@ from confide.cli.consent_inputs import (
     event_now,
     identifiers,
     instant,
+    key_box,
     notice_digest,
     purpose_list,
     refuse_erased,
@@ -48,6 +49,7 @@ from confide.cli.consent_inputs import (
 from confide.cli.consent_output import FileDisplay, plain_event, refuse_import, show, show_import, show_recorded
 from confide.cli.consent_registry import check, erase, init, notices
 from confide.cli.render import err, number, out, show_json, when
+from confide.cli.site_setup import PassphraseFile
 from confide.errors import ConfigError, ConsentError
 
 __all__ = ["app"]
@@ -73,6 +75,7 @@ def import_(
     file: Annotated[Path, typer.Argument(help="CSV, JSONL, 27560 JSON-LD, FHIR R4 Consent, Kantara receipts.")],
     registry: RegistryOption = HERE,
     key: KeyOption = None,
+    passphrase_file: PassphraseFile = None,
     form: Annotated[
         str | None, typer.Option("--format", help="csv, jsonl, 27560, fhir, kantara or mapped. Default: by content.")
     ] = None,
@@ -96,7 +99,7 @@ def import_(
     options = Options(purposes=None if purposes is None else purpose_list(purposes))
     declared = load_mapping(mapping) if mapping is not None else None
     passed_over = list[int]()
-    with ConsentDesk(registry, key) as desk, FileDisplay() as display:
+    with ConsentDesk(registry, key, key_box(passphrase_file)) as desk, FileDisplay() as display:
         display.doing("checking")
         checked = check_file(file, options, mapping=declared, name=form, progress=display.update)
         added = None
@@ -129,6 +132,7 @@ def grant(
     purpose: _Purpose,
     registry: RegistryOption = HERE,
     key: KeyOption = None,
+    passphrase_file: PassphraseFile = None,
     valid_until: Annotated[
         str | None, typer.Option("--valid-until", help="When it ends: ISO 8601 with an offset.")
     ] = None,
@@ -151,7 +155,7 @@ def grant(
         "notice_digest": notice_digest(notice), "lawful_basis": lawful_basis, "jurisdiction": jurisdiction,
         "evidence_ref": evidence, "max_epsilon": max_epsilon or "",
     })  # fmt: skip
-    with ConsentDesk(registry, key) as desk:
+    with ConsentDesk(registry, key, key_box(passphrase_file)) as desk:
         refuse_erased(desk, event.subject)
         known = desk.purposes()
         near = get_close_matches(event.purpose, known, n=1, cutoff=0.8) if event.purpose not in known else []
@@ -170,6 +174,7 @@ def withdraw(
     purpose: _Purpose,
     registry: RegistryOption = HERE,
     key: KeyOption = None,
+    passphrase_file: PassphraseFile = None,
     evidence: Annotated[str, typer.Option("--evidence", help="Where the person's message lies.")] = "",
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Record it although the person has no consent on record for the purpose.")
@@ -180,7 +185,7 @@ def withdraw(
     from confide.privacy.consent.desk import ConsentDesk
 
     event = event_now({"subject": subject, "purpose": purpose, "type": "withdrawn", "evidence_ref": evidence})
-    with ConsentDesk(registry, key) as desk:
+    with ConsentDesk(registry, key, key_box(passphrase_file)) as desk:
         refuse_erased(desk, event.subject)
         held = sorted({e.purpose for _, e in desk.history(event.subject)})
         if event.purpose not in held and not anyway:
@@ -198,12 +203,16 @@ def withdraw(
 
 @app.command("status")
 def status(
-    subject: SubjectArgument, registry: RegistryOption = HERE, key: KeyOption = None, as_json: JsonOption = False
+    subject: SubjectArgument,
+    registry: RegistryOption = HERE,
+    key: KeyOption = None,
+    passphrase_file: PassphraseFile = None,
+    as_json: JsonOption = False,
 ) -> None:
     """What is on record of one person, and what it amounts to now. Exit 4 where nothing is."""
     from confide.privacy.consent.desk import ConsentDesk
 
-    with ConsentDesk(registry, key) as desk:
+    with ConsentDesk(registry, key, key_box(passphrase_file)) as desk:
         erased, history = desk.is_erased(subject), desk.history(subject)
         standings = desk.standings(subject, desk.now())
         pseudonym, sequence = desk.pseudonym(subject), desk.sequence()
@@ -242,6 +251,7 @@ def snapshot(
     purpose: _Purpose,
     registry: RegistryOption = HERE,
     key: KeyOption = None,
+    passphrase_file: PassphraseFile = None,
     at: Annotated[str | None, typer.Option("--at", help="As of when: ISO 8601 with an offset. Default: now.")] = None,
     threshold: Annotated[int, typer.Option("--threshold", min=5, help="Smaller numbers are not said.")] = 20,
     as_json: JsonOption = False,
@@ -251,7 +261,7 @@ def snapshot(
     from confide.privacy.consent.events import from_micros
 
     as_of = None if at is None else instant(at, "--at")
-    with ConsentDesk(registry, key) as desk:
+    with ConsentDesk(registry, key, key_box(passphrase_file)) as desk:
         known = desk.purposes()
         if purpose not in known:
             near = get_close_matches(purpose, known, n=1)
@@ -275,6 +285,7 @@ def export(
     out_file: Annotated[Path, typer.Option("--out", help="The new file.")],
     registry: RegistryOption = HERE,
     key: KeyOption = None,
+    passphrase_file: PassphraseFile = None,
     form: Annotated[str, typer.Option("--format", help="csv, or 27560 (JSON-LD, one record a line).")] = "csv",
     subjects: Annotated[
         Path | None, typer.Option("--subjects", help="Identifiers to name persons by: one a line, or a table.")
@@ -296,7 +307,7 @@ def export(
                           where="--format", hint=f"one of {', '.join(EXPORTS)}")  # fmt: skip
     refuse_existing(out_file)
     names = identifiers(subjects, column)
-    with ConsentDesk(registry, key) as desk:
+    with ConsentDesk(registry, key, key_box(passphrase_file)) as desk:
         found = export_events(desk, form, names, named_only=named_only)
     try:
         write_private(out_file, found.data)
@@ -321,6 +332,7 @@ def receipt(
     out_base: Annotated[Path, typer.Option("--out", help="Writes OUT.json (ISO/IEC TS 27560) and OUT.html.")],
     registry: RegistryOption = HERE,
     key: KeyOption = None,
+    passphrase_file: PassphraseFile = None,
     controller: Annotated[str, typer.Option("--controller", help="Who is responsible for the data.")] = "this site",
     contact: Annotated[
         str, typer.Option("--contact", help="Where the person withdraws: an address, a name.")
@@ -338,7 +350,7 @@ def receipt(
     for suffix in (".json", ".html"):
         refuse_existing(base.with_name(base.name + suffix))
     signs = load_signing_key(signing_key) if signing_key is not None else None
-    with ConsentDesk(registry, key) as desk:
+    with ConsentDesk(registry, key, key_box(passphrase_file)) as desk:
         made = make_receipt(desk, subject, controller=controller, contact=contact, key=signs)
     try:
         file, page = write_receipt(made, base)

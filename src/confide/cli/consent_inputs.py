@@ -15,6 +15,7 @@ from confide.errors import ConfigError, ConsentError
 if TYPE_CHECKING:
     from confide.privacy.consent.desk import ConsentDesk
     from confide.privacy.consent.imports import ImportedEvent
+    from confide.protocol.keyfiles import SiteKeyBox
 
 __all__ = [
     "HERE",
@@ -26,6 +27,7 @@ __all__ = [
     "event_now",
     "identifiers",
     "instant",
+    "key_box",
     "notice_digest",
     "purpose_list",
     "refuse_erased",
@@ -44,6 +46,13 @@ KeyOption = Annotated[
 SubjectArgument = Annotated[str, typer.Argument(help="The person's identifier, as in the site's table.")]
 HERE = "."
 _DIGEST = re.compile(r"(?:sha256:)?[0-9a-f]{64}")
+
+
+def key_box(file: Path | None) -> SiteKeyBox:
+    """What opens the site key."""
+    from confide.protocol.keyfiles import SiteKeyBox, passphrase_from
+
+    return SiteKeyBox(passphrase_from(file))
 
 
 def erased_person(subject: str) -> ConsentError:

@@ -13,10 +13,12 @@ from confide.cli.consent_inputs import (
     KeyOption,
     RegistryOption,
     SubjectArgument,
+    key_box,
     notice_digest,
 )
 from confide.cli.consent_output import show
 from confide.cli.render import err, out, show_json, when
+from confide.cli.site_setup import PassphraseFile
 from confide.errors import ConfigError, ConsentError
 
 __all__ = ["check", "erase", "init", "notices"]
@@ -38,6 +40,7 @@ YOURS = (
 def init(
     place: Annotated[str, typer.Argument(help="New or empty folder of the site, or postgresql://… with --key.")],
     key: KeyOption = None,
+    passphrase_file: PassphraseFile = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a registry (consent.db) and the site's key (site.key). Keep a backup of both, apart from each other.
@@ -47,7 +50,7 @@ def init(
     from confide.privacy.consent.desk import KEY, REGISTRY, ConsentDesk
     from confide.privacy.consent.storage import is_url, shown_address
 
-    with ConsentDesk.create(place, key) as desk:
+    with ConsentDesk.create(place, key, key_box(passphrase_file)) as desk:
         fingerprint = desk.key_fingerprint
     registry = shown_address(place) if is_url(place) else str(Path(place) / REGISTRY)
     key_file = str(key or Path(place) / KEY)
@@ -67,6 +70,7 @@ def erase(
     subject: SubjectArgument,
     registry: RegistryOption = HERE,
     key: KeyOption = None,
+    passphrase_file: PassphraseFile = None,
     ground: Annotated[
         str | None, typer.Option("--ground", help="Why the tombstone is kept. Default: GDPR-17-3-b, GDPR-5-2.")
     ] = None,
@@ -79,7 +83,7 @@ def erase(
 
     if ground is not None and not (ground.isprintable() and 0 < len(ground) <= 200):
         raise ConfigError("is empty, too long, or does not print", where="--ground", hint="at most 200 characters")
-    with ConsentDesk(registry, key) as desk:
+    with ConsentDesk(registry, key, key_box(passphrase_file)) as desk:
         already = desk.is_erased(subject)
         if not already and desk.pseudonym(subject) is None:
             raise ConsentError("the registry holds nothing about such a person", where=subject,
@@ -131,6 +135,7 @@ def add_notice(
     ] = False,
     registry: RegistryOption = HERE,
     key: KeyOption = None,
+    passphrase_file: PassphraseFile = None,
     as_json: JsonOption = False,
 ) -> None:
     """Put on record, for ever, what a notice was written for. A grant that names it for another purpose is none."""
@@ -140,7 +145,7 @@ def add_notice(
     if not all(p and p.isprintable() and len(p) <= 200 for p in wanted):
         raise ConfigError("is empty, too long, or does not print", where="--purpose", hint="at most 200 characters")
     digest = notice_digest(file)
-    with ConsentDesk(registry, key) as desk:
+    with ConsentDesk(registry, key, key_box(passphrase_file)) as desk:
         notice = desk.add_notice(digest, wanted, covers_beneath=covers_beneath)
     if as_json:
         show_json({"digest": notice.digest, "purposes": sorted(notice.purposes),
@@ -153,12 +158,17 @@ def add_notice(
 
 
 @notices.command("list")
-def list_notices(registry: RegistryOption = HERE, key: KeyOption = None, as_json: JsonOption = False) -> None:
+def list_notices(
+    registry: RegistryOption = HERE,
+    key: KeyOption = None,
+    passphrase_file: PassphraseFile = None,
+    as_json: JsonOption = False,
+) -> None:
     """The notices on record."""
     from confide.privacy.consent.desk import ConsentDesk
     from confide.privacy.consent.events import from_micros
 
-    with ConsentDesk(registry, key) as desk:
+    with ConsentDesk(registry, key, key_box(passphrase_file)) as desk:
         found = desk.notices()
     if as_json:
         show_json({"notices": [
@@ -178,6 +188,7 @@ def list_notices(registry: RegistryOption = HERE, key: KeyOption = None, as_json
 def check(
     registry: RegistryOption = HERE,
     key: KeyOption = None,
+    passphrase_file: PassphraseFile = None,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Make what is kept for speed anew from the events.")
     ] = False,
@@ -186,7 +197,7 @@ def check(
     """Compare what the registry keeps for speed with its events. Where they differ nobody takes part any more."""
     from confide.privacy.consent.desk import ConsentDesk
 
-    with ConsentDesk(registry, key) as desk:
+    with ConsentDesk(registry, key, key_box(passphrase_file)) as desk:
         found = desk.check()
         if rebuild:
             desk.rebuild()

@@ -92,15 +92,16 @@ def export(
     to: Annotated[Path, typer.Option("--out", help="New or existing folder for the files.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write the coordinator's log as it is now, with its signed checkpoint, for auditors; the service may run.
+    """Write the coordinator's log as it is now, its signed checkpoint and the rosters, for auditors.
 
     Take it after the sites' logs: a log that knows of a run that the coordinator's does not is a finding.
     """
     from confide.privacy.audit.log import CHECKPOINT_SUFFIX, LOG_SUFFIX, export_log
+    from confide.protocol.rosterbook import add_rosters
     from confide.server.federation import FederationFolder
     from confide.server.service import LOGS
 
-    FederationFolder(folder)
+    chain = FederationFolder(folder).state.chain
     if not (folder / LOGS).is_file():
         raise ConfigError("has no log yet: it has had no run", where=str(folder), hint="confide server run FOLDER")
     path = to / "logs" / f"coordinator{LOG_SUFFIX}"
@@ -109,6 +110,7 @@ def export(
     except OSError as error:
         raise StorageError(f"cannot be made: {error.strerror}", where=str(path.parent)) from None
     export_log(folder / LOGS, path)
+    add_rosters(path.parent, chain)
     if as_json:
         show_json({"log": str(path), "checkpoint": str(path.with_suffix(CHECKPOINT_SUFFIX))})
     else:

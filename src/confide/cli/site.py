@@ -42,6 +42,7 @@ def root() -> None:
 app.command("init")(site_setup.init)
 app.command("confirm")(site_setup.confirm)
 app.command("rotate")(site_setup.rotate)
+app.command("lock")(site_setup.lock)
 app.command("run")(site_run.run)
 app.command("check")(site_look.check)
 app.command("status")(site_look.status)

@@ -24,12 +24,14 @@ def export(
     to: Annotated[Path, typer.Option("--out", help="New or existing folder for the files.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write the site's federated log and its signed checkpoint as files, for auditors and the other sites.
+    """Write the site's federated log, its signed checkpoint and the rosters that the site has accepted as files.
 
-    Nothing in it depends on one person. The local log stays here.
+    For auditors and the other sites. Nothing in it depends on one person. The local log stays here.
     """
     from confide.clients.assembly import SiteFolder
+    from confide.clients.membership import MEMBERSHIP, Membership
     from confide.privacy.audit.log import CHECKPOINT_SUFFIX, LOG_SUFFIX, export_log
+    from confide.protocol.rosterbook import add_rosters
 
     place = SiteFolder.read(folder)
     if not place.federated_log.is_file():
@@ -40,6 +42,7 @@ def export(
     except OSError as error:
         raise StorageError(f"cannot be made: {error.strerror}", where=str(path.parent)) from None
     export_log(place.federated_log, path)
+    add_rosters(path.parent, Membership(folder / MEMBERSHIP).standing.accepted)
     entries = path.read_bytes().count(b"\n")
     if as_json:
         show_json({"folder": str(path.parent), "log": str(path),

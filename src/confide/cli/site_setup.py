@@ -1,7 +1,8 @@
-"""`confide site init | confirm | rotate`: how a site comes into a federation.
+"""`confide site init | confirm | rotate | lock`: how a site comes into a federation, and its keys.
 
-`--json` prints: init: {folder, request, config, encrypted}; rotate: {folder, request}; confirm: {state: "countersigned"
-or "accepted", federation, version, digest, change, file, missing, to_write}.
+`--json` prints: init: {folder, request, config, encrypted}; rotate: {folder, request}; lock: {folder,
+encrypted}; confirm: {state: "countersigned" or "accepted", federation, version, digest, change, file, missing,
+to_write}.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
 
     from confide.protocol.roster import Roster
 
-__all__ = ["AsJson", "PassphraseFile", "change_of", "confirm", "init", "rotate", "show_change"]
+__all__ = ["AsJson", "PassphraseFile", "change_of", "confirm", "init", "lock", "rotate", "show_change"]
 
 PassphraseFile = Annotated[
     Path | None,
-    typer.Option("--passphrase-file", help="A file with the passphrase of the keys (else CONFIDE_PASSPHRASE)."),
+    typer.Option(
+        "--passphrase-file", help="The keys' passphrase, in a file. Else: CONFIDE_PASSPHRASE, CONFIDE_PASSPHRASE_FILE."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -72,6 +75,27 @@ def rotate(
         show_json({"folder": str(folder), "request": str(request)})
     else:
         out.print(f"send to the coordinator: {request}", markup=False, soft_wrap=True)
+
+
+def lock(
+    folder: Annotated[Path, typer.Argument(help="The site's folder.")],
+    passphrase_file: PassphraseFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put the keys that lie in the clear under a passphrase, site.key too. From then on every command needs it."""
+    from confide.clients.enrolment import encrypt_keys
+    from confide.protocol.keyfiles import PASSPHRASE, passphrase_from
+
+    passphrase = passphrase_from(passphrase_file)
+    if passphrase is None:
+        raise ConfigError("is missing", where="--passphrase-file", hint=f"or set {PASSPHRASE}")
+    done = encrypt_keys(folder, passphrase)
+    if as_json:
+        show_json({"folder": str(folder), "encrypted": done})
+        return
+    out.print(f"encrypted: {', '.join(done)}" if done else "nothing lay in the clear", markup=False, soft_wrap=True)
+    if done:
+        out.print("copies made before, backups on other disks among them, are as they were", markup=False)
 
 
 def confirm(

@@ -66,7 +66,7 @@ class Address(BaseModel):
     #: Which run secret is in force, or is being agreed on.
     key_epoch: Annotated[int, Field(ge=0, le=1000)]
     round: Annotated[int, Field(ge=0, le=1_000_000)]
-    step: Literal["join", "secret", "keys", "train", "seal", "unlock", "release"]
+    step: Literal["join", "secret", "keys", "train", "seal", "unlock", "release", "end"]
     #: Which attempt to seal the round; 0 for every other step.
     attempt: Annotated[int, Field(ge=0, le=100)] = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -35,10 +36,10 @@ class Identity:
         """The 32-byte public key."""
         return self.key.public_key().public_bytes_raw()
 
-    def open_log(self, path: Path, kind: str, federation: str) -> Log:
-        """This identity's log of a kind (`federated`, `local`, `coordinator`)."""
+    def open_log(self, path: Path, kind: str, federation: str, former: Sequence[bytes] = ()) -> Log:
+        """This identity's log of a kind (`federated`, `local`, `coordinator`); `former`: public keys that it had."""
         origin = f"confide/{federation}/{self.name}/{kind}"
-        return Log(path, origin=origin, name=self.name, public_key=self.public_key, sign=self.sign)
+        return Log(path, origin=origin, name=self.name, public_key=self.public_key, sign=self.sign, former=former)
 
     def sign(self, message: bytes) -> bytes:
         """A 64-byte signature."""

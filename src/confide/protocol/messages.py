@@ -5,7 +5,7 @@ Bulk (model bytes, payloads, sums) travels as chunks of the envelope, in the ord
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
@@ -15,6 +15,8 @@ from confide.protocol.manifest import Hex32
 
 __all__ = [
     "NO_UPDATE",
+    "EndReply",
+    "EndRequest",
     "JoinReply",
     "JoinRequest",
     "KeysReply",
@@ -232,6 +234,19 @@ class ReleaseReply(Message):
     #: Digest of the model, and the key under which the sites have named it so far.
     model: Hex32
     key: Hex32
+
+
+class EndRequest(Message):
+    """Coordinator → site: the run is over, and nothing of it is released; no request of it follows."""
+
+    TYPE: ClassVar[str] = "end.request"
+    status: Literal["stopped", "failed"]
+
+
+class EndReply(Message):
+    """Site → coordinator: its keys of the run are gone."""
+
+    TYPE: ClassVar[str] = "end.reply"
 
 
 class Refusal(Message):

@@ -43,6 +43,7 @@ __all__ = [
     "SignedRoster",
     "SiteName",
     "first_roster",
+    "given_up_keys",
     "look",
     "next_roster",
     "required_keys",
@@ -229,6 +230,19 @@ def required_keys(roster: Roster, previous: Roster | None) -> dict[str, str]:
     before = {m.signing_key: m.site for m in previous.members if m.site not in excused} if previous else {}
     now = {m.signing_key: m.site for m in roster.members}
     return {roster.coordinator_key: COORDINATOR, **before, **now}
+
+
+def given_up_keys(chain: Sequence[SignedRoster], site: str) -> tuple[bytes, ...]:
+    """The signing keys that a member has changed from, the newest first, as far back as each one has signed the change:
+    a key that was lost, and whatever was signed with it, may be anybody's."""
+    found = []
+    for newer, older in zip(reversed(chain), list(reversed(chain))[1:], strict=False):
+        now, before, change = newer.roster.member(site), older.roster.member(site), newer.roster.change
+        if now is None or before is None or (site in change.sites and change.kind != "rotate"):
+            break
+        if now.signing_key != before.signing_key:
+            found.append(bytes.fromhex(before.signing_key))
+    return tuple(found)
 
 
 def verify_chain(chain: Sequence[SignedRoster], *, proposal: bool = False) -> None:

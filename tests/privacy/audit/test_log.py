@@ -26,8 +26,9 @@ from confide.errors import AuditError, StorageError
 from confide.privacy.audit.checkpoint import Checkpoint, parse_note, sign_note
 from confide.privacy.audit.log import Log, export_log, parse_line, read_lines
 from confide.privacy.audit.merkle import leaf_hash, tree_root, verify_consistency, verify_inclusion
-from confide.privacy.audit.records import Opened, Record, Sealed
+from confide.privacy.audit.records import Opened, Record, RunEnded, Sealed
 from confide.privacy.dp import Ledger, RenyiBudget
+from confide.protocol.identity import Identity
 
 ORIGIN = "confide/test/ash/federated"
 KEY = Ed25519PrivateKey.from_private_bytes(b"k" * 32)
@@ -952,3 +953,36 @@ def test_what_is_no_line_is_refused(line: bytes) -> None:
 def test_an_entry_after_another_kind_is_told_apart(log: Log, path: Path) -> None:
     log.append(Sealed(run="r", round=1, attempt=0, cohort=["a"], transcript="x", coordinator="0:00"))
     assert [type(e).__name__ for e in reopen(path)[-2:]] == ["Opened", "Sealed"]
+
+
+# --- new keys ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_goes_on_under_a_new_key_and_not_under_a_strangers(tmp_path: Path) -> None:
+    old, new, stranger = (Identity.generate("ash") for _ in range(3))
+    log = old.open_log(tmp_path / "log.db", "federated", "f")
+    log.append(RunEnded(run="a", status="finished"))
+    state = log.checkpoint()
+    log.close()
+    for former in ((), (stranger.public_key,)):
+        with pytest.raises(AuditError, match="signed by another key"):
+            new.open_log(tmp_path / "log.db", "federated", "f", former)
+    log = new.open_log(tmp_path / "log.db", "federated", "f", (stranger.public_key, old.public_key))
+    assert (log.checkpoint(), parse_note(log.note(), log.origin, "ash", new.public_key)) == (state, state)
+    log.append(RunEnded(run="b", status="finished"))
+    log.close()
+    new.open_log(tmp_path / "log.db", "federated", "f").close()
+    with pytest.raises(AuditError, match="signed by another key"):
+        old.open_log(tmp_path / "log.db", "federated", "f")
+
+
+def test_a_log_that_was_changed_is_not_taken_over(tmp_path: Path) -> None:
+    old, new = Identity.generate("ash"), Identity.generate("ash")
+    log = old.open_log(tmp_path / "log.db", "federated", "f")
+    log.append(RunEnded(run="a", status="finished"))
+    log.close()
+    with closing(sqlite3.connect(tmp_path / "log.db", isolation_level=None)) as db:
+        db.execute("DROP TRIGGER entry_no_update")
+        db.execute("UPDATE entry SET salt = zeroblob(16)")
+    with pytest.raises(AuditError, match="signed by another key"):
+        new.open_log(tmp_path / "log.db", "federated", "f", (old.public_key,))

@@ -60,6 +60,7 @@ FEDERATED_FIELDS = {
     "run_ended": {"run", "status"},
     "run_stopped": {"run", "reason"},
     "sealed": {"run", "round", "attempt", "cohort", "transcript", "coordinator"},
+    "told_ended": {"run", "status", "coordinator"},  # what the coordinator said, and signed
     "settled": {"run", "charge", "steps"},
     "snapshot_taken": {"run", "round", "commitment"},
     "unlocked": {"run", "round", "attempt", "transcript"},  # which attempt: the coordinator chose it
