@@ -25,16 +25,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests.forked import wrap
+
 FOLDER = "CONFIDE_STRIKES"
 #: Seconds after which a process that is held goes on by itself.
 _PATIENCE = 600.0
 _EXECUTOR = "confide.clients.executor"
-
-
-def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
-    """Have `around(the real one, *arguments)` stand in for a function, in this process."""
-    real = getattr(owner, name)
-    setattr(owner, name, lambda *args, **kwargs: around(real, *args, **kwargs))
 
 
 def _folder() -> Path:

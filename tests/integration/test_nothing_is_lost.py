@@ -23,7 +23,7 @@ from confide.errors import StorageError
 from confide.privacy.audit import records as audit
 from tests.cli.command import confide
 from tests.integration.deployed import LOOPBACK
-from tests.integration.staged import COORDINATOR, ROUNDS, SITES, Staged
+from tests.integration.staged import COORDINATOR, ROUNDS, SITES, Staged, staged
 from tests.integration.wire import wire
 
 chaos = pytest.mark.skipif(os.environ.get("CONFIDE_CHAOS") != "1", reason="make test-chaos: minutes of real processes")
@@ -150,6 +150,20 @@ def strike_site(made: Staged, role: str, moment: str, **sections: dict[str, obje
 
 
 NOTHING = Outcome([], {})
+
+
+def test_in_one_run_a_coordinator_a_supernode_and_an_executor_die_and_nothing_is_lost(tmp_path: Path) -> None:
+    """Of the matrix below, as much as goes into one short run."""
+    with staged(tmp_path, SITES[:3]) as made:
+        before = {name: made.pid_of(name, "site") for name in made.names}
+        made.plan(COORDINATOR, IN_THE_LINK["add"].replace("2", "1"))
+        made.plan(SITES[0], "train 2", "node")
+        made.plan(SITES[1], "add 2")
+        run = made.start_run("short", run={"rounds": 2, "report_metrics_every": 2})
+        made.result(run)
+        assert [made.struck(party) for party in (COORDINATOR, *SITES[:2])] == [True] * 3
+        assert [name for name in made.names if made.pid_of(name, "site") != before[name]] == [SITES[1]]
+        assert check_run(made, run) == NOTHING
 
 
 @chaos
