@@ -37,8 +37,10 @@ test-large: $(STAMP) ## seal a hundred million parameters: seconds and GiB
 test-imports: $(STAMP) ## ten thousand broken consent files
 	@CONFIDE_IMPORTS=1 $(BIN)/python -m pytest -q -n 0 tests/privacy/consent/imports/test_mutations.py
 
-test-chaos: $(STAMP) ## kill the coordinator, and everything, at every named point and at random ones: minutes
-	@CONFIDE_CHAOS=1 $(BIN)/python -m pytest -q -n 0 tests/server/test_killed.py tests/simulations/test_resume.py tests/integration/test_deployment.py
+test-chaos: $(STAMP) ## kill every process in every phase, cut networks, fill disks, 200 rounds: half an hour
+	@CONFIDE_CHAOS=1 $(BIN)/python -m pytest -q -n 0 tests/server/test_killed.py tests/simulations/test_resume.py \
+		tests/integration/test_deployment.py tests/integration/test_nothing_is_lost.py \
+		tests/integration/test_coordinator_memory.py
 
 lint: $(STAMP) ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }

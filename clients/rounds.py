@@ -194,7 +194,9 @@ class RoundSteps:
             raise PolicyError("release is not allowed", where=f"policy of site {run.site}")
         weights = model.weights.astype("<f4").tobytes()
         named, key = model_digest(model), run.keys.model_key(model.trained).hex()
-        self._log.append(audit.ModelReleased(run=run.manifest.run, model=named, key=key, sites=[], checkpoints=[]))
+        released = audit.ModelReleased(run=run.manifest.run, model=named, key=key, sites=[], checkpoints=[])
+        if released not in self._log.entries():  # a process that died before it answered has logged it already
+            self._log.append(released)
         return Answer(m.ReleaseReply(model=named, key=key), (weights, *model.metric_chunks))
 
     def _charges(self, run: SiteRun, round_: int) -> dict[Role, tuple[str, PrivacyEvent]]:

@@ -54,8 +54,8 @@ class Place:
             "base": str(base.absolute()), "ledgers": str(self.ledgers.absolute()), "inputs": _inputs(experiment, base),
             "earlier": str(self.earlier.absolute()) if self.earlier is not None else "",
         }  # fmt: skip
-        self.keeping.note(facts)
         write_atomically(self.folder / _EXPERIMENT, _text(experiment))
+        self.keeping.note(facts)  # last: where it lies, everything else does
 
     def resume(self, experiment: Experiment, base: Path) -> None:
         """The run was begun with these."""

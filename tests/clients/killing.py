@@ -11,7 +11,6 @@ Jobs come as lines of JSON on stdin; what was found lies in each job's folder.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import inspect
 import json
@@ -55,6 +54,7 @@ from confide.protocol.envelope import Envelope
 from confide.protocol.flower import from_records
 from confide.simulations.grid import LocalGrid
 from tests.attacks.federation import Federation, header_of
+from tests.forked import answer_jobs, wrap
 
 VICTIM = "ash"
 PASSPHRASE = "a few small words"
@@ -310,12 +310,6 @@ class Machines(Federation):
 
 
 # --- what a victim is wrapped in --------------------------------------------------------------------------------------
-
-
-def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
-    """Have `around(the real one, *arguments)` stand in for a function, in this process."""
-    real = getattr(owner, name)
-    setattr(owner, name, lambda *args, **kwargs: around(real, *args, **kwargs))
 
 
 @dataclass
@@ -962,24 +956,6 @@ def _copy(machines: Machines, to: Path) -> None:
     shutil.copy(machines.folder / "wire.jsonl", to)
 
 
-def _fork(job: dict[str, Any]) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        folder = Path(job["folder"])
-        folder.mkdir(parents=True)
-        errors = os.open(folder / "errors.txt", os.O_WRONLY | os.O_CREAT)
-        os.dup2(errors, 1)
-        os.dup2(errors, 2)
-        signal.alarm(2 * _PATIENCE)
-        (_job if "scene" in job else play_together)(job)
-        os._exit(0)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        os._exit(1)
-
-
 def main(warm: Path, at_once: int) -> None:
     """Answer each line of jobs with a line of their exit codes."""
     torch.set_num_threads(1)
@@ -994,20 +970,7 @@ def main(warm: Path, at_once: int) -> None:
         _BUILT[name] = _build(warm / f"{number}", scene)
     all_but_one()
     rdp_epsilon([PIECE], SHARED.delta)
-    gc.collect()
-    gc.freeze()  # what is there already need not be looked at, and so not be copied, in every fork
-    for line in sys.stdin:
-        jobs, running, codes = json.loads(line), dict[int, int](), dict[int, int]()
-        for number, job in enumerate(jobs):
-            while len(running) >= at_once:
-                pid, status = os.wait()
-                codes[running.pop(pid)] = status
-            running[_fork(job)] = number
-        while running:
-            pid, status = os.wait()
-            codes[running.pop(pid)] = status
-        sys.stdout.write(json.dumps([codes[i] for i in range(len(jobs))]) + "\n")
-        sys.stdout.flush()
+    answer_jobs(lambda job: (_job if "scene" in job else play_together)(job), at_once, 2 * _PATIENCE)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Jobs come as lines of JSON on stdin; what was found lies in each job's folder.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
@@ -54,6 +53,7 @@ from confide.simulations.keeping import KEPT, Keeping
 from confide.simulations.sources import load_sources
 from confide.simulations.world import COORDINATOR, FEDERATION, World
 from tests.attacks.federation import header_of
+from tests.forked import answer_jobs, wrap
 from tests.support import experiment_tree, write_people
 
 SITES = ("ash", "birch", "cedar")
@@ -128,12 +128,6 @@ AT_THE_END = [f"{site} has {what} {ROUNDS + 1}" for site in ("ash", "cedar") for
 
 
 # --- what is watched --------------------------------------------------------------------------------------------------
-
-
-def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
-    """Have `around(the real one, *arguments)` stand in for a function, in this process."""
-    real = getattr(owner, name)
-    setattr(owner, name, lambda *args, **kwargs: around(real, *args, **kwargs))
 
 
 @dataclass
@@ -579,24 +573,6 @@ def _job(job: dict[str, Any]) -> None:
     (folder / "facts.json").write_text(json.dumps(facts))
 
 
-def _fork(job: dict[str, Any]) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        folder = Path(job["folder"])
-        folder.mkdir(parents=True)
-        errors = os.open(folder / "errors.txt", os.O_WRONLY | os.O_CREAT)
-        os.dup2(errors, 1)
-        os.dup2(errors, 2)
-        signal.alarm(3 * _PATIENCE)
-        _job(job)
-        os._exit(0)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        os._exit(1)
-
-
 def main(warm: Path, at_once: int) -> None:
     """Answer each line of jobs with a line of their exit codes."""
     torch.set_num_threads(1)
@@ -607,20 +583,7 @@ def main(warm: Path, at_once: int) -> None:
         drive(world, keeping, _grid(world))
         world.close()
         keeping.close()
-    gc.collect()
-    gc.freeze()  # what is there already need not be looked at, and so not be copied, in every fork
-    for line in sys.stdin:
-        jobs, running, codes = json.loads(line), dict[int, int](), dict[int, int]()
-        for number, job in enumerate(jobs):
-            while len(running) >= at_once:
-                pid, status = os.wait()
-                codes[running.pop(pid)] = status
-            running[_fork(job)] = number
-        while running:
-            pid, status = os.wait()
-            codes[running.pop(pid)] = status
-        sys.stdout.write(json.dumps([codes[i] for i in range(len(jobs))]) + "\n")
-        sys.stdout.flush()
+    answer_jobs(_job, at_once, 3 * _PATIENCE)
 
 
 if __name__ == "__main__":
