@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,18 +28,31 @@ class ExactEvaluator:
     Args:
         model: A module of the run's architecture.
         task: Kind of label.
-        records: Each site's data.
+        records: Data of each site that counts.
+        false: What a poisoned site calls a record of these labels; None: no site is poisoned.
     """
 
-    def __init__(self, model: nn.Module, task: Task, records: Mapping[str, SiteRecords]) -> None:
-        self._model, self._task, self._records = model.eval(), task, records
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        records: Mapping[str, SiteRecords],
+        false: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self._model, self._task, self._records, self._false = model.eval(), task, records, false
 
     def evaluate(self, weights: NDArray[np.float32], held_out: Mapping[str, Mask]) -> dict[str, float]:
         """What `metrics.read` gives from sums, from records: with the probabilities themselves and not their bins'
         midpoints, and errors of regression not clipped but in the clipped loss. Regression: also r2.
+
+        With a poisoned site also `attack_success`: the share of records that get the label it teaches for them.
         """
         load_flat(self._model, weights)
-        batches = [self._records[s].gather(self._records[s].units_of(mask)) for s, mask in held_out.items()]
+        batches = [
+            self._records[s].gather(self._records[s].units_of(mask))
+            for s, mask in held_out.items()
+            if s in self._records
+        ]
         y = torch.cat([b.y for b in batches]).double().numpy()
         prediction = predict(self._model, torch.cat([b.x for b in batches]), self._task, torch.device("cpu"))
         if len(y) == 0:
@@ -47,11 +61,18 @@ class ExactEvaluator:
             return _regression(prediction, y)
         if self._task == "multiclass":
             right, of_truth = prediction.argmax(axis=1) == y, prediction[np.arange(len(y)), y.astype(np.int64)]
-            return {"accuracy": float(right.mean()), **_calibration(prediction.max(axis=1), right, of_truth)}
+            found = {"accuracy": float(right.mean()), **_calibration(prediction.max(axis=1), right, of_truth)}
+            return found | self._success(prediction.argmax(axis=1), y)
         positive = y > 0.5
         found = {"auc": float(roc_auc_score(y, prediction))} if 0 < y.mean() < 1 else {}
         found["accuracy"] = float(((prediction >= 0.5) == positive).mean())
-        return found | _calibration(prediction, positive, np.where(positive, prediction, 1 - prediction))
+        found |= _calibration(prediction, positive, np.where(positive, prediction, 1 - prediction))
+        return found | self._success(prediction >= 0.5, y)
+
+    def _success(self, called: NDArray[Any], y: Floats) -> dict[str, float]:
+        if self._false is None:
+            return {}
+        return {"attack_success": float((called == self._false(torch.from_numpy(y)).numpy()).mean())}
 
 
 def _calibration(confidence: Floats, came_true: Mask, of_truth: Floats) -> dict[str, float]:

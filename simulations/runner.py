@@ -50,6 +50,7 @@ from confide.simulations.result import (
     json_intervals,
     json_number,
 )
+from confide.simulations.scenario import Unreachable, honest
 from confide.simulations.sources import load_sources
 from confide.simulations.statistics import learn_bounds, read_learned
 from confide.simulations.world import World
@@ -188,17 +189,19 @@ class _Run:
         self._evaluator = None
         if world.experiment.data.public:
             model = build_model(manifest.model, encoded_width(manifest.schema_), manifest.label.outputs)
-            self._evaluator = ExactEvaluator(model, self._task, world.sources.records)
+            self._evaluator = ExactEvaluator(model, self._task, *honest(world.sources.records, world.experiment))
         self._curve: list[dict[str, float]] = []
         self._released_metrics: dict[str, float | None] | None = None
         self._released_intervals: Intervals | None = None
         self._cohort_sizes: dict[int, int] = {}
         self._lines: list[dict[str, Any]] = []
         self._saturated = 0.0
+        self._latest = next(iter(world.sites))
+        self._unreachable = Unreachable(world.experiment.scenario, world.experiment.run.seed)
 
     def execute(self) -> Result:
         world, released = self._world, list[Released]()
-        grid = LocalGrid(make_client_app(self._site_of), world.sites)
+        grid = LocalGrid(make_client_app(self._site_of), world.sites, drop=self._unreachable)
 
         def start(flower_grid: Grid) -> Coordinator:
             coordinator = Coordinator(
@@ -207,7 +210,7 @@ class _Run:
                 world.manifest,
                 world.initial,
                 world.log,
-                before_round=world.before_round,
+                before_round=self._before_round,
                 after_round=self._after_round,
                 store=self._store,
             )
@@ -217,6 +220,10 @@ class _Run:
         app = make_server_app(start, released.append)
         app(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}))
         return self._finish(released[0])
+
+    def _before_round(self, round_: int) -> None:
+        self._unreachable.begin(round_)
+        self._world.before_round(round_)
 
     def _site_of(self, context: Context) -> Any:
         return self._world.sites[str(context.node_config[NODE_CONFIG_SITE])]
@@ -239,7 +246,9 @@ class _Run:
         if outcome.round <= len(self._lines):
             return  # an earlier process wrote it down
         trained = outcome.round - 1  # rounds whose sum the sites have applied by now
-        model = next(iter(self._world.sites.values())).current_model(manifest.run)
+        # Who dropped out, or has not come yet, does not have the latest model; whoever was in the cohort has.
+        self._latest = next((site for site in self._world.sites if site in outcome.cohort), self._latest)
+        model = self._world.sites[self._latest].current_model(manifest.run)
         self._saturated = max(self._saturated, model.saturated)
         exact = self._exact(model.weights)
         if exact is not None:

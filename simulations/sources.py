@@ -19,6 +19,7 @@ from confide.privacy.consent import (
     read_csv,
 )
 from confide.simulations.partitions import split
+from confide.simulations.scenario import in_scenario
 
 __all__ = ["EXAMPLE", "Sources", "builtin_example", "experiment_file", "load_sources"]
 
@@ -99,6 +100,7 @@ def load_sources(
         )
         for site, part in parts.items()
     }
+    records = in_scenario(records, experiment, schema)
     consent = read_csv(base / experiment.consent.file) if experiment.consent.file is not None else None
     return Sources(experiment, schema, records, _populations(experiment, parts), consent, learned)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+from functools import partial
 from pathlib import Path
 
 from confide.clients.data.preprocess import encoded_width
@@ -16,7 +17,7 @@ from confide.clients.policy import SitePolicy
 from confide.clients.site import Site
 from confide.clients.store import SiteStore
 from confide.clients.training.models import initial_model
-from confide.config import STRATEGY_OPTIONS
+from confide.config import STRATEGY_OPTIONS, Churn
 from confide.errors import ConsentError
 from confide.privacy.consent import (
     ConsentEvent,
@@ -38,6 +39,7 @@ from confide.protocol.rosterbook import write_rosters
 from confide.protocol.standing import Standing
 from confide.server.plan import make_manifest
 from confide.simulations.keeping import Keeping
+from confide.simulations.scenario import PoisonedSite
 from confide.simulations.sources import Sources
 
 __all__ = ["COORDINATOR", "FEDERATION", "World"]
@@ -138,6 +140,9 @@ class World:
             if withdrawal.round == round_:
                 for name in self.sites:
                     self._withdraw(name, withdrawal.fraction, round_)
+        churn = self.experiment.scenario.churn
+        for name in self.sites if churn.withdraw or churn.give else ():
+            self._change(name, churn, round_)
 
     def export(self) -> None:
         """Write what may travel of the logs into the log folder, and each local log beside its site's files.
@@ -214,7 +219,9 @@ class World:
             statistics=True,
             local_steps_limit=experiment.training.local_steps,
         )
-        return Site(
+        poisoned = {p.site: p.factor for p in experiment.scenario.poisoned}
+        kind = partial(PoisonedSite, factor=poisoned[name]) if name in poisoned else Site
+        return kind(
             identity=identity,
             policy=policy,
             membership=membership,
@@ -268,6 +275,20 @@ class World:
             if pseudonym in standing and _share(seed, f"withdraw-{round_}", name, p) < fraction
         ]
         registry.append([self._simulated(name, p, EventType.WITHDRAWN, round_) for p in leaving])
+
+    def _change(self, name: str, churn: Churn, round_: int) -> None:
+        """Some who consent withdraw, some who do not give consent, as both stand before the round."""
+        registry, seed = self._registries[name], self.experiment.run.seed
+        standing = registry.snapshot(self.experiment.run.purpose, now_micros()).participants
+        draw = {p: _share(seed, f"churn-{round_}", name, p) for p in self.sources.records[name].persons}
+        known = self._pseudonyms[name]
+        consents = {p for p in draw if p in known and known[p] in standing}
+        coming = [p for p in draw if p not in consents and draw[p] < churn.give]
+        known |= registry.enrol(set(coming) - registry.erased(coming))
+        registry.append([
+            *(self._simulated(name, p, EventType.WITHDRAWN, round_) for p in consents if draw[p] < churn.withdraw),
+            *(self._simulated(name, p, EventType.GIVEN, round_) for p in coming if p in known),
+        ])  # fmt: skip
 
     def _simulated(self, site: str, person: str, kind: EventType, round_: int) -> ConsentEvent:
         return ConsentEvent(

@@ -6,6 +6,8 @@ A *unit* is what differential privacy protects: a subject with all her records, 
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,6 +111,16 @@ class SiteRecords:
     def size(self) -> int:
         """Number of records."""
         return len(self._y)
+
+    def changed(
+        self,
+        features: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+        labels: Callable[[torch.Tensor], torch.Tensor] = lambda y: y,
+    ) -> SiteRecords:
+        """The same persons with other values, of the same shapes: what a simulated world does to a site."""
+        found = copy.copy(self)
+        found._x, found._y = features(self._x), labels(self._y)
+        return found
 
     def units_of(self, persons: NDArray[np.bool_]) -> Ints:
         """Units whose person is marked; `persons` is a mask over `self.persons`."""

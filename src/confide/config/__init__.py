@@ -20,12 +20,14 @@ from confide.config.experiment import (
 )
 from confide.config.load import load_experiment, parse_assignment, read_toml
 from confide.config.partition import PartitionConfig
+from confide.config.scenario import Churn, ScenarioConfig
 from confide.config.section import Scalar
 from confide.config.strategy import STRATEGY_OPTIONS, StrategyConfig
 
 __all__ = [
     "STRATEGY_OPTIONS",
     "CategoryFeature",
+    "Churn",
     "ConsentConfig",
     "DataConfig",
     "Experiment",
@@ -37,6 +39,7 @@ __all__ = [
     "PrivacyConfig",
     "RunConfig",
     "Scalar",
+    "ScenarioConfig",
     "SchemaConfig",
     "SealingConfig",
     "SimulatedConsent",

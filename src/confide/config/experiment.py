@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from confide.config.partition import PartitionConfig
+from confide.config.scenario import ScenarioConfig
 from confide.config.section import Scalar
 from confide.config.section import Section as _Section
 from confide.config.strategy import StrategyConfig
@@ -29,6 +30,7 @@ __all__ = [
     "PartitionConfig",
     "PrivacyConfig",
     "RunConfig",
+    "ScenarioConfig",
     "SchemaConfig",
     "SealingConfig",
     "SimulatedConsent",
@@ -329,6 +331,7 @@ class Experiment(_Section):
     strategy: StrategyConfig = StrategyConfig()
     privacy: PrivacyConfig
     sealing: SealingConfig = SealingConfig()
+    scenario: ScenarioConfig = ScenarioConfig()
 
     @model_validator(mode="after")
     def _together(self) -> Experiment:
