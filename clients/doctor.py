@@ -189,6 +189,11 @@ def _data(place: SiteFolder, found: list[SiteRecords]) -> _Said:
             if float(np.mean((values < low) | (values > high))) > _CLIPPED:
                 return ("warn", f"more than {_CLIPPED:.0%} of column {name} lie outside its bounds",
                         "are the bounds in [schema] those that were agreed on?")  # fmt: skip
+    unknown = schema.unknown_bounds if schema is not None else ()
+    if unknown:
+        allowed = "" if place.config.policy.statistics else f"; {CONFIG} [policy] statistics does not allow even that"
+        return ("warn", f"readable; no bounds of {', '.join(unknown[:5])} yet: good for the run that learns them only"
+                f"{allowed}", "write them into [schema] when that run has ended: its result says them")  # fmt: skip
     return "ok", "readable, and fits schema and bounds", ""
 
 

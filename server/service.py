@@ -38,7 +38,7 @@ from confide.server.outcome import failed, finished
 from confide.server.process import drive, log_file
 from confide.server.runs import RunStore
 
-__all__ = ["LOGS", "RUNS", "Service", "ServiceConfig", "run_store"]
+__all__ = ["LOGS", "RESULT", "RUNS", "Service", "ServiceConfig", "run_store"]
 
 _log = logging.getLogger(__name__)
 #: Names in the federation's folder.
@@ -172,7 +172,8 @@ class Service:
             if store.status(run) != "finished":  # what is released already needs nobody any more
                 self._wait_for_sites(manifest, link, store)
             released = drive(link, LinkGrid(link), start)
-            self._config.finish(place, manifest, released)
+            if not manifest.statistics:
+                self._config.finish(place, manifest, released)
         except _StopRun:
             result = failed(manifest, "stopped", "stopped by confide run stop", {})
             self._over(run, "stopped", store, endings)

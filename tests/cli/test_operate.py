@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime as dt
 import json
+import os
 import shutil
 import sqlite3
 import ssl
@@ -24,6 +25,7 @@ from confide.clients.app import make_client_app
 from confide.clients.assembly import open_site
 from confide.clients.backup import REGISTRY_COPY
 from confide.clients.service import agent_config, alone
+from confide.config import SchemaConfig
 from confide.config.run import load_run
 from confide.errors import AuditError, ConfideError, ConfigError, ConsentError, PolicyError, SealingError
 from confide.privacy.files import write_private
@@ -292,7 +294,8 @@ def test_a_certificate_that_ends_within_thirty_days_is_warned_about(
 def test_the_authority_is_warned_about_half_a_year_ahead(age: int, said: str | None) -> None:
     now = dt.datetime.now(dt.UTC)
     key, authority = make_authority("f", now - dt.timedelta(days=age))
-    _, server = make_server_certificate("127.0.0.1:1", key, authority, min(now, now - dt.timedelta(days=age - 3000)))
+    made = now if age < 3653 else now - dt.timedelta(days=100)
+    _, server = make_server_certificate("127.0.0.1:1", key, authority, made)
     pems = [c.public_bytes(serialization.Encoding.PEM) for c in (server, authority)]
     found = expiry(pems[0], pems[1], now)
     assert found is None if said is None else said in str(found)
@@ -355,11 +358,13 @@ def test_the_way_to_the_coordinator_is_looked_at_through_the_proxy_that_the_agen
 
 
 def test_the_proxy_of_a_site_is_for_its_node_and_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://elsewhere:1")
     monkeypatch.setenv("NO_PROXY", "coordinator.example")
     named = _Process("node", tmp_path, "http://proxy:3128")._environment()
-    assert {k: v for k, v in named.items() if "proxy" in k.lower()} == {
+    assert {k: v for k, v in named.items() if k.lower().endswith("_proxy")} == {
         "HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
     }  # fmt: skip
     inherited = _Process("node", tmp_path)._environment()
@@ -669,6 +674,75 @@ def test_a_run_file_with_data_or_consent_in_it_is_refused(operated: Operated, tm
         done = confide("run", "start", tmp_path / "run.toml", "--federation", operated.fed)
         assert done.code == 2, (section, key)
         assert said in done.err
+
+
+def test_bounds_are_learned_by_a_run_of_their_own_and_the_same_file_starts_the_training(
+    operated: Operated, tmp_path: Path
+) -> None:
+    """Without noise, so that sixty persons a site are enough; the sites' operators say that their data are public."""
+    later = moved(operated, tmp_path / "later")
+    asked = tomllib.loads((later.demo.folder / "short.toml").read_text())
+    asked["schema"]["bounds"] = "learn"
+    declared = asked["schema"]["features"]["xage"].pop("bounds")
+    asked["privacy"]["epsilon"] = float("inf")
+    asked["data"]["public"] = True
+    asked["run"]["name"] = "learn"
+    (tmp_path / "run.toml").write_text(to_toml(asked))
+
+    def unbounded(tree: dict[str, Any]) -> None:
+        tree["schema"] = asked["schema"]
+        tree["data"]["public"] = True
+        tree["policy"].update(statistics=True, release=False)
+
+    for place in later.demo.sites.values():
+        edit(place, unbounded)
+    start = ("run", "start", tmp_path / "run.toml", "--federation", later.fed, "--json")
+    first = ok(*start).last_line
+    assert (first["learns"], first["rounds"]) == (["xage"], 1)
+    manifest, _ = later.load(first["run"])
+    result = finished(manifest, later._drive(first["run"]))
+    low, high = result["bounds"]["xage"]
+    assert declared[0] - 20 < low < high < declared[1] + 20
+    assert confide(*start, "--bounds", first["run"]).code == ConfigError.exit_code, "it has no result yet"
+    folder = later.fed / "runs" / first["run"]
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    assert f"xage: bounds = [{low!r}" in ok("run", "status", first["run"], "--federation", later.fed).words
+    second = ok(*start, "--bounds", first["run"]).last_line
+    assert second["learns"] == []
+    trained, _ = later.load(second["run"])
+    assert trained.schema_.features["xage"].bounds == (low, high)  # type: ignore[union-attr]
+    site = open_site(str(later.demo.sites["dayton"]), WORDS)
+    with pytest.raises(PolicyError, match="schema or label"):
+        site.check(trained)
+    site.close()
+    for place in later.demo.sites.values():
+        edit(place, lambda t: t["schema"]["features"]["xage"].update(bounds=[low, high]))
+        edit(place, lambda t: t["policy"].update(release=True))
+    released = later._drive(second["run"])
+    assert len(released.outcomes[-1].cohort) == len(SITES)
+    assert ok("audit", "verify", export_all(later, tmp_path / "out"), "--json").last_line["verified"]
+
+
+def test_a_site_that_allows_no_statistics_takes_no_part_in_learning_bounds(operated: Operated, site: Path) -> None:
+    def unbounded(tree: dict[str, Any]) -> None:
+        tree["schema"]["bounds"] = "learn"
+        tree["schema"]["features"]["xage"].pop("bounds")
+
+    edit(site, unbounded)
+    assert findings(site, *operated.secret)[1]["data"] == ("warn", 0)
+    assert "does not allow even that" in confide("site", "check", site, *operated.secret).words
+    schema = tomllib.loads((site / "site.toml").read_text())["schema"]
+    learning = operated.manifest.model_copy(update={
+        "schema_": SchemaConfig.model_validate(schema), "statistics": True, "rounds": 1, "metric_rounds": (1, 2),
+        "run": "learn",
+    })  # fmt: skip
+    opened = open_site(str(site), WORDS)
+    try:
+        with pytest.raises(PolicyError, match="bounds of columns"):
+            opened.check(learning)
+    finally:
+        opened.close()
 
 
 def test_a_waiting_run_is_stopped_at_once_and_the_status_says_so(operated: Operated) -> None:
