@@ -7,7 +7,8 @@ Invariants:
    in memory. An executor takes its SuperNode with it: what that had handed over is lost, and starting anew tells the
    coordinator's link so.
 3. Whatever way the agent ends, its processes end: by their ids on a signal, by the closed pipe otherwise.
-4. Their logs lie in the agent's folder and hold nothing computed from data.
+4. Their logs lie in the agent's folder and hold nothing computed from data. They come through the agent, which sets a
+   full file aside (`confide.logfiles`): a process cannot do that with the file that its standard output is.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import IO, Any
 
 from confide.clients.executor import GIVE_UP
 from confide.errors import ConfigError
+from confide.logfiles import PrivateLog, drain
 from confide.privacy.files import write_private
 
 __all__ = ["AgentConfig", "free_port", "run_agent"]
@@ -41,6 +43,8 @@ _WATCH_SECONDS = 0.2
 _FIRST_WAIT, _LONGEST_WAIT, _LONG_LIFE = 0.5, 30.0, 60.0
 #: Seconds that processes get to end by themselves: a site finishes the request at hand, a node says goodbye.
 _SITE_GRACE, _NODE_GRACE = 30.0, 5.0
+_LAST_WORDS = 5.0
+_PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,8 @@ class AgentConfig:
         factory: `package.module:function` that opens the site; it runs in the executor.
         arguments: Its keyword arguments, as JSON knows them. They travel through a pipe: a vault's passphrase may be
             among them.
+        proxy: The HTTP proxy (`http://host:port`) through which the link is reached; None: what the environment says
+            (`HTTPS_PROXY`, `NO_PROXY`).
     """
 
     folder: Path
@@ -64,6 +70,7 @@ class AgentConfig:
     node_key: Path | bytes
     factory: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    proxy: str | None = None
 
 
 def run_agent(config: AgentConfig, stop: threading.Event | None = None) -> None:
@@ -87,10 +94,12 @@ def run_agent(config: AgentConfig, stop: threading.Event | None = None) -> None:
 class _Process:
     """One supervised process."""
 
-    def __init__(self, role: str, folder: Path) -> None:
+    def __init__(self, role: str, folder: Path, proxy: str | None = None) -> None:
         self.role, self._folder = role, folder
         self._process: subprocess.Popen[bytes] | None = None
         self._wait, self._started_at, self._not_before = _FIRST_WAIT, 0.0, 0.0
+        self._proxy = proxy
+        self._log, self._said = PrivateLog(folder / f"{role}.log"), list[threading.Thread]()
 
     @property
     def alive(self) -> bool:
@@ -113,13 +122,14 @@ class _Process:
         if self._process is not None:
             soon = now - self._started_at < _LONG_LIFE
             self._wait = min(2 * self._wait, _LONGEST_WAIT) if soon else _FIRST_WAIT
-        with (self._folder / f"{self.role}.log").open("ab") as log:
-            os.chmod(log.fileno(), 0o600)
-            self._process = subprocess.Popen(  # noqa: S603  # our own interpreter and module
-                [sys.executable, "-m", "confide.clients.executor", self.role],
-                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=self._environment(),
-                start_new_session=True,
-            )  # fmt: skip
+        self._process = subprocess.Popen(  # noqa: S603  # our own interpreter and module
+            [sys.executable, "-m", "confide.clients.executor", self.role],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=self._environment(),
+            start_new_session=True,
+        )  # fmt: skip
+        if self._process.stdout is not None:
+            self._said = [*(thread for thread in self._said if thread.is_alive()),
+                          drain(self._process.stdout, self._log)]  # fmt: skip
         self._started_at, self._not_before = now, now + self._wait
         self.tell(order)
         write_private(self._folder / f"{self.role}.pid", str(self._process.pid).encode())
@@ -146,11 +156,18 @@ class _Process:
         if self._process.stdin is not None:
             with suppress(OSError):
                 self._process.stdin.close()
+        for thread in self._said:  # its last words
+            thread.join(timeout=_LAST_WORDS)
+        self._log.close()
 
     def _environment(self) -> dict[str, str]:
         """The agent's own, but for Flower's home; and what goes to the loopback interface goes through no proxy."""
         exempt = ",".join(filter(None, (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), _LOOPBACK)))
-        return {**os.environ, "FLWR_HOME": str(self._folder / "flower"), "NO_PROXY": exempt, "no_proxy": exempt}
+        own = {"FLWR_HOME": str(self._folder / "flower"), "NO_PROXY": exempt, "no_proxy": exempt}
+        if self._proxy is None:
+            return {**os.environ, **own}
+        inherited = {name: value for name, value in os.environ.items() if name not in _PROXIES}
+        return {**inherited, **own, "HTTPS_PROXY": self._proxy, "NO_PROXY": _LOOPBACK, "no_proxy": _LOOPBACK}
 
 
 class _Agent:
@@ -166,7 +183,7 @@ class _Agent:
         self._secret = secrets.token_bytes(32)
         self._secret_file = config.folder / "tasks.secret"
         write_private(self._secret_file, self._secret)
-        self._node, self._site = _Process("node", config.folder), _Process("site", config.folder)
+        self._node, self._site = _Process("node", config.folder, config.proxy), _Process("site", config.folder)
         self.watch()
 
     def watch(self) -> None:

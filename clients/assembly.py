@@ -122,9 +122,8 @@ def read_records(site: SiteFolder) -> SiteRecords:
     if schema is None or data.label is None:
         raise ConfigError(f"names no {missing}", where=str(site.folder / CONFIG),
                           hint="write down those of the runs that this site takes part in")  # fmt: skip
-    if schema.unknown_bounds:
-        raise ConfigError(f"{schema.unknown_bounds[0]} has no bounds", where=f"{site.folder / CONFIG} [schema]",
-                          hint="declare public bounds for every number")  # fmt: skip
+    # Where bounds are still to be learned the site takes part in the run that learns them, if its policy allows it, and
+    # in no other: its operator writes them down afterwards, as he does with everything that his table is encoded with.
     return SiteRecords.build(
         read_source(data, site.folder), schema=schema, label=data.label, subject=data.subject, unit=_UNIT,
         where=data.file or "site.toml [data] query",

@@ -7,10 +7,11 @@ whether it is the last: none can be left out, exchanged or cut off. Inside is a 
 Invariants:
 1. Run keys are not in it: a run's keys die with the run, and a backup would keep them.
 2. It is of one moment: all of the site's databases are held against writing while they are copied, so what is restored
-   is what a power cut at that moment would have left. The site waits, as for any other process that writes.
+   is what a power cut at that moment would have left. The site waits, as for any other process that writes. A registry
+   in PostgreSQL is read as one state of it while they are held, and lies in the backup as `REGISTRY_COPY`.
 3. Restored is all of it or nothing, and into a new folder only.
 
-The table is not in it (it is the site's own, and backed up where it lives), nor is a registry in PostgreSQL.
+The table is not in it: it is the site's own, and backed up where it lives.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ from confide.clients.enrolment import AUTHORITY, CONFIG, REQUEST
 from confide.clients.membership import KEYS, MEMBERSHIP, NEXT_KEYS
 from confide.errors import ConfigError, SealingError, StorageError
 from confide.privacy.atrest import close_box, new_key, open_box
+from confide.privacy.consent.transfer import copy_registry
 from confide.privacy.sealing.vault import close_vault_file, open_vault_file
 
-__all__ = ["back_up", "restore"]
+__all__ = ["REGISTRY_COPY", "back_up", "left_out", "restore"]
+
+#: A registry that lies in a database server, as it lies in the backup: a registry in a file.
+REGISTRY_COPY = "consent-from-server.db"
 
 _NAME = "site-backup"
 _LENGTH = struct.Struct(">I")
@@ -62,7 +67,7 @@ def back_up(folder: Path, out: Path, passphrase: str) -> list[str]:
     part = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
         with tempfile.TemporaryDirectory(prefix=".backup-", dir=folder) as scratch:
-            copies = _copies(folder, files, Path(scratch))
+            copies = _copies(place, files, Path(scratch))
             with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
                 with _Closer(stream, passphrase) as closer, tarfile.open(fileobj=closer, mode="w|") as archive:
                     for name, copy in copies.items():
@@ -74,7 +79,14 @@ def back_up(folder: Path, out: Path, passphrase: str) -> list[str]:
         raise StorageError(f"cannot be written: {error.strerror}", where=str(error.filename or out)) from None
     finally:
         part.unlink(missing_ok=True)
-    return list(files)
+    return list(copies)
+
+
+def left_out(folder: Path) -> list[str]:
+    """What of a site a backup does not hold, and what to do about it."""
+    data = SiteFolder.read(folder).config.data
+    table = data.file if data.file is not None else "the database behind [data] url"
+    return [f"the table ({table}): back it up where it lives", "keys of runs: they die with their run"]
 
 
 def restore(file: Path, folder: Path, passphrase: str) -> list[str]:
@@ -127,8 +139,9 @@ def _files(place: SiteFolder) -> dict[str, Path]:
     return found
 
 
-def _copies(folder: Path, files: dict[str, Path], scratch: Path) -> dict[str, Path]:
+def _copies(place: SiteFolder, files: dict[str, Path], scratch: Path) -> dict[str, Path]:
     """Copies of all databases, of one moment; other files as they are."""
+    registry = place.registry
     databases = {name: path for name, path in files.items() if _is_database(path)}
     found = dict(files)
     with _held(list(databases.values())):
@@ -139,6 +152,9 @@ def _copies(folder: Path, files: dict[str, Path], scratch: Path) -> dict[str, Pa
                 closing(sqlite3.connect(found[name])) as target,
             ):
                 source.backup(target)
+        if not isinstance(registry, Path):
+            found[REGISTRY_COPY] = scratch / REGISTRY_COPY
+            copy_registry(registry, found[REGISTRY_COPY])
     return found
 
 

@@ -5,12 +5,15 @@ How many consenting subjects there are is told against the policy's `min_subject
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import http.client
 import shutil
 import socket
 import ssl
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +58,8 @@ _CLIPPED = 0.05
 _AHEAD, _BEHIND, _NOTICEABLE = 5.0, 300.0, 2.0
 _CONNECT_SECONDS = 5.0
 _NEARLY = 0.8
+#: Days before its end from which the coordinator's certificate is warned about.
+_SERVER_DAYS = 30
 
 State = Literal["ok", "warn", "fail"]
 #: (state, what, what to do)
@@ -184,6 +189,11 @@ def _data(place: SiteFolder, found: list[SiteRecords]) -> _Said:
             if float(np.mean((values < low) | (values > high))) > _CLIPPED:
                 return ("warn", f"more than {_CLIPPED:.0%} of column {name} lie outside its bounds",
                         "are the bounds in [schema] those that were agreed on?")  # fmt: skip
+    unknown = schema.unknown_bounds if schema is not None else ()
+    if unknown:
+        allowed = "" if place.config.policy.statistics else f"; {CONFIG} [policy] statistics does not allow even that"
+        return ("warn", f"readable; no bounds of {', '.join(unknown[:5])} yet: good for the run that learns them only"
+                f"{allowed}", "write them into [schema] when that run has ended: its result says them")  # fmt: skip
     return "ok", "readable, and fits schema and bounds", ""
 
 
@@ -246,7 +256,10 @@ def _coordinator(place: SiteFolder) -> _Said:
     host = host.strip("[]")
     try:
         trusted = ssl.create_default_context(cafile=str(place.folder / AUTHORITY))
-        connection = http.client.HTTPSConnection(host, int(port), timeout=_CONNECT_SECONDS, context=trusted)
+        through = _proxy(place, host)
+        connection = _connection(host, int(port), through, trusted)
+        connection.connect()
+        shown = connection.sock.getpeercert() if isinstance(connection.sock, ssl.SSLSocket) else None
         before = time.time()
         connection.request("GET", "/")
         date, after = connection.getresponse().getheader("Date"), time.time()
@@ -255,7 +268,8 @@ def _coordinator(place: SiteFolder) -> _Said:
         raise PeerError(f"shows another certificate ({error.verify_message})", where=endpoint,
                         hint="is this the coordinator? do not go on before it has told you why") from None  # fmt: skip
     except (OSError, http.client.HTTPException, ValueError, socket.gaierror) as error:
-        raise PeerError(f"cannot be reached ({type(error).__name__})", where=endpoint,
+        by = f" through the proxy {through.hostname}" if through is not None else ""
+        raise PeerError(f"cannot be reached{by} ({type(error).__name__})", where=endpoint,
                         hint="is confide server run running there, and the port open from here?") from None  # fmt: skip
     # What is certain, whatever the answer took, and as the date tells whole seconds that may be a second old.
     there = email.utils.parsedate_to_datetime(date).timestamp() if date else before
@@ -265,7 +279,38 @@ def _coordinator(place: SiteFolder) -> _Said:
                         hint="set the clock right (NTP)")  # fmt: skip
     if abs(ahead) > _NOTICEABLE:
         return "warn", "reachable; the clocks differ by some seconds", "set the clock right (NTP)"
-    return "ok", "reachable, with the federation's certificate; the clocks agree", ""
+    left = (ssl.cert_time_to_seconds(str(shown["notAfter"])) - after) / 86_400 if shown else 0.0
+    if left < _SERVER_DAYS:
+        return ("warn", f"reachable; its certificate ends in {left:.0f} days", "tell the coordinator's operator: "
+                "confide federation renew; sites need do nothing")  # fmt: skip
+    by = "" if through is None else f" through the proxy {through.hostname}"
+    return "ok", f"reachable{by}, with the federation's certificate; the clocks agree", ""
+
+
+def _proxy(place: SiteFolder, host: str) -> urllib.parse.SplitResult | None:
+    """The proxy on the way to the coordinator, chosen as the agent chooses it."""
+    named = place.config.proxy
+    if named is None and not urllib.request.proxy_bypass(host):
+        found = urllib.request.getproxies()
+        named = found.get("https") or found.get("all")
+    return urllib.parse.urlsplit(named) if named else None
+
+
+def _connection(
+    host: str, port: int, through: urllib.parse.SplitResult | None, trusted: ssl.SSLContext
+) -> http.client.HTTPSConnection:
+    """TLS is with the coordinator itself, also through a proxy."""
+    if through is None:
+        return http.client.HTTPSConnection(host, port, timeout=_CONNECT_SECONDS, context=trusted)
+    connection = http.client.HTTPSConnection(
+        through.hostname or "", through.port or 80, timeout=_CONNECT_SECONDS, context=trusted
+    )
+    who = {}
+    if through.username is not None:
+        pair = ":".join(urllib.parse.unquote(part or "") for part in (through.username, through.password))
+        who["Proxy-Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+    connection.set_tunnel(host, port, who)
+    return connection
 
 
 def _device(place: SiteFolder) -> _Said:

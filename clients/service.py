@@ -38,6 +38,7 @@ def agent_config(folder: Path, passphrase: str | None) -> AgentConfig:
         folder=place.agent, superlink=place.config.endpoint, ca=folder / AUTHORITY,
         node_key=read_key(folder / KEYS / _NODE_KEY, passphrase), factory="confide.clients.assembly:open_site",
         arguments={"folder": str(folder.absolute()), "passphrase": passphrase},
+        proxy=place.config.proxy,
     )  # fmt: skip
 
 

@@ -18,9 +18,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from confide.errors import ConfigError
 
-__all__ = ["SERVER_DAYS", "host_of", "make_authority", "make_server_certificate"]
+__all__ = ["SERVER_DAYS", "WARN_DAYS", "expiry", "host_of", "make_authority", "make_server_certificate"]
 
 AUTHORITY_DAYS, SERVER_DAYS = 3653, 397
+#: Days before its end from which a server certificate is warned about; an authority, which takes every operator to
+#: renew, from so many.
+WARN_DAYS, WARN_AUTHORITY_DAYS = 30, 180
 #: Clocks of sites may be a little behind.
 _BEFORE = dt.timedelta(hours=1)
 _HOST = re.compile(
@@ -85,6 +88,19 @@ def make_server_certificate(
         .sign(authority_key, hashes.SHA256())
     )
     return key, certificate
+
+
+def expiry(server: bytes, authority: bytes, now: dt.datetime) -> str | None:
+    """What an operator must know of two certificates (PEM); None while there is time."""
+    for pem, what, days, command in (
+        (authority, "the certificate authority", WARN_AUTHORITY_DAYS, "confide federation renew FOLDER --authority"),
+        (server, "the server certificate", WARN_DAYS, "confide federation renew FOLDER"),
+    ):
+        end = x509.load_pem_x509_certificate(pem).not_valid_after_utc
+        if end - now < dt.timedelta(days=days):
+            word = "ended" if end <= now else "ends"
+            return f"{what} {word} on {end:%Y-%m-%d}; a new one: {command}"
+    return None
 
 
 def _builder(

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from confide.errors import DataError
 from confide.privacy.dp import metrics, run_epsilon
+from confide.privacy.dp.statistics import RELEASES
+from confide.protocol.bounds import learned_bounds
 from confide.protocol.manifest import Manifest
 from confide.protocol.messages import Refusal
 from confide.server.coordinator import Released
@@ -23,6 +26,8 @@ def run_loss(manifest: Manifest) -> float | None:
 def finished(manifest: Manifest, released: Released) -> dict[str, Any]:
     """`result.json` of a run that released its model. `released_metrics` are the last ones: noised, charged, a sum over
     the cohort."""
+    if manifest.statistics:
+        return _learned(manifest, released)
     cohorts = {o.round: o.cohort for o in released.outcomes}
     last, total = released.metrics_round, released.metrics
     for outcome in reversed(released.outcomes):
@@ -44,6 +49,22 @@ def finished(manifest: Manifest, released: Released) -> dict[str, Any]:
         "rounds_abandoned": sum(o.abandoned for o in released.outcomes), "released_metrics": found,
         "released_intervals": intervals, "metrics_round": None if last is None else last - 1,
         "model": released.model, "bytes_per_parameter": round(released.bytes_per_parameter, 3),
+    }  # fmt: skip
+
+
+def _learned(manifest: Manifest, released: Released) -> dict[str, Any]:
+    """`result.json` of a run that learned bounds: nothing was trained. `bounds` is null where noise hides them."""
+    first = next((o.metrics for o in released.outcomes if o.metrics_round == 1), None)
+    second = released.metrics if released.metrics_round == RELEASES else None
+    bounds, reason = None, "a release of the statistics was abandoned"
+    if first is not None and second is not None:
+        try:
+            bounds = {name: list(pair) for name, pair in learned_bounds(manifest, first, second).items()}
+        except DataError as error:
+            reason = f"{error.what}; {error.hint}"
+    return {
+        **_head(manifest, "finished"), "bounds": bounds, **({"reason": reason} if bounds is None else {}),
+        "rounds_abandoned": sum(o.abandoned for o in released.outcomes), "released_metrics": None,
     }  # fmt: skip
 
 

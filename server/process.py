@@ -16,6 +16,7 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
+from confide.logfiles import PrivateLog
 from confide.server.app import make_server_app
 from confide.server.coordinator import Coordinator, Released
 from confide.server.grid import LinkGrid
@@ -85,7 +86,7 @@ def drive(link: Link, grid: LinkGrid, start: Callable[[Grid], Coordinator]) -> R
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """What the link, Flower and this package say goes to a file, and not to the terminal."""
-    handler = logging.FileHandler(path)
+    handler = PrivateLog(path)
     handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     names = ("flwr", "uvicorn", "confide")

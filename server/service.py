@@ -7,6 +7,7 @@ which is written last: as long as it is missing the run has not ended.
 
 from __future__ import annotations
 
+import datetime as dt
 import fcntl
 import json
 import logging
@@ -27,23 +28,23 @@ from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
 from confide.protocol.roster import Roster
 from confide.protocol.rosterbook import write_rosters
-from confide.server.certificates import host_of
+from confide.server.certificates import expiry, host_of
 from confide.server.coordinator import Coordinator, Released
 from confide.server.ending import Endings, Status
-from confide.server.federation import SERVER_CERTIFICATE, SERVER_KEY, FederationFolder
+from confide.server.federation import AUTHORITY, SERVER_CERTIFICATE, SERVER_KEY, FederationFolder
 from confide.server.grid import LinkGrid
 from confide.server.link import Link, LinkConfig
 from confide.server.outcome import failed, finished
 from confide.server.process import drive, log_file
 from confide.server.runs import RunStore
 
-__all__ = ["LOGS", "RUNS", "Service", "ServiceConfig", "run_store"]
+__all__ = ["LOGS", "RESULT", "RUNS", "Service", "ServiceConfig", "run_store"]
 
 _log = logging.getLogger(__name__)
 #: Names in the federation's folder.
 RUNS, LOGS, STORE = "runs", "coordinator.db", "runs.db"
 RESULT = "result.json"
-_IDLE_SECONDS = 0.5
+_IDLE_SECONDS, _DAY = 0.5, 86_400.0
 _UNDER_WAY = ("running", "stopping")
 
 
@@ -97,6 +98,7 @@ class Service:
         host_of(self._endpoint)
         self._identity: Identity = federation.identity(passphrase)
         self._name = federation.state.name
+        self._warn_at = 0.0
 
     def run(self) -> None:
         """Serve until the process is told to end.
@@ -123,11 +125,13 @@ class Service:
                 store.close()
 
     def _serve(self, roster: Roster, store: RunStore, log: Log, endings: Endings) -> None:
-        """As long as this roster is the complete one."""
+        """As long as this roster is the complete one, and this certificate the newest."""
         with Link(self._link(roster)) as link:
             self._config.tell(f"listening on port {link.port} for the {len(roster.members)} sites of {roster.where}")
             write_atomically(self._folder / "server.port", str(link.port).encode())
-            while self._roster() == roster:
+            shown = self._certificate()
+            while self._roster() == roster and self._certificate() == shown:
+                self._warn()
                 endings.tell(link)
                 run = self._next(store)
                 if run is None:
@@ -168,7 +172,8 @@ class Service:
             if store.status(run) != "finished":  # what is released already needs nobody any more
                 self._wait_for_sites(manifest, link, store)
             released = drive(link, LinkGrid(link), start)
-            self._config.finish(place, manifest, released)
+            if not manifest.statistics:
+                self._config.finish(place, manifest, released)
         except _StopRun:
             result = failed(manifest, "stopped", "stopped by confide run stop", {})
             self._over(run, "stopped", store, endings)
@@ -215,6 +220,20 @@ class Service:
             host=self._config.host or host.strip("[]"), port=int(port), certificate=self._folder / SERVER_CERTIFICATE,
             key=self._folder / SERVER_KEY, nodes={m.site: m.node_key for m in roster.members},
         )  # fmt: skip
+
+    def _certificate(self) -> bytes:
+        """Written after its key: a new one can be used at once."""
+        return (self._folder / SERVER_CERTIFICATE).read_bytes()
+
+    def _warn(self) -> None:
+        """Once a day, while a certificate comes to its end."""
+        if time.monotonic() < self._warn_at:
+            return
+        self._warn_at = time.monotonic() + _DAY
+        now = dt.datetime.now(dt.UTC)
+        if (said := expiry(self._certificate(), (self._folder / AUTHORITY).read_bytes(), now)) is not None:
+            _log.warning(said)
+            self._config.tell(said)
 
     def _roster(self) -> Roster | None:
         return FederationFolder(self._folder).state.roster

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import datetime as dt
 import json
+import os
 import shutil
 import sqlite3
+import ssl
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,19 +16,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from benchmarks.deployment_demo import SITES, WORDS, Demo, ok
 from confide.cli.server import write_model
+from confide.clients.agent import _Process
 from confide.clients.app import make_client_app
 from confide.clients.assembly import open_site
-from confide.clients.service import alone
+from confide.clients.backup import REGISTRY_COPY
+from confide.clients.service import agent_config, alone
+from confide.config import SchemaConfig
 from confide.config.run import load_run
 from confide.errors import AuditError, ConfideError, ConfigError, ConsentError, PolicyError, SealingError
 from confide.privacy.files import write_private
 from confide.protocol.keyfiles import PASSPHRASE, PASSPHRASE_FILE, is_encrypted, site_key
 from confide.protocol.manifest import Manifest
+from confide.server.certificates import expiry, make_authority, make_server_certificate
 from confide.server.coordinator import Coordinator, Released
-from confide.server.federation import SERVER_CERTIFICATE, SERVER_KEY, FederationFolder
+from confide.server.federation import AUTHORITY, SERVER_CERTIFICATE, SERVER_KEY, FederationFolder
 from confide.server.link import Link, LinkConfig
 from confide.server.outcome import finished
 from confide.server.plan import make_manifest
@@ -33,6 +41,8 @@ from confide.server.runs import RunStore
 from confide.server.service import Service, ServiceConfig, run_store
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
 from tests.cli.command import confide, to_toml
+from tests.integration.test_agent import connect_proxy
+from tests.privacy import postgres
 from tests.rosters import Cast
 
 PEOPLE = 60
@@ -162,13 +172,18 @@ def findings(site: Path, *secret: str | Path) -> tuple[int, dict[str, tuple[str,
 @pytest.fixture
 def listening(operated: Operated) -> Iterator[None]:
     """The coordinator's link, at its endpoint."""
-    state = FederationFolder(operated.fed).state
+    with Link(link_config(operated.fed)):
+        yield
+
+
+def link_config(fed: Path) -> LinkConfig:
+    """As the service of this federation would listen."""
+    state = FederationFolder(fed).state
     assert state.roster is not None
     host, _, port = state.endpoint.rpartition(":")
     nodes = {m.site: m.node_key for m in state.roster.members}
-    with Link(LinkConfig(host=host, port=int(port), certificate=operated.fed / SERVER_CERTIFICATE,
-                         key=operated.fed / SERVER_KEY, nodes=nodes)):  # fmt: skip
-        yield
+    return LinkConfig(host=host, port=int(port), certificate=fed / SERVER_CERTIFICATE, key=fed / SERVER_KEY,
+                      nodes=nodes)  # fmt: skip
 
 
 @pytest.mark.usefixtures("listening")
@@ -258,6 +273,102 @@ def test_a_wrong_passphrase_is_told_from_a_missing_one(site: Path, tmp_path: Pat
     (tmp_path / "wrong").write_text("another passphrase")
     assert findings(site)[1]["keys"] == ("fail", 2)
     assert findings(site, "--passphrase-file", tmp_path / "wrong")[1]["keys"] == ("fail", 6)
+
+
+@pytest.mark.parametrize(("days_ago", "state"), [(366, "ok"), (368, "warn"), (396, "warn")])
+def test_a_certificate_that_ends_within_thirty_days_is_warned_about(
+    operated: Operated, site: Path, tmp_path: Path, days_ago: int, state: str
+) -> None:
+    fed = tmp_path / "fed"
+    shutil.copytree(operated.fed, fed)
+    made = FederationFolder(fed)
+    made.renew(dt.datetime.now(dt.UTC) - dt.timedelta(days=days_ago), WORDS)
+    said = expiry((fed / SERVER_CERTIFICATE).read_bytes(), (fed / AUTHORITY).read_bytes(), dt.datetime.now(dt.UTC))
+    assert ("the server certificate ends on" in str(said)) == (state == "warn")
+    with Link(link_config(fed)):
+        assert findings(site, *operated.secret)[1]["coordinator"] == (state, 0)
+
+
+@pytest.mark.parametrize(("age", "said"), [(0, None), (3653 - 181, None), (3653 - 179, "authority ends on"),
+                                           (3653 + 1, "authority ended on")])  # fmt: skip
+def test_the_authority_is_warned_about_half_a_year_ahead(age: int, said: str | None) -> None:
+    now = dt.datetime.now(dt.UTC)
+    key, authority = make_authority("f", now - dt.timedelta(days=age))
+    made = now if age < 3653 else now - dt.timedelta(days=100)
+    _, server = make_server_certificate("127.0.0.1:1", key, authority, made)
+    pems = [c.public_bytes(serialization.Encoding.PEM) for c in (server, authority)]
+    found = expiry(pems[0], pems[1], now)
+    assert found is None if said is None else said in str(found)
+
+
+def test_a_renewed_certificate_is_taken_without_a_restart_and_an_old_one_warned_about(
+    operated: Operated, tmp_path: Path
+) -> None:
+    fed = tmp_path / "fed"
+    shutil.copytree(operated.fed, fed)
+    shutil.rmtree(fed / "runs", ignore_errors=True)
+    FederationFolder(fed).renew(dt.datetime.now(dt.UTC) - dt.timedelta(days=390), WORDS)
+    host, _, port = FederationFolder(fed).state.endpoint.rpartition(":")
+    told, shown = list[str](), list[str]()
+
+    def tell(event: str) -> None:
+        told.append(event)
+        if event.startswith("listening"):
+            shown.append(ssl.get_server_certificate((host, int(port))))
+        if event.startswith("the server certificate"):
+            FederationFolder(fed).renew(dt.datetime.now(dt.UTC), WORDS)
+        if len(shown) == 2:
+            raise KeyboardInterrupt
+
+    service = Service(ServiceConfig(folder=fed, store=run_store(fed), finish=write_model, tell=tell), WORDS)
+    with pytest.raises(KeyboardInterrupt):
+        service.run()
+    assert len([event for event in told if "the server certificate ends on" in event]) == 1
+    assert shown[1].split() == (fed / SERVER_CERTIFICATE).read_text().split()
+    assert shown[0] != shown[1]
+
+
+# --- through a proxy --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("listening")
+def test_the_way_to_the_coordinator_is_looked_at_through_the_proxy_that_the_agent_takes(
+    operated: Operated, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = FederationFolder(operated.fed).state.endpoint
+    with connect_proxy() as (port, asked):
+        proxy = f"http://127.0.0.1:{port}"
+        assert findings(site, *operated.secret)[1]["coordinator"] == ("ok", 0)
+        monkeypatch.setenv("HTTPS_PROXY", proxy)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        assert findings(site, *operated.secret)[1]["coordinator"] == ("ok", 0)
+        assert asked == [], "the control: none named, or excepted"
+        monkeypatch.setenv("NO_PROXY", "")
+        assert findings(site, *operated.secret)[1]["coordinator"] == ("ok", 0)
+        assert asked == [f"CONNECT {endpoint} HTTP/1.1"] or asked == [f"CONNECT {endpoint} HTTP/1.0"]
+        monkeypatch.delenv("HTTPS_PROXY")
+        edit(site, lambda t: t.update(proxy=proxy))
+        assert "through the proxy 127.0.0.1" in confide("site", "check", site, *operated.secret).words
+        assert len(asked) == 2
+        assert agent_config(site, WORDS).proxy == proxy
+    done = confide("site", "check", site, *operated.secret)
+    assert (done.code, "cannot be reached through the proxy" in done.words) == (8, True)
+    edit(site, lambda t: t.update(proxy="socks5://127.0.0.1:1"))
+    assert confide("site", "check", site, *operated.secret).code == ConfigError.exit_code
+
+
+def test_the_proxy_of_a_site_is_for_its_node_and_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://elsewhere:1")
+    monkeypatch.setenv("NO_PROXY", "coordinator.example")
+    named = _Process("node", tmp_path, "http://proxy:3128")._environment()
+    assert {k: v for k, v in named.items() if k.lower().endswith("_proxy")} == {
+        "HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+    }  # fmt: skip
+    inherited = _Process("node", tmp_path)._environment()
+    assert (inherited["HTTPS_PROXY"], inherited["NO_PROXY"]) == ("http://elsewhere:1", "coordinator.example,127.0.0.1")
 
 
 # --- the site key under the passphrase --------------------------------------------------------------------------------
@@ -466,6 +577,36 @@ def test_a_restored_site_opens_and_has_spent_what_it_had_spent(
     assert (back / "keys" / "signing.key").stat().st_mode & 0o077 == 0
 
 
+def test_a_registry_in_postgresql_is_in_the_backup_and_comes_back(
+    operated: Operated, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with postgres.server() as folder:
+        here, there = (postgres.new_database(folder, name) for name in ("here", "there"))
+        ok("consent", "copy", site / "consent.db", here)
+        before = (site / "consent.db").read_bytes()
+        (site / "consent.db").unlink()
+        edit(site, lambda t: t["folders"].update(consent="env:REGISTRY"))
+        monkeypatch.setenv("REGISTRY", here)
+        done = ok("site", "backup", site, "--out", tmp_path / "s.bak", *operated.secret, "--json").last_line
+        assert REGISTRY_COPY in done["files"]
+        assert [what.split(":")[0].split(" (")[0] for what in done["left_out"]] == ["the table", "keys of runs"]
+        assert before not in (tmp_path / "s.bak").read_bytes()
+        back = tmp_path / "back"
+        said = ok("site", "restore", tmp_path / "s.bak", "--out", back, *operated.secret).words
+        assert f"confide consent copy {back / REGISTRY_COPY}" in said
+        ok("consent", "copy", back / REGISTRY_COPY, there)
+        shutil.copy(site / "data.csv", back)
+        seen = []
+        for place, url in ((site, here), (back, there)):
+            monkeypatch.setenv("REGISTRY", url)
+            opened = open_site(str(place), WORDS)
+            seen.append([opened.participants(operated.manifest).train.sum(), opened._registry.history("125024")])
+            opened.close()
+        assert seen[0] == seen[1]
+        assert seen[0][0] > 0
+    assert not list(site.glob(".backup-*")), "no copy stays behind"
+
+
 def test_keys_of_runs_are_in_no_backup(operated: Operated, backup: Path, tmp_path: Path) -> None:
     files = ok("site", "restore", backup, "--out", tmp_path / "b", *operated.secret, "--json").last_line["files"]
     assert not [name for name in files if "vault" in name]
@@ -533,6 +674,75 @@ def test_a_run_file_with_data_or_consent_in_it_is_refused(operated: Operated, tm
         done = confide("run", "start", tmp_path / "run.toml", "--federation", operated.fed)
         assert done.code == 2, (section, key)
         assert said in done.err
+
+
+def test_bounds_are_learned_by_a_run_of_their_own_and_the_same_file_starts_the_training(
+    operated: Operated, tmp_path: Path
+) -> None:
+    """Without noise, so that sixty persons a site are enough; the sites' operators say that their data are public."""
+    later = moved(operated, tmp_path / "later")
+    asked = tomllib.loads((later.demo.folder / "short.toml").read_text())
+    asked["schema"]["bounds"] = "learn"
+    declared = asked["schema"]["features"]["xage"].pop("bounds")
+    asked["privacy"]["epsilon"] = float("inf")
+    asked["data"]["public"] = True
+    asked["run"]["name"] = "learn"
+    (tmp_path / "run.toml").write_text(to_toml(asked))
+
+    def unbounded(tree: dict[str, Any]) -> None:
+        tree["schema"] = asked["schema"]
+        tree["data"]["public"] = True
+        tree["policy"].update(statistics=True, release=False)
+
+    for place in later.demo.sites.values():
+        edit(place, unbounded)
+    start = ("run", "start", tmp_path / "run.toml", "--federation", later.fed, "--json")
+    first = ok(*start).last_line
+    assert (first["learns"], first["rounds"]) == (["xage"], 1)
+    manifest, _ = later.load(first["run"])
+    result = finished(manifest, later._drive(first["run"]))
+    low, high = result["bounds"]["xage"]
+    assert declared[0] - 20 < low < high < declared[1] + 20
+    assert confide(*start, "--bounds", first["run"]).code == ConfigError.exit_code, "it has no result yet"
+    folder = later.fed / "runs" / first["run"]
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    assert f"xage: bounds = [{low!r}" in ok("run", "status", first["run"], "--federation", later.fed).words
+    second = ok(*start, "--bounds", first["run"]).last_line
+    assert second["learns"] == []
+    trained, _ = later.load(second["run"])
+    assert trained.schema_.features["xage"].bounds == (low, high)  # type: ignore[union-attr]
+    site = open_site(str(later.demo.sites["dayton"]), WORDS)
+    with pytest.raises(PolicyError, match="schema or label"):
+        site.check(trained)
+    site.close()
+    for place in later.demo.sites.values():
+        edit(place, lambda t: t["schema"]["features"]["xage"].update(bounds=[low, high]))
+        edit(place, lambda t: t["policy"].update(release=True))
+    released = later._drive(second["run"])
+    assert len(released.outcomes[-1].cohort) == len(SITES)
+    assert ok("audit", "verify", export_all(later, tmp_path / "out"), "--json").last_line["verified"]
+
+
+def test_a_site_that_allows_no_statistics_takes_no_part_in_learning_bounds(operated: Operated, site: Path) -> None:
+    def unbounded(tree: dict[str, Any]) -> None:
+        tree["schema"]["bounds"] = "learn"
+        tree["schema"]["features"]["xage"].pop("bounds")
+
+    edit(site, unbounded)
+    assert findings(site, *operated.secret)[1]["data"] == ("warn", 0)
+    assert "does not allow even that" in confide("site", "check", site, *operated.secret).words
+    schema = tomllib.loads((site / "site.toml").read_text())["schema"]
+    learning = operated.manifest.model_copy(update={
+        "schema_": SchemaConfig.model_validate(schema), "statistics": True, "rounds": 1, "metric_rounds": (1, 2),
+        "run": "learn",
+    })  # fmt: skip
+    opened = open_site(str(site), WORDS)
+    try:
+        with pytest.raises(PolicyError, match="bounds of columns"):
+            opened.check(learning)
+    finally:
+        opened.close()
 
 
 def test_a_waiting_run_is_stopped_at_once_and_the_status_says_so(operated: Operated) -> None:

@@ -47,7 +47,7 @@ from confide.cli.consent_inputs import (
     unwritable,
 )
 from confide.cli.consent_output import FileDisplay, plain_event, refuse_import, show, show_import, show_recorded
-from confide.cli.consent_registry import check, erase, init, notices
+from confide.cli.consent_registry import check, copy, erase, init, notices
 from confide.cli.render import err, number, out, show_json, when
 from confide.cli.site_setup import PassphraseFile
 from confide.errors import ConfigError, ConsentError
@@ -64,6 +64,7 @@ def root() -> None:
 
 
 app.command("init")(init)
+app.command("copy")(copy)
 app.command("erase")(erase)
 app.command("check")(check)
 app.command("impact")(impact)

@@ -1,4 +1,4 @@
-"""`confide consent init | erase | notice | check`: what concerns the registry itself, or cannot be undone."""
+"""`confide consent init | copy | erase | notice | check`: what concerns the registry itself, or cannot be undone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from confide.cli.render import err, out, show_json, when
 from confide.cli.site_setup import PassphraseFile
 from confide.errors import ConfigError, ConsentError
 
-__all__ = ["check", "erase", "init", "notices"]
+__all__ = ["check", "copy", "erase", "init", "notices"]
 
 DESTROYED = "her personal key: nobody, this site included, can compute any more which events were hers"
 STAYS = (
@@ -64,6 +64,27 @@ def init(
         ("next", f"confide consent import FILE --registry {shown_address(place) if is_url(place) else place}"
          + (f" --key {key}" if key is not None else "")),
     ])  # fmt: skip
+
+
+def copy(
+    source: Annotated[str, typer.Argument(help="A registry: its file (consent.db), or postgresql://…")],
+    target: Annotated[str, typer.Argument(help="A new one: a file, or an empty database.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a registry as it is, with its order and instants: into a database, out of one, or out of a backup.
+
+    The site key stays where it is; both belong to it. Let nobody write into the old one afterwards.
+    """
+    from confide.privacy.consent.storage import is_url, shown_address
+    from confide.privacy.consent.transfer import copy_registry
+
+    places = [place if is_url(place) else Path(place) for place in (source, target)]
+    copy_registry(*places)
+    shown = [shown_address(place) for place in places]
+    if as_json:
+        show_json({"source": shown[0], "target": shown[1]})
+    else:
+        show("A copy of a consent registry", [("from", shown[0]), ("to", shown[1])])
 
 
 def erase(

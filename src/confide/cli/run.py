@@ -1,12 +1,14 @@
 """`confide run start | status | stop`: the runs of a federation.
 
-`--json` prints: start: {run, sites, min_sites, rounds, epsilon, position: how many are before it}; status: {runs:
+`--json` prints: start: {run, sites, min_sites, rounds, epsilon, position: how many are before it,
+learns: columns whose bounds it learns}; status: {runs:
 [{run, status, round, rounds, sites, min_sites, result}]}; stop: {run, status}.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,10 +36,17 @@ def root() -> None:
 def start(
     file: Annotated[Path, typer.Argument(help="The run (TOML): an experiment without data files and consent.")],
     federation: Federation,
+    bounds: Annotated[
+        str | None, typer.Option("--bounds", help="The run that has learned the bounds which the file leaves out.")
+    ] = None,
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fix a run and put it into the store, from which the coordinator takes it."""
+    """Fix a run and put it into the store, from which the coordinator takes it.
+
+    A file that leaves out bounds (schema.bounds = "learn") starts the run that learns them. When that has ended, and
+    the sites' operators have written them into site.toml, the same file with --bounds starts the training.
+    """
     from confide.clients.data.preprocess import encoded_width
     from confide.clients.training.admission import admit_model
     from confide.clients.training.models import build_model, initial_model
@@ -52,12 +61,16 @@ def start(
     if roster is None:
         raise ConfigError("has no complete roster yet", where=str(federation),
                           hint="confide federation show says who has to confirm")  # fmt: skip
-    inputs, outputs = encoded_width(asked.schema_), asked.data.label.outputs
+    schema = asked.schema_
+    if bounds is not None:
+        schema = schema.with_bounds(_learned(federation, bounds, schema.unknown_bounds))
+    inputs, outputs = encoded_width(schema), asked.data.label.outputs
     admit_model(build_model(asked.model, inputs, outputs), inputs, outputs)
     weights, layout = initial_model(asked.model, inputs, outputs, asked.run.seed)
     manifest = make_manifest(
-        asked, roster=roster, schema=asked.schema_, initial_model=weights, layout=layout, sites=asked.sites.names
-    )
+        asked, roster=roster, schema=schema, initial_model=weights, layout=layout, sites=asked.sites.names,
+        statistics=bool(schema.unknown_bounds),
+    )  # fmt: skip
     runs = RunStore(run_store(federation, store))
     try:
         before = sum(status in ("waiting", "running", "stopping") for status in runs.runs().values())
@@ -67,12 +80,14 @@ def start(
     epsilon = run_loss(manifest)
     if as_json:
         show_json({"run": manifest.run, "sites": [m.site for m in manifest.members], "min_sites": manifest.min_sites,
-                   "rounds": manifest.rounds, "epsilon": epsilon, "position": before})  # fmt: skip
+                   "rounds": manifest.rounds, "epsilon": epsilon, "position": before,
+                   "learns": list(schema.unknown_bounds)})  # fmt: skip
         return
     out.print(table(f"Run {manifest.run}", [
         ("purpose", manifest.purpose), ("sites", ", ".join(m.site for m in manifest.members)),
         ("smallest cohort", str(manifest.min_sites)), ("rounds", str(manifest.rounds)),
         ("ε of this run", f"{number(epsilon, 2)} per {manifest.privacy.unit}"), ("runs before it", str(before)),
+        *([("learns the bounds of", ", ".join(schema.unknown_bounds))] if schema.unknown_bounds else []),
     ]))  # fmt: skip
     out.print(f"watch it: confide run status --federation {federation}", markup=False, soft_wrap=True)
 
@@ -98,7 +113,7 @@ def status(
         shown.add_column(name, overflow="fold")
     for tree in found:
         result = tree["result"] or {}
-        said = result.get("reason") or _metrics(result)
+        said = result.get("reason") or _bounds(result) or _metrics(result)
         shown.add_row(*map(Text, (tree["run"], tree["status"], f"{tree['round']}/{tree['rounds']}", said)))
     out.print(shown if found else "no run was started yet")
 
@@ -152,6 +167,31 @@ def _described(federation: Path, store: str | None) -> list[dict[str, Any]]:
     finally:
         runs.close()
     return found
+
+
+def _learned(federation: Path, run: str, wanted: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """What a statistics run of this federation has learned."""
+    from confide.server.service import RESULT, RUNS
+
+    names = {p.parent.name: p for p in (federation / RUNS).glob(f"*/{RESULT}")}
+    if run not in names:
+        raise ConfigError(
+            "has no result", where=f"--bounds {run[:128]}", hint="confide run status says when it has ended"
+        )
+    found = json.loads(names[run].read_text()).get("bounds")
+    if not found or set(found) != set(wanted):
+        why = (
+            f"has not learned the bounds of {', '.join(wanted)}"
+            if wanted
+            else "is not needed: the file leaves out none"
+        )
+        raise ConfigError(why, where=f"--bounds {run}", hint="name the run that this very file has started")
+    return {name: (low, high) for name, (low, high) in found.items()}
+
+
+def _bounds(result: dict[str, Any]) -> str:
+    """As an operator writes them into site.toml, digit by digit."""
+    return "; ".join(f"{name}: bounds = {json.dumps(pair)}" for name, pair in (result.get("bounds") or {}).items())
 
 
 def _metrics(result: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """`confide site export | backup | restore`: what may leave a site, and what must not be lost.
 
-`--json` prints: export: {folder, log, checkpoint, entries}; backup: {backup, files, bytes}; restore: {folder, files}.
+`--json` prints: export: {folder, log, checkpoint, entries}; backup: {backup, files, bytes, left_out};
+restore: {folder, files}.
 """
 
 from __future__ import annotations
@@ -59,16 +60,18 @@ def backup(
 ) -> None:
     """Copy everything that must not be lost into one encrypted file, of one moment; the site may run meanwhile.
 
-    Not in it: keys of runs, the table itself, a registry in PostgreSQL. Keep the newest only: an older one, restored,
-    has forgotten what was charged since.
+    Not in it: keys of runs, and the table itself. A registry in PostgreSQL is in it, as a file. Keep the newest only:
+    an older one, restored, has forgotten what was charged since.
     """
-    from confide.clients.backup import back_up
+    from confide.clients.backup import back_up, left_out
 
-    files = back_up(folder, to, _passphrase(passphrase_file))
+    files, missing = back_up(folder, to, _passphrase(passphrase_file)), left_out(folder)
     if as_json:
-        show_json({"backup": str(to), "files": files, "bytes": to.stat().st_size})
-    else:
-        out.print(f"{to}: {len(files)} files, {to.stat().st_size:,} bytes, encrypted", markup=False, soft_wrap=True)
+        show_json({"backup": str(to), "files": files, "bytes": to.stat().st_size, "left_out": missing})
+        return
+    out.print(f"{to}: {len(files)} files, {to.stat().st_size:,} bytes, encrypted", markup=False, soft_wrap=True)
+    for what in missing:
+        out.print(f"not in it: {what}", markup=False, soft_wrap=True)
 
 
 def restore(
@@ -81,6 +84,7 @@ def restore(
 
     See docs/runbooks/lost-key.md.
     """
+    from confide.clients.backup import REGISTRY_COPY
     from confide.clients.backup import restore as unpack
 
     files = unpack(file, to, _passphrase(passphrase_file))
@@ -88,6 +92,11 @@ def restore(
         show_json({"folder": str(to), "files": files})
         return
     out.print(f"{to}: {len(files)} files", markup=False, soft_wrap=True)
+    if REGISTRY_COPY in files:
+        out.print(f"the registry of the database server is {to / REGISTRY_COPY}: put it into an empty database with "
+                  f"confide consent copy {to / REGISTRY_COPY} postgresql://…, or name the file in site.toml "
+                  "[folders] consent", markup=False, soft_wrap=True)  # fmt: skip
+    out.print("the table is not among them: put it where site.toml [data] names it", markup=False, soft_wrap=True)
     out.print("what was charged after the backup: confide site recover LEDGER --log NEWEST_COPY_OF_ITS_LOG",
               markup=False, soft_wrap=True)  # fmt: skip
 

@@ -1,4 +1,9 @@
-"""A run file: what a coordinator asks of a federation's sites. An experiment without data: those lie at the sites."""
+"""A run file: what a coordinator asks of a federation's sites. An experiment without data: those lie at the sites.
+
+Column patterns (`pixel*`) are for experiments only: the coordinator, who expands them there, sees no table here, and a
+site that told it its columns would tell more than was agreed on. Numbers may leave out their bounds (`bounds =
+"learn"`): the file then starts the run that learns them, and afterwards, with what that has learned, the training.
+"""
 
 from __future__ import annotations
 
@@ -72,11 +77,12 @@ class DeployedRun(_Section):
             raise ValueError("privacy.epsilon is above privacy.site_epsilon_limit, what a site's ledger ever holds")
         if (why := self.strategy.unknown()) is not None:
             raise ValueError(f"strategy.kind = {self.strategy.kind!r}: {why}")
-        if self.schema_.unknown_bounds:
-            raise ValueError("a deployed run declares the bounds of every number: learn them with confide simulate")
         for name in self.schema_.features:
             if any(c in name for c in "*?["):
-                raise ValueError(f"feature {name!r} is a pattern: a deployed run names its columns")
+                raise ValueError(
+                    f"feature {name!r} is a pattern: only who sees a table knows which columns it names, and a "
+                    "coordinator sees none; a deployed run names its columns"
+                )
         if self.data.label.column in self.schema_.features:
             raise ValueError(f"{self.data.label.column} is a feature and the label")
         return self

@@ -131,7 +131,8 @@ class DeviceConfig(_Section):
 
 
 class SiteConfig(_Section):
-    """A whole `site.toml`. `endpoint` is the coordinator's `host:port`; a site connects to nothing without it.
+    """A whole `site.toml`. `endpoint` is the coordinator's `host:port`; a site connects to nothing without it. `proxy`
+    is the HTTP proxy on the way there; none given: what the environment says.
 
     `[schema]` and `[data] label` are those of the runs that the site takes part in, agreed on beforehand: the table is
     encoded with them and with no others. A coordinator that chose them could ask, run by run, which values there are.
@@ -140,6 +141,7 @@ class SiteConfig(_Section):
     name: Name
     federation: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     endpoint: str | None = None
+    proxy: Annotated[str, Field(pattern=r"^http://[A-Za-z0-9.\[\]:_-]+:[0-9]{1,5}/?$")] | None = None
     folders: FoldersConfig = FoldersConfig()
     data: SourceConfig
     schema_: Annotated[SchemaConfig | None, Field(alias="schema")] = None
@@ -181,6 +183,7 @@ _TEMPLATE = """\
 name = "{name}"
 federation = "{federation}"
 {endpoint}
+# proxy = "http://proxy.example:3128"   # to the coordinator; left out: as HTTPS_PROXY and NO_PROXY say
 
 [folders]                           # relative to this file
 state = "state"
