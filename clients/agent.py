@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from confide.clients.executor import GIVE_UP
-from confide.errors import ConfigError
+from confide.errors import ConfigError, StorageError
 from confide.logfiles import PrivateLog, drain
 from confide.privacy.files import write_private
 
@@ -78,17 +78,23 @@ def run_agent(config: AgentConfig, stop: threading.Event | None = None) -> None:
 
     Raises:
         ConfigError: A file is missing, the factory is none, or the site refused to start.
+        StorageError: The agent's folder cannot be written.
     """
     ended = stop or threading.Event()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ended.set())
-    agent = _Agent(config)
     try:
-        while not ended.wait(_WATCH_SECONDS):
+        agent = _Agent(config)
+        try:
             agent.watch()
-    finally:
-        agent.close()
+            while not ended.wait(_WATCH_SECONDS):
+                agent.watch()
+        finally:
+            agent.close()
+    except OSError as error:
+        raise StorageError(f"cannot be used: {error.strerror}", where=str(error.filename or config.folder),
+                           hint="free space, then start again: what was durable is kept") from None  # fmt: skip
 
 
 class _Process:
@@ -117,7 +123,11 @@ class _Process:
         return not self.alive and time.monotonic() >= self._not_before
 
     def start(self, order: Mapping[str, Any]) -> None:
-        """Start it with its order; ready to be started again later than the last time if it dies soon."""
+        """Start it with its order; ready to be started again later than the last time if it dies soon.
+
+        Raises:
+            OSError: Its log cannot be made, or the system takes no more processes.
+        """
         now = time.monotonic()
         if self._process is not None:
             soon = now - self._started_at < _LONG_LIFE
@@ -132,7 +142,12 @@ class _Process:
                           drain(self._process.stdout, self._log)]  # fmt: skip
         self._started_at, self._not_before = now, now + self._wait
         self.tell(order)
-        write_private(self._folder / f"{self.role}.pid", str(self._process.pid).encode())
+        place = self._folder / f"{self.role}.pid"
+        try:
+            write_private(place, str(self._process.pid).encode())
+        except OSError as error:  # for the operator's eyes only: a full disk ends no process that could do without
+            place.unlink(missing_ok=True)
+            _log.warning("%s cannot be written: %s", place, error.strerror)
 
     def tell(self, line: Mapping[str, Any]) -> None:
         """Write a line to its standard input; nothing where it is gone."""
@@ -184,7 +199,6 @@ class _Agent:
         self._secret_file = config.folder / "tasks.secret"
         write_private(self._secret_file, self._secret)
         self._node, self._site = _Process("node", config.folder, config.proxy), _Process("site", config.folder)
-        self.watch()
 
     def watch(self) -> None:
         """Start what is not running.

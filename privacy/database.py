@@ -8,9 +8,16 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
-__all__ = ["copy_database", "open_durable", "open_read_only"]
+from confide.errors import StorageError
+
+__all__ = ["copy_database", "full_disk", "open_durable", "open_read_only"]
 
 _PATIENCE = 30.0
+#: What SQLite says where a file, or what lies beside it, cannot grow; nothing is wrong with what it holds.
+_FULL = frozenset({
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_SHMSIZE,
+    sqlite3.SQLITE_IOERR_SHMOPEN, sqlite3.SQLITE_IOERR_TRUNCATE,
+})  # fmt: skip
 
 
 def open_durable(path: Path, schema: str) -> sqlite3.Connection:
@@ -35,6 +42,20 @@ def open_durable(path: Path, schema: str) -> sqlite3.Connection:
             raise
         else:
             return db
+
+
+def full_disk(error: BaseException, where: str) -> StorageError | None:
+    """The error to raise where a database does not open only because its disk takes no more; None: it is another one.
+
+    Args:
+        error: SQLite's own, or SQLAlchemy's around it.
+        where: The file.
+    """
+    original = getattr(error, "orig", error)
+    if not isinstance(original, sqlite3.Error) or getattr(original, "sqlite_errorcode", None) not in _FULL:
+        return None
+    return StorageError(f"cannot be written ({original})", where=where,
+                        hint="free space, then start again: what was durable is kept")  # fmt: skip
 
 
 def open_read_only(path: Path) -> sqlite3.Connection:

@@ -20,9 +20,10 @@ from pathlib import Path
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, text, update
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
-from confide.errors import ConsentError
+from confide.errors import ConfideError, ConsentError
 from confide.privacy.consent import projection, triggers
 from confide.privacy.consent.tables import PROJECTION, SCHEMA
+from confide.privacy.database import full_disk
 
 __all__ = ["SCHEMA_VERSION", "Storage", "holds_registry", "is_url", "shown_address"]
 
@@ -155,10 +156,12 @@ class Storage:
                     raise self._unusable(error) from None
                 time.sleep(0.01)
 
-    def _unusable(self, error: Exception) -> ConsentError:
+    def _unusable(self, error: Exception) -> ConfideError:
         if not self.is_sqlite and isinstance(error, OperationalError):
             return ConsentError("cannot be reached", where=self.where,
                                 hint="check the address, and that the server runs and lets this user in")  # fmt: skip
+        if (full := full_disk(error, self.where)) is not None:
+            return full
         return ConsentError(f"is not a consent registry ({type(error).__name__})", where=self.where, hint=_NOT_ONE)
 
     def _is_ready(self, connection: Connection) -> bool:

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from confide.errors import BudgetError
-from confide.privacy.database import open_durable, open_read_only
+from confide.privacy.database import full_disk, open_durable, open_read_only
 from confide.privacy.dp.accounting import rdp_epsilon
 from confide.privacy.dp.budget import RenyiBudget
 from confide.privacy.dp.events import PrivacyEvent, Role, event_from_json, event_to_json, merge_events
@@ -98,6 +98,8 @@ class Ledger:
                 "there is no such privacy ledger", where=str(self.path), hint="name a site's ledger folder"
             ) from None
         except (sqlite3.Error, ValueError) as error:
+            if (full := full_disk(error, str(self.path))) is not None:
+                raise full from None
             raise BudgetError(
                 f"is not a readable privacy ledger ({type(error).__name__})",
                 where=str(self.path),

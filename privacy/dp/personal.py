@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from confide.errors import BudgetError
-from confide.privacy.database import open_durable, open_read_only
+from confide.privacy.database import full_disk, open_durable, open_read_only
 from confide.privacy.dp.accounting import ORDERS, conversion, rdp, sampled_gaussian_rdp
 from confide.privacy.dp.budget import RenyiBudget
 from confide.privacy.dp.events import PrivacyEvent, Role, merge_events
@@ -81,6 +81,8 @@ class PersonalLosses:
             self._entry, self._tip = 0, b""
             self._load_new()
         except (sqlite3.Error, FileNotFoundError) as error:
+            if (full := full_disk(error, str(path))) is not None:
+                raise full from None
             raise BudgetError(
                 f"is not a readable record of personal losses ({type(error).__name__})", where=str(path),
                 hint="restore the file: without it nobody with a limit of her own may take part",
