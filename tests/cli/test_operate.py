@@ -363,11 +363,13 @@ def test_the_proxy_of_a_site_is_for_its_node_and_nobody_else(tmp_path: Path, mon
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://elsewhere:1")
     monkeypatch.setenv("NO_PROXY", "coordinator.example")
-    named = _Process("node", tmp_path, "http://proxy:3128")._environment()
+    node, plain = _Process("node", tmp_path, "http://proxy:3128"), _Process("site", tmp_path)
+    named, inherited = node._environment(), plain._environment()
+    for process in (node, plain):
+        process.end(0.0)
     assert {k: v for k, v in named.items() if k.lower().endswith("_proxy")} == {
         "HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
     }  # fmt: skip
-    inherited = _Process("node", tmp_path)._environment()
     assert (inherited["HTTPS_PROXY"], inherited["NO_PROXY"]) == ("http://elsewhere:1", "coordinator.example,127.0.0.1")
 
 
