@@ -31,6 +31,7 @@ from confide.errors import AuditError, ConfideError, ConfigError, ConsentError, 
 from confide.privacy.files import write_private
 from confide.protocol.keyfiles import PASSPHRASE, PASSPHRASE_FILE, is_encrypted, site_key
 from confide.protocol.manifest import Manifest
+from confide.protocol.rosterbook import RosterBook
 from confide.server.certificates import expiry, make_authority, make_server_certificate
 from confide.server.coordinator import Coordinator, Released
 from confide.server.federation import AUTHORITY, SERVER_CERTIFICATE, SERVER_KEY, FederationFolder
@@ -803,3 +804,5 @@ def test_a_service_that_died_before_it_wrote_results_writes_them_and_needs_no_si
     assert all((fed / "runs" / run / "model.safetensors").is_file() for run in operated.runs)
     assert not (fed / "runs" / "third" / "model.safetensors").exists()
     assert results[0] == finished(operated.manifest, operated.released[0])
+    chains = [RosterBook.read(fed / "runs" / run).chain for run in (*operated.runs, "third")]
+    assert chains == [FederationFolder(fed).state.chain] * 3, "whose keys they are lies beside the logs"
