@@ -160,6 +160,7 @@ class _Process:
     def end(self, grace: float) -> None:
         """Stop it: politely first."""
         if self._process is None:
+            self._log.close()
             return
         if self._process.poll() is None:
             self._process.terminate()

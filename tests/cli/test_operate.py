@@ -31,6 +31,7 @@ from confide.errors import AuditError, ConfideError, ConfigError, ConsentError, 
 from confide.privacy.files import write_private
 from confide.protocol.keyfiles import PASSPHRASE, PASSPHRASE_FILE, is_encrypted, site_key
 from confide.protocol.manifest import Manifest
+from confide.protocol.rosterbook import RosterBook
 from confide.server.certificates import expiry, make_authority, make_server_certificate
 from confide.server.coordinator import Coordinator, Released
 from confide.server.federation import AUTHORITY, SERVER_CERTIFICATE, SERVER_KEY, FederationFolder
@@ -363,11 +364,13 @@ def test_the_proxy_of_a_site_is_for_its_node_and_nobody_else(tmp_path: Path, mon
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://elsewhere:1")
     monkeypatch.setenv("NO_PROXY", "coordinator.example")
-    named = _Process("node", tmp_path, "http://proxy:3128")._environment()
+    node, plain = _Process("node", tmp_path, "http://proxy:3128"), _Process("site", tmp_path)
+    named, inherited = node._environment(), plain._environment()
+    for process in (node, plain):
+        process.end(0.0)
     assert {k: v for k, v in named.items() if k.lower().endswith("_proxy")} == {
         "HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
     }  # fmt: skip
-    inherited = _Process("node", tmp_path)._environment()
     assert (inherited["HTTPS_PROXY"], inherited["NO_PROXY"]) == ("http://elsewhere:1", "coordinator.example,127.0.0.1")
 
 
@@ -801,3 +804,5 @@ def test_a_service_that_died_before_it_wrote_results_writes_them_and_needs_no_si
     assert all((fed / "runs" / run / "model.safetensors").is_file() for run in operated.runs)
     assert not (fed / "runs" / "third" / "model.safetensors").exists()
     assert results[0] == finished(operated.manifest, operated.released[0])
+    chains = [RosterBook.read(fed / "runs" / run).chain for run in (*operated.runs, "third")]
+    assert chains == [FederationFolder(fed).state.chain] * 3, "whose keys they are lies beside the logs"

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Message
 
 from confide.errors import ConfigError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.report import write_report
 from confide.privacy.audit.verify import verify
 from confide.protocol import messages as m
-from confide.server.ending import log_end, tell_end
+from confide.protocol.flower import from_records, to_records
+from confide.server.ending import Endings, log_end, tell_end
 from confide.server.runs import RunStore
 from confide.simulations.grid import LocalGrid
+from confide.simulations.world import World
 from tests.attacks.federation import Federation, open_federation
+from tests.server.nodes import NodeClient, listening, new_key
 
 
 class _Stopped(Exception):
@@ -137,3 +142,40 @@ def test_a_coordinator_that_ends_a_run_at_one_site_and_goes_on_with_others_is_fo
         world.log.append(audit.RoundAbandoned(run=federation.manifest.run, round=2, reason="too few sites trained"))
         world.export()
         assert any("goes on with a run that it has ended" in str(f) for f in verify(federation.folder).findings)
+
+
+def test_a_service_tells_who_is_online_and_the_others_when_they_come(
+    stopped: Federation, store: RunStore, tmp_path: Path
+) -> None:
+    """Over a real link; each site's node is played by a client of the fleet interface."""
+    keys = {site: new_key() for site in stopped.names}
+    world, run = stopped.world, stopped.manifest.run
+    world.log.close()
+    with listening(tmp_path / "link", **keys) as link, ThreadPoolExecutor(1) as service:
+        ends = service.submit(_endings, world, f"sqlite:///{tmp_path / 'runs.db'}").result()
+        service.submit(ends.note, run, "stopped").result()
+        service.submit(ends.tell, link).result()
+        assert ends._untold[run].sites is None, "nobody is there, so nobody was asked"
+        for names in (("ash", "cedar"), ("birch", "doum")):
+            nodes = {s: NodeClient(link.port, tmp_path / "link" / "ca.pem", keys[s]).activate() for s in names}
+            ends._untold[run].due = 0.0
+            telling = service.submit(ends.tell, link)
+            for site, node in nodes.items():
+                message = node.pull()
+                answer = stopped.sites[site].handle("end", from_records(message.content))
+                node.push(Message(to_records(answer), reply_to=message))
+            telling.result()
+            assert {s for s in stopped.names if entries(stopped, audit.ToldEnded, s)} >= set(names)
+        assert ends._untold == {}, "and then nobody is asked any more"
+        assert store.untold() == []
+        service.submit(ends._log.close).result()
+        service.submit(ends._store.close).result()
+    world.log = world.coordinator.open_log(stopped.folder / "sites" / "coordinator.db", "coordinator", "simulation")
+    world.export()
+    assert verify(stopped.folder).findings == []
+
+
+def _endings(world: World, url: str) -> Endings:
+    """In the service's own thread: connections stay where they were made."""
+    log = world.coordinator.open_log(world._run_folder / "coordinator.db", "coordinator", "simulation")
+    return Endings(world.coordinator, RunStore(url), log)
