@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -28,8 +29,7 @@ _MODEL = {"kind": "mlp", "hidden": [192, 192]}
 
 def resident_mib(pid: int) -> float:
     """A process's resident memory."""
-    fields = Path(f"/proc/{pid}/status").read_text().split()
-    return int(fields[fields.index("VmRSS:") + 1]) / 1024
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def measure(made: Staged, rounds: int) -> dict[str, Any]:

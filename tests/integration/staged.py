@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 
 from benchmarks.deployment_demo import FEDERATION, POPULATION, PURPOSE, Demo, ok
 from confide.privacy.audit import records as audit
@@ -37,6 +38,11 @@ from tests.integration.struck import FOLDER
 SITES = ("ash", "birch", "cedar", "dogwood")
 ROUNDS = 3
 COORDINATOR = "coordinator"
+#: The site whose processes die.
+VICTIM = SITES[1]
+#: What a run is asked for.
+SECTIONS = {"run": {"rounds": ROUNDS, "report_metrics_every": ROUNDS}, "privacy": {"epsilon": 1.0}}
+chaos = pytest.mark.skipif(os.environ.get("CONFIDE_CHAOS") != "1", reason="make test-chaos: minutes of real processes")
 #: Seconds after which something that does not happen is a failure.
 PATIENCE = 420.0
 _EXAMPLE = tomllib.loads(builtin_example().read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 from confide.clients.agent import AgentConfig, run_agent
 from confide.clients.executor import resolve_factory
-from confide.errors import ConfigError
+from confide.errors import ConfigError, StorageError
 from confide.server.link import Link, LinkConfig
 from tests.integration.deployed import ROOT, Deployment, deployment, wait_until
 
@@ -95,6 +96,29 @@ def test_missing_files_and_factories_are_named(made: Deployment) -> None:
         with pytest.raises(ConfigError, match="names no function"):
             resolve_factory(reference)
     assert resolve_factory("json:dumps")([1]) == "[1]"
+
+
+def test_an_agent_that_cannot_write_says_so_with_its_own_exit_code(made: Deployment) -> None:
+    order = made.agent_order(made.names[0])
+    Path(order["folder"]).mkdir(exist_ok=True)
+    program = """
+import json, resource, sys
+from pathlib import Path
+from confide.clients.agent import AgentConfig, run_agent
+from confide.errors import ConfideError
+order = json.loads(sys.argv[1])
+paths = {key: Path(order.pop(key)) for key in ("folder", "ca", "node_key")}
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+try:
+    run_agent(AgentConfig(**paths, **order))
+except ConfideError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+    done = subprocess.run([sys.executable, "-c", program, json.dumps(order)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, timeout=60, check=False)  # fmt: skip
+    assert done.returncode == StorageError.exit_code, done.stderr
+    assert "free space" in done.stdout
 
 
 @contextmanager

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-import pytest
-
 from benchmarks.deployment_memory import measure
-from tests.integration.staged import SITES, staged
+from tests.integration.staged import SITES, chaos, staged
 
 ROUNDS = 200
 
 
-@pytest.mark.skipif(os.environ.get("CONFIDE_CHAOS") != "1", reason="make test-chaos: minutes of real processes")
+@chaos
 def test_over_two_hundred_rounds_a_coordinator_keeps_nothing_of_what_it_was_sent(tmp_path: Path) -> None:
     with staged(tmp_path, SITES[:3]) as made:
         found = measure(made, ROUNDS)
