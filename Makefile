@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo deployment-demo test test-large test-imports test-chaos lint format bench clean
+.PHONY: help venv demo deployment-demo test test-large test-imports test-long test-chaos lint format bench clean
 
 help: ## what there is to run
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -36,6 +36,9 @@ test-large: $(STAMP) ## seal a hundred million parameters: seconds and GiB
 
 test-imports: $(STAMP) ## ten thousand broken consent files
 	@CONFIDE_IMPORTS=1 $(BIN)/python -m pytest -q -n 0 tests/privacy/consent/imports/test_mutations.py
+
+test-long: $(STAMP) ## tests that take long to say what a shorter one says nearly as well: minutes
+	@CONFIDE_LONG=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m long
 
 test-chaos: $(STAMP) ## kill every process in every phase, cut networks, fill disks, 200 rounds: half an hour
 	@CONFIDE_CHAOS=1 $(BIN)/python -m pytest -q -n 0 tests/server/test_killed.py tests/simulations/test_resume.py \

@@ -19,6 +19,14 @@ if os.environ.get("CI", "").lower() == "true":
     settings.load_profile("ci")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked `long` runs under `make test-long`."""
+    if os.environ.get("CONFIDE_LONG") != "1":
+        for item in items:
+            if item.get_closest_marker("long") is not None:
+                item.add_marker(pytest.mark.skip(reason="make test-long"))
+
+
 @pytest.fixture
 def people(tmp_path: Path) -> Path:
     """A CSV of people at four clinics."""
