@@ -184,21 +184,21 @@ class Exchange:
         Flower's own `send_and_receive` would hold all replies at once.
         """
         # A record object of its own for each node: nodes must not share what they may change.
-        waiting = dict.fromkeys(
-            identifier
+        waiting = {
+            identifier: node
             for node, request in requests.items()
             for identifier in self._grid.push_messages(
                 [self._grid.create_message(to_records(request), _MESSAGE_TYPES[step], node, group_id=step)]
             )
-        )
+        }
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
         while waiting:
-            for identifier in list(waiting):
+            for identifier, node in list(waiting.items()):
                 replies = list(self._grid.pull_messages([identifier]))
                 if replies:
                     waiting.pop(identifier, None)
                 while replies:
-                    yield _parse(replies.pop())
+                    yield _parse(replies.pop(), node)
             if waiting and deadline is not None and time.monotonic() > deadline:
                 return
             if waiting:
@@ -231,11 +231,11 @@ class Exchange:
         )
 
 
-def _parse(reply: Message) -> tuple[int, _Arrived]:
-    """(node, unverified envelope, or why there is none)."""
+def _parse(reply: Message, asked: int) -> tuple[int, _Arrived]:
+    """(node, unverified envelope, or why there is none). An error may be the link's own: it is about who was asked."""
     if reply.has_error():
         reason = _FAULTS.get(reply.error.code, "the node cannot be reached")
-        return reply.metadata.src_node_id, PeerError(reason)
+        return asked, PeerError(reason)
     try:
         return reply.metadata.src_node_id, from_records(reply.content)
     except SealingError as error:
