@@ -14,10 +14,8 @@ from confide.clients.training.admission import admit_model
 from confide.clients.training.models import build_model
 from confide.config import Experiment, SchemaConfig
 from confide.errors import ConfigError, DataError
-from confide.privacy.consent import (
-    ImportedEvent,
-    read_csv,
-)
+from confide.privacy.consent import ImportedEvent
+from confide.privacy.consent.imports import check_file, load_mapping, read_checked
 from confide.simulations.partitions import split
 
 __all__ = ["EXAMPLE", "Sources", "builtin_example", "experiment_file", "load_sources"]
@@ -99,8 +97,17 @@ def load_sources(
         )
         for site, part in parts.items()
     }
-    consent = read_csv(base / experiment.consent.file) if experiment.consent.file is not None else None
+    consent = _consent(experiment, base)
     return Sources(experiment, schema, records, _populations(experiment, parts), consent, learned)
+
+
+def _consent(experiment: Experiment, base: Path) -> list[ImportedEvent] | None:
+    """What the consent file says; None where consent is simulated."""
+    asked = experiment.consent
+    if asked.file is None:
+        return None
+    mapping = load_mapping(base / asked.mapping) if asked.mapping is not None else None
+    return list(read_checked(check_file(base / asked.file, mapping=mapping, name=asked.format)))
 
 
 def _populations(experiment: Experiment, parts: Mapping[str, object]) -> dict[str, int]:

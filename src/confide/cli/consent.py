@@ -16,6 +16,7 @@ Every command takes `--json` and then prints one object:
 - snapshot: {purpose, at, sequence, threshold, participants: null where fewer than the threshold}
 - export: {out, format, events, named, by_pseudonym, left_out}
 - receipt: {json, page, pseudonym, signed_by: hex of the public key, or null}
+- verify-receipt: {file, valid, signed_by, key_was_given, publisher, created, pseudonym, standings: {purpose: status}}
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from confide.cli.consent_inputs import (
     unwritable,
 )
 from confide.cli.consent_output import FileDisplay, plain_event, refuse_import, show, show_import, show_recorded
+from confide.cli.consent_receipt import verify_receipt
 from confide.cli.consent_registry import check, erase, init, notices
 from confide.cli.render import err, number, out, show_json, when
 from confide.cli.site_setup import PassphraseFile
@@ -67,6 +69,7 @@ app.command("init")(init)
 app.command("erase")(erase)
 app.command("check")(check)
 app.command("impact")(impact)
+app.command("verify-receipt")(verify_receipt)
 app.add_typer(notices, name="notice")
 
 
