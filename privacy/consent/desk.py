@@ -225,6 +225,10 @@ class ConsentDesk:
         person = canonical_subject(subject)
         return self._registry.pseudonyms([person]).get(person)
 
+    def locator(self, subject: str) -> bytes:
+        """The name under which the site's ledger knows the person."""
+        return self._key.locator(canonical_subject(subject))
+
     def names(self, subjects: Iterable[str]) -> dict[bytes, str]:
         """Pseudonym → identifier, for those identifiers that the registry knows."""
         found = self._registry.pseudonyms({canonical_subject(subject) for subject in subjects})
