@@ -117,6 +117,7 @@ class PersonExposure:
     Attributes:
         known: False where this site holds nothing about such a person.
         erased: Her consent record cannot be found any more; what charges held her is still known, by her locator.
+        forgotten: That is not known any more either: ε is what she has lost at most, and no run is listed.
         epsilon: Her loss over all runs; infinity where one of them protected nobody.
         charged_epsilon: The part of it that the ledger accounts for.
     """
@@ -125,6 +126,7 @@ class PersonExposure:
     subject: str
     known: bool
     erased: bool
+    forgotten: bool
     role: str
     consent: list[ConsentOnRecord]
     decisions: list[Decision]
@@ -159,7 +161,7 @@ def describe_person(subject: str, files: SiteFiles) -> PersonExposure:
         personal = PersonalLosses.open(files.personal)
         try:
             held, charges = personal.charges_of(key.locator(person)), ledger.charges()
-            place = personal.place_of(key.locator(person))
+            place, forgotten = personal.place_of(key.locator(person)), personal.is_forgotten(key.locator(person))
             epsilon = float(personal.epsilons(charges, ledger.budget.delta)[place]) if place is not None else 0.0
             unnoted = len(personal.unnoted(charges))
         finally:
@@ -170,8 +172,8 @@ def describe_person(subject: str, files: SiteFiles) -> PersonExposure:
         runs += _unprotected(pseudonym, {run.run for run in runs}, files)
         protected = all(run.epsilon is None or math.isfinite(run.epsilon) for run in runs)
         return PersonExposure(
-            site=files.site, subject=person, known=bool(history) or held is not None or erased,
-            erased=erased,
+            site=files.site, subject=person, known=bool(history) or held is not None or erased or forgotten,
+            erased=erased, forgotten=forgotten,
             role=(Role.HELD_OUT if held_out else Role.TRAIN).value,
             consent=[_on_record(event) for event in history],
             decisions=_decisions(registry, person, history),

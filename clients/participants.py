@@ -6,6 +6,7 @@ is decided here for one person never depends on another.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,7 +77,10 @@ class ParticipantSource:
         # Everybody in the table gets a pseudonym, whether or not she was ever asked: so that it can be shown of anybody
         # that she was in no snapshot.
         registry.enrol(set(records.persons) - registry.erased(records.persons))
-        self._places = personal.enrol([key.locator(p) for p in records.persons])
+        locators = [key.locator(p) for p in records.persons]
+        # New ones in no order: no place tells between whom a person stood in the table, should she be forgotten.
+        personal.enrol(random.SystemRandom().sample(locators, len(locators)))
+        self._places = personal.enrol(locators)
 
     def take(self, ledger: Ledger | None, upcoming: Sequence[PrivacyEvent] = ()) -> Participants:
         """The snapshot of this instant.

@@ -164,5 +164,5 @@ def _difference(one: Experiment, other: Experiment) -> str:
 def _inputs(experiment: Experiment, base: Path) -> str:
     """Names the content of the files that the run reads."""
     files = files_of(experiment.data.file, base)
-    files += [base / experiment.consent.file] if experiment.consent.file is not None else []
+    files += [base / name for name in (experiment.consent.file, experiment.consent.mapping) if name is not None]
     return digest_of_files(files)

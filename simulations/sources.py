@@ -14,10 +14,8 @@ from confide.clients.training.admission import admit_model
 from confide.clients.training.models import build_model
 from confide.config import Experiment, SchemaConfig
 from confide.errors import ConfigError, DataError
-from confide.privacy.consent import (
-    ImportedEvent,
-    read_csv,
-)
+from confide.privacy.consent import ImportedEvent
+from confide.privacy.consent.imports import check_file, load_mapping, read_checked
 from confide.simulations.partitions import split
 from confide.simulations.scenario import in_scenario
 
@@ -101,8 +99,17 @@ def load_sources(
         for site, part in parts.items()
     }
     records = in_scenario(records, experiment, schema)
-    consent = read_csv(base / experiment.consent.file) if experiment.consent.file is not None else None
+    consent = _consent(experiment, base)
     return Sources(experiment, schema, records, _populations(experiment, parts), consent, learned)
+
+
+def _consent(experiment: Experiment, base: Path) -> list[ImportedEvent] | None:
+    """What the consent file says; None where consent is simulated."""
+    asked = experiment.consent
+    if asked.file is None:
+        return None
+    mapping = load_mapping(base / asked.mapping) if asked.mapping is not None else None
+    return list(read_checked(check_file(base / asked.file, mapping=mapping, name=asked.format)))
 
 
 def _populations(experiment: Experiment, parts: Mapping[str, object]) -> dict[str, int]:

@@ -32,8 +32,7 @@ __all__ = ["KEY", "REGISTRY", "ConsentDesk", "Count", "filed"]
 
 REGISTRY, KEY = "consent.db", "site.key"
 #: Events whose persons are looked up at once.
-_PORTION = 5_000
-_DIGEST_PREFIX = "sha256:"
+_PORTION = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,16 +174,14 @@ class ConsentDesk:
         """Put on record what a notice was written for.
 
         Args:
-            digest: `sha256:` and 64 hexadecimal digits. Grants that name it without the prefix name the same notice.
+            digest: `sha256:` and 64 hexadecimal digits. Grants that spell it otherwise name the same notice.
             purposes: What it was written for.
             covers_beneath: It says that consent includes every purpose beneath these.
 
         Raises:
             ConsentError: It is on record with another content, or cannot be written.
         """
-        wanted = list(purposes)
-        self._registry.register_notice(digest.removeprefix(_DIGEST_PREFIX), wanted, covers_beneath)
-        return self._registry.register_notice(digest, wanted, covers_beneath)
+        return self._registry.register_notice(digest, purposes, covers_beneath)
 
     def rebuild(self) -> None:
         """Make what is kept for speed anew from the events."""
@@ -198,9 +195,7 @@ class ConsentDesk:
 
     def notices(self) -> list[Notice]:
         """The notices on record, oldest first; each once, however grants spell its digest."""
-        known = self._registry.notices()
-        shown = [n for n in known.values() if _DIGEST_PREFIX + n.digest not in known]
-        return sorted(shown, key=lambda notice: notice.sequence)
+        return sorted(self._registry.notices().values(), key=lambda notice: notice.sequence)
 
     def history(self, subject: str) -> list[tuple[int, ConsentEvent]]:
         """(sequence number, event) of one person, oldest first; empty where nothing is held, or can be found."""
@@ -229,6 +224,10 @@ class ConsentDesk:
         """The name under which the person's events are filed."""
         person = canonical_subject(subject)
         return self._registry.pseudonyms([person]).get(person)
+
+    def locator(self, subject: str) -> bytes:
+        """The name under which the site's ledger knows the person."""
+        return self._key.locator(canonical_subject(subject))
 
     def names(self, subjects: Iterable[str]) -> dict[bytes, str]:
         """Pseudonym → identifier, for those identifiers that the registry knows."""

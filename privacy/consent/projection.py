@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, delete, func, select, update
 
-from confide.privacy.consent.bulk import BATCH, rows_with, upsert_rows
+from confide.privacy.consent.bulk import BATCH, rows_of, rows_with, upsert_rows
 from confide.privacy.consent.events import ConsentEvent, EventType
 from confide.privacy.consent.state import Summary
 from confide.privacy.consent.tables import CURRENT, EVENTS, PERSON_INDEX, PROJECTION
@@ -26,6 +26,8 @@ __all__ = ["Difference", "apply", "differences", "load", "put_off", "rebuild", "
 _COLUMNS = [column.name for column in CURRENT.c if column.name != "purpose"]
 _KINDS = {kind.value: kind for kind in EventType}
 Found = dict[str, Summary]
+#: Purpose and pseudonym.
+_Place = tuple[str, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ def apply(connection: Connection, events: Sequence[tuple[int, ConsentEvent]]) ->
             if summary is None:
                 summary = known[event.pseudonym] = Summary(event.effective_at)
             summary.add(event)
-        _put(connection, purpose, ((person, known[person]) for person in persons))
+        upsert_rows(connection, CURRENT, [_row(purpose, person, known[person]) for person in persons])
     if events:
         connection.execute(update(PROJECTION).values(seq=events[-1][0]))
 
@@ -89,78 +91,68 @@ def rebuild(connection: Connection) -> None:
     """Make all of it anew from the events."""
     connection.execute(delete(CURRENT))
     PERSON_INDEX.create(connection, checkfirst=True)
-    for purpose in _purposes(connection):
-        pairs = _from_events(connection, purpose)
-        while part := list(islice(pairs, BATCH)):
-            _put(connection, purpose, part)
+    folds = _from_events(connection)
+    while part := list(islice(folds, BATCH)):
+        upsert_rows(connection, CURRENT, [_row(*place, summary) for place, summary in part])
     latest = connection.scalar(select(func.max(EVENTS.c.seq))) or 0
     connection.execute(update(PROJECTION).values(seq=latest, damaged=False))
 
 
 def differences(connection: Connection) -> Iterator[Difference]:
     """Compare all of it with the events; memory does not grow with their number."""
-    for purpose in _purposes(connection):
-        query = select(CURRENT).where(CURRENT.c.purpose == purpose).order_by(CURRENT.c.pseudonym)
-        rows = connection.execute(query.execution_options(stream_results=True, yield_per=BATCH))
-        there = ((bytes(pseudonym), summary_from_row(values)) for _, pseudonym, *values in rows)
-        yield from _compare(purpose, _from_events(connection, purpose), there)
+    query = select(CURRENT).order_by(CURRENT.c.purpose.collate(_collation(connection)), CURRENT.c.pseudonym)
+    rows = connection.execute(query.execution_options(stream_results=True, yield_per=BATCH))
+    there = (((purpose, bytes(pseudonym)), summary_from_row(values)) for purpose, pseudonym, *values in rows)
+    yield from _compare(_from_events(connection), there)
 
 
 def _compare(
-    purpose: str, expected: Iterator[tuple[bytes, Summary]], there: Iterator[tuple[bytes, Summary]]
+    expected: Iterator[tuple[_Place, Summary]], there: Iterator[tuple[_Place, Summary]]
 ) -> Iterator[Difference]:
-    """Both in the order of pseudonyms."""
+    """Both in the order of purposes and pseudonyms."""
     right, found = next(expected, None), next(there, None)
     while right is not None or found is not None:
         if found is None or (right is not None and right[0] < found[0]):
             assert right is not None  # noqa: S101  # one of both is there
-            yield Difference(purpose, right[0], "missing")
+            yield Difference(*right[0], "missing")
             right = next(expected, None)
         elif right is None or found[0] < right[0]:
-            yield Difference(purpose, found[0], "unfounded")
+            yield Difference(*found[0], "unfounded")
             found = next(there, None)
         else:
             if right[1] != found[1]:
-                yield Difference(purpose, right[0], "different")
+                yield Difference(*right[0], "different")
             right, found = next(expected, None), next(there, None)
 
 
-def _purposes(connection: Connection) -> list[str]:
-    query = select(EVENTS.c.purpose).union(select(CURRENT.c.purpose))
-    return sorted(connection.scalars(query))
-
-
-@dataclass(slots=True)
-class _Fact:
-    type: EventType
-    effective_at: int
-    valid_until: int | None
-    notice_digest: str
-    max_epsilon: float | None
-
-
-def _from_events(connection: Connection, purpose: str) -> Iterator[tuple[bytes, Summary]]:
-    c = EVENTS.c
-    query = select(c.pseudonym, c.type, c.effective_at, c.valid_until, c.notice_digest, c.max_epsilon)
-    query = query.where(c.purpose == purpose).order_by(c.pseudonym, c.seq)
-    person, summary = b"", None
-    for name, kind, at, *rest in connection.execute(query.execution_options(stream_results=True, yield_per=BATCH)):
-        if summary is None or name != person:
+def _from_events(connection: Connection) -> Iterator[tuple[_Place, Summary]]:
+    """In the order of purposes and pseudonyms. The database sorts whole rows: to look them up one by one, in the order
+    of an index, costs several times as much as soon as they are more than its cache holds."""
+    query = (
+        "SELECT purpose, pseudonym, type, effective_at, valid_until, notice_digest, max_epsilon FROM consent_event "  # noqa: S608  # names of ours
+        f'ORDER BY purpose COLLATE "{_collation(connection)}", pseudonym, seq'
+    )
+    place, summary = ("", b""), None
+    for purpose, person, kind, at, until, notice, limit in rows_of(connection, query):
+        if summary is None or place != (purpose, person):
             if summary is not None:
-                yield person, summary
-            person, summary = name, Summary(at)
-        summary.add(_Fact(_kind(kind), at, *rest))
+                yield place, summary
+            place, summary = (purpose, person), Summary(at)
+        summary.take(_KINDS.get(kind) or _kind(kind), at, until, notice, limit)
     if summary is not None:
-        yield person, summary
+        yield place, summary
 
 
-def _put(connection: Connection, purpose: str, pairs: Iterable[tuple[bytes, Summary]]) -> None:
-    rows = [
-        (purpose, person, s.settled_at, s.denied_at, s.granted_at, s.valid_until, s.max_epsilon, *_notices(s.notices),
-         s.flagged_at, s.restricted, s.erased_at)
-        for person, s in pairs
-    ]  # fmt: skip
-    upsert_rows(connection, CURRENT, rows)
+def _collation(connection: Connection) -> str:
+    """The order of code points, which is Python's."""
+    return "BINARY" if connection.dialect.name == "sqlite" else "C"
+
+
+def _row(purpose: str, person: bytes, s: Summary) -> tuple[object, ...]:
+    return (
+        purpose, person, s.settled_at, s.denied_at, s.granted_at, s.valid_until, s.max_epsilon, *_notices(s.notices),
+        s.flagged_at, s.restricted, s.erased_at,
+    )  # fmt: skip
 
 
 def _kind(name: str) -> EventType:

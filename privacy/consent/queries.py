@@ -10,7 +10,7 @@ from sqlalchemy import Connection, func, select
 
 from confide.privacy.consent.bulk import BATCH, rows_with
 from confide.privacy.consent.events import ConsentEvent
-from confide.privacy.consent.notices import EVERYTHING, Notice
+from confide.privacy.consent.notices import EVERYTHING, Notice, spellings
 from confide.privacy.consent.tables import (
     CLOCK,
     CONTENT,
@@ -56,15 +56,19 @@ def heads(connection: Connection) -> Heads:
 
 
 def notices_at(connection: Connection, sequence: int | None = None) -> dict[str, Notice]:
-    """The notices on record, by digest, as of a sequence number; None is the latest."""
-    query = select(NOTICES) if sequence is None else select(NOTICES).where(NOTICES.c.seq <= sequence)
-    return {
-        digest: Notice(
+    """The notices on record, by every spelling of their digest, as of a sequence number; None is the latest."""
+    query = select(NOTICES).order_by(NOTICES.c.seq)
+    found: dict[str, Notice] = {}
+    for seq, digest, purposes, beneath, at in connection.execute(
+        query if sequence is None else query.where(NOTICES.c.seq <= sequence)
+    ):
+        notice = Notice(
             digest=digest, purposes=frozenset(json.loads(purposes)), covers_beneath=beneath, sequence=seq,
             registered_at=at,
-        )
-        for seq, digest, purposes, beneath, at in connection.execute(query)
-    }  # fmt: skip
+        )  # fmt: skip
+        for spelling in spellings(digest):
+            found.setdefault(spelling, notice)  # earlier versions registered each notice under two spellings
+    return found
 
 
 def events_of(

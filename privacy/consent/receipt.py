@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
 from confide.errors import ConfigError, ConsentError
 from confide.privacy.audit.page import write_page
@@ -30,8 +31,18 @@ from confide.privacy.consent.imports.source import UnreadableError, parse_json
 from confide.privacy.consent.state import Standing
 from confide.privacy.files import write_atomically
 
-__all__ = ["Receipt", "load_signing_key", "make_receipt", "verify_receipt", "write_receipt"]
+__all__ = [
+    "Receipt",
+    "Verified",
+    "load_public_key",
+    "load_signing_key",
+    "make_receipt",
+    "read_receipt",
+    "verify_receipt",
+    "write_receipt",
+]
 
+_HEX_KEY = re.compile(r"[0-9a-fA-F]{64}")
 SIGNATURE, STANDING, SEQUENCE = f"{OWN}signature", f"{OWN}standing", f"{OWN}sequence"
 EFFECT = (
     "From the moment the withdrawal is on record no gradient, metric or statistic is computed from your records; a "
@@ -152,6 +163,69 @@ def verify_receipt(data: bytes, public_key: bytes) -> None:
     except InvalidSignature:
         raise ConsentError("the signature does not hold", where="receipt",
                            hint="the receipt was changed, or another key signed it") from None  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verified:
+    """What a receipt with a sound signature says. `signed_by` is the public key (hex) that signed it: whose that is,
+    the receipt cannot tell."""
+
+    signed_by: str
+    publisher: str
+    created: str
+    pseudonym: str
+    standings: dict[str, str]
+
+
+def read_receipt(data: bytes, public_key: bytes | None = None) -> Verified:
+    """What a signed receipt says.
+
+    Args:
+        public_key: The key (32 bytes) that must have signed it; None: the one that it names.
+
+    Raises:
+        ConsentError: It is no receipt, or the signature does not hold.
+    """
+    try:
+        tree = parse_json(data)
+        if public_key is None:
+            public_key = bytes.fromhex(tree[SIGNATURE]["publicKey"])
+        verify_receipt(data, public_key)
+        records = tree["dpv:hasRecordOfActivity"]
+        found = Verified(
+            signed_by=public_key.hex(), publisher=tree["dct:publisher"], created=tree["dct:created"],
+            pseudonym=records[0]["dpv:hasDataSubject"]["@id"].removeprefix(PSEUDONYM),
+            standings={record["dpv:hasPurpose"]["dct:identifier"]: record[STANDING] for record in records},
+        )  # fmt: skip
+        shown = (found.publisher, found.created, found.pseudonym, *found.standings, *found.standings.values())
+        if tree["dct:conformsTo"] == RECEIPT_SCHEMA and all(isinstance(text, str) for text in shown):
+            return found
+    except (UnreadableError, AttributeError, KeyError, IndexError, TypeError, ValueError):
+        pass
+    raise ConsentError("is not a signed receipt", where="receipt", hint="ask the site for a new one")
+
+
+def load_public_key(text: str) -> bytes:
+    """An Ed25519 public key: 64 hexadecimal digits, or a PEM file that holds it or the key that belongs to it.
+
+    Raises:
+        ConfigError: It is no such key.
+    """
+    if _HEX_KEY.fullmatch(text):
+        return bytes.fromhex(text)
+    key: object = None
+    try:
+        data = Path(text).read_bytes()
+        key = load_pem_private_key(data, None) if b"PRIVATE KEY" in data else load_pem_public_key(data)
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=text,
+                          hint="give 64 hexadecimal digits, or a PEM file") from None  # fmt: skip
+    except (ValueError, TypeError):
+        pass
+    public = key.public_key() if isinstance(key, Ed25519PrivateKey) else key
+    if not isinstance(public, Ed25519PublicKey):
+        raise ConfigError("is not an Ed25519 public key", where=text, hint="give 64 hexadecimal digits, or a PEM file")
+    return public.public_bytes_raw()
 
 
 def load_signing_key(path: Path) -> Ed25519PrivateKey:

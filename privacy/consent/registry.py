@@ -23,7 +23,8 @@ from sqlalchemy import Connection, update
 
 from confide.errors import ConsentError
 from confide.privacy.consent import projection
-from confide.privacy.consent.bulk import insert_rows, rows_with
+from confide.privacy.consent.adding import add_events
+from confide.privacy.consent.bulk import collector_paused, insert_rows
 from confide.privacy.consent.erasure import DEFAULT_GROUND, closing_events, destroy_key, forget_bytes
 from confide.privacy.consent.events import ConsentEvent, now_micros
 from confide.privacy.consent.notices import EVERYTHING, Notice
@@ -43,13 +44,9 @@ from confide.privacy.consent.state import Standing, Status, decide
 from confide.privacy.consent.storage import Storage
 from confide.privacy.consent.tables import (
     CLOCK,
-    CONTENT,
-    EVENTS,
     NOTICES,
     PROJECTION,
     SUBJECTS,
-    event_from_row,
-    event_row,
     refuse_odd_values,
 )
 from confide.privacy.consent.view import Snapshot, View, participants_of_events, standing_of
@@ -85,7 +82,9 @@ class Registry:
         Raises:
             ConsentError: One of them was erased; nobody was enrolled. `erased` says which.
         """
-        by_locator = {self._key.locator(s): s for s in subjects}
+        locator = self._key.locator
+        # In the order of the table's index, so that fewer of its pages are touched.
+        by_locator = dict(sorted((locator(subject), subject) for subject in subjects))
         known = self._personal_keys(by_locator)
         if len(known) < len(by_locator):
             with self._storage.writing() as connection:
@@ -99,7 +98,8 @@ class Registry:
                 new = {loc: secrets.token_bytes(KEY_BYTES) for loc in missing if loc not in known}
                 insert_rows(connection, SUBJECTS, list(new.items()))
                 known |= new
-        return {s: self._key.pseudonym(s, known[loc]) for loc, s in by_locator.items()}
+        pseudonym = self._key.pseudonym
+        return {subject: pseudonym(subject, known[loc]) for loc, subject in by_locator.items()}
 
     def pseudonyms(self, subjects: Iterable[str]) -> dict[str, bytes]:
         """Pseudonyms of those identifiers that the registry knows; an unknown person has none."""
@@ -136,7 +136,7 @@ class Registry:
                     raise ConsentError("nobody of this identifier is on record", where=self._storage.where,
                                        hint="check how the registry's imports spell it")  # fmt: skip
                 pseudonym = self._key.pseudonym(subject, personal_key)
-                added = self._add(connection, closing_events(self._storage, pseudonym, self.now()))
+                added = add_events(connection, self._storage, closing_events(self._storage, pseudonym, self.now()))
                 destroy_key(self._storage, locator, ground)
         forget_bytes(self._storage)
         return added
@@ -162,14 +162,14 @@ class Registry:
             ConsentError: The database refused, or an id is known with another content; nothing was added.
         """
         added = taken = 0
-        with self._storage.writing() as connection:
+        with collector_paused(), self._storage.writing() as connection:
             remaining, put_off = iter(events), False
             while part := list(islice(remaining, _BATCH)):
                 refuse_odd_values(part, self._storage.where)
                 if len(part) == _BATCH and heads(connection).sequence == 0:
                     put_off = True
                     projection.put_off(connection)
-                added += self._add(connection, part, project=not put_off)
+                added += add_events(connection, self._storage, part, project=not put_off)
                 taken += len(part)
                 if progress is not None:
                     progress(taken)
@@ -190,7 +190,7 @@ class Registry:
         with self._storage.writing() as connection:
             known = notices_at(connection).get(digest)
             if known is not None:
-                if replace(known, sequence=0, registered_at=0) != notice:
+                if replace(known, sequence=0, registered_at=0, digest=digest) != notice:
                     raise ConsentError(
                         f"notice {digest[:80]!r} is known as written for something else", where=self._storage.where,
                         hint="a new version of a notice has a digest of its own",
@@ -202,9 +202,10 @@ class Registry:
             return fresh
 
     def notices(self, sequence: int | None = None) -> dict[str, Notice]:
-        """The notices on record, by digest, as of a sequence number; None is the latest."""
+        """The notices on record, each once, by the digest that it was registered under, as of a sequence number; None
+        is the latest."""
         with self._storage.reading() as connection:
-            return notices_at(connection, sequence)
+            return {notice.digest: notice for notice in notices_at(connection, sequence).values()}
 
     def head(self) -> int:
         """The sequence number of the latest event or notice; 0 where there is none."""
@@ -329,29 +330,6 @@ class Registry:
     def close(self) -> None:
         """Release the file or the connections."""
         self._storage.close()
-
-    def _add(self, connection: Connection, events: Sequence[ConsentEvent], project: bool = True) -> int:
-        fresh: dict[str, ConsentEvent] = {}
-        for item in events:
-            if fresh.setdefault(item.event_id, item) != item:
-                raise self._reused(item)
-        for _, *values in rows_with(connection, EVENTS, [column.name for column in CONTENT], "event_id", list(fresh)):
-            known = event_from_row(values)
-            if fresh.pop(known.event_id) != known:
-                raise self._reused(known)
-        latest = heads(connection)
-        numbered = list(enumerate(fresh.values(), latest.sequence + 1))
-        if numbered:
-            recorded_at = max(now_micros(), latest.recorded)
-            insert_rows(connection, EVENTS, [event_row(seq, event, recorded_at) for seq, event in numbered])
-            if project:
-                projection.apply(connection, numbered)
-        return len(numbered)
-
-    def _reused(self, item: ConsentEvent) -> ConsentError:
-        """Skipping it silently could lose a withdrawal."""
-        return ConsentError(f"event {item.event_id!r} is known with another content", where=self._storage.where,
-                            hint="give every event an id of its own; nothing was added")  # fmt: skip
 
     def _put_forward(self, at: int) -> None:
         """Note durably that a snapshot was taken as of this instant."""

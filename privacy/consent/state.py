@@ -107,10 +107,14 @@ class Summary:
 
     def add(self, event: Fact) -> None:
         """Take in an event that was learnt after those before; it may take effect before them."""
-        kind, at = event.type, event.effective_at
-        self.settled_at = max(self.settled_at, at)
+        self.take(event.type, event.effective_at, event.valid_until, event.notice_digest, event.max_epsilon)
+
+    def take(self, kind: EventType, at: int, until: int | None, notice: str, limit: float | None) -> None:
+        """`add`, of what matters of an event."""
+        if at > self.settled_at:
+            self.settled_at = at
         if kind in GRANTS:
-            self._grant(event)
+            self._grant(at, until, notice, limit)
         elif kind in DENIALS:
             if self.denied_at is None or at > self.denied_at:
                 self.denied_at = at
@@ -124,18 +128,17 @@ class Summary:
             elif at == self.flagged_at:
                 self.restricted = self.restricted or restricts
 
-    def _grant(self, event: Fact) -> None:
-        at = event.effective_at
+    def _grant(self, at: int, until: int | None, notice: str, limit: float | None) -> None:
         if self.granted_at is None or at > self.granted_at:
-            self.granted_at, self.valid_until = at, event.valid_until
-            self.notices = frozenset((event.notice_digest,))
+            self.granted_at, self.valid_until = at, until
+            self.notices = frozenset((notice,))
         elif at == self.granted_at:
-            if self.valid_until is None or (event.valid_until is not None and event.valid_until < self.valid_until):
-                self.valid_until = event.valid_until
-            self.notices |= {event.notice_digest}
+            if self.valid_until is None or (until is not None and until < self.valid_until):
+                self.valid_until = until
+            self.notices |= {notice}
         else:
             return
-        self.max_epsilon = event.max_epsilon
+        self.max_epsilon = limit
 
 
 def decide(

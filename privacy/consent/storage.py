@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, text, update
-from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, SQLAlchemyError
 
 from confide.errors import ConfideError, ConsentError
 from confide.privacy.consent import projection, triggers
@@ -54,6 +54,8 @@ class Storage:
         self.is_sqlite = self._engine.dialect.name == "sqlite"
         #: The driver's own errors come through where rows are copied.
         self._errors = (SQLAlchemyError, self._engine.dialect.loaded_dbapi.Error)
+        #: What a row that is there already is refused with.
+        self.clashes = (IntegrityError, self._engine.dialect.loaded_dbapi.IntegrityError)
         self._turn = threading.RLock()
         self._open: Connection | None = None
         self._owner = 0

@@ -102,9 +102,9 @@ class View:
         yield from (c.granted_at.is_not(None), or_(c.denied_at.is_(None), c.denied_at < c.granted_at))
         yield or_(c.valid_until.is_(None), c.valid_until > self.at)
         if name == self.purpose:
-            yield c.notice.not_in([n.digest for n in self.notices.values() if not n.covers(name)])
+            yield c.notice.not_in([digest for digest, n in self.notices.items() if not n.covers(name)])
         else:
-            reaching = [n.digest for n in self.notices.values() if n.covers_beneath and n.covers(name)]
+            reaching = [digest for digest, n in self.notices.items() if n.covers_beneath and n.covers(name)]
             yield c.notice.in_(reaching) if reaching else false()
 
     def _sort_ends(self) -> None:

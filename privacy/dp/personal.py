@@ -11,6 +11,9 @@ Invariants:
    role. Where the role matters and is not given, it is the one of the charges that held the person, which she holds
    for ever; for a person whom no charge held, or charges of both roles, it is whichever costs more.
 
+5. Of a person who is *forgotten* nothing tells any more which charges held her: her name is taken off her place, and
+   she counts as held by every charge that there is or will be. So her loss is never below what it was, nor starts anew.
+
 Persons are known by a keyed digest; equal releases are counted together, so the work of a round is one pass over the
 persons for each kind of release, not for each charge.
 """
@@ -18,7 +21,9 @@ persons for each kind of release, not for each charge.
 from __future__ import annotations
 
 import hashlib
+import secrets
 import sqlite3
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -27,7 +32,7 @@ from numpy.typing import NDArray
 
 from confide.errors import BudgetError
 from confide.privacy.database import full_disk, open_durable, open_read_only
-from confide.privacy.dp.accounting import ORDERS, conversion, rdp, sampled_gaussian_rdp
+from confide.privacy.dp.accounting import ORDERS, conversion, rdp, rdp_epsilon, sampled_gaussian_rdp
 from confide.privacy.dp.budget import RenyiBudget
 from confide.privacy.dp.events import PrivacyEvent, Role, merge_events
 
@@ -39,11 +44,19 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS person (place INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE);
 CREATE TABLE IF NOT EXISTS held (
   entry INTEGER PRIMARY KEY, charge TEXT NOT NULL, persons BLOB NOT NULL, chain BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS forgotten (name BLOB PRIMARY KEY) WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS forgotten_no_update BEFORE UPDATE ON forgotten BEGIN SELECT RAISE(ABORT, 'for ever'); END;
+CREATE TRIGGER IF NOT EXISTS forgotten_no_delete BEFORE DELETE ON forgotten BEGIN SELECT RAISE(ABORT, 'for ever'); END;
+CREATE TRIGGER IF NOT EXISTS person_no_return BEFORE INSERT ON person
+  WHEN EXISTS (SELECT 1 FROM forgotten WHERE name = NEW.name) BEGIN SELECT RAISE(ABORT, 'was forgotten'); END;
 CREATE TRIGGER IF NOT EXISTS held_no_update BEFORE UPDATE ON held BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER IF NOT EXISTS held_no_delete BEFORE DELETE ON held BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
 #: What two releases must share to be counted together: σ and q.
 _Kind = tuple[float, float]
+#: The place of everybody who was forgotten: at the end of every array over persons, where there is such a one.
+_FORGOTTEN = -1
+_PATIENCE = 30.0
 
 
 class PersonalLosses:
@@ -77,6 +90,10 @@ class PersonalLosses:
             self._counts: dict[_Kind, NDArray[np.int64]] = {}
             self._counted: dict[str, PrivacyEvent] = {}
             self._places: dict[bytes, int] = {n: p for p, n in self._db.execute("SELECT place, name FROM person")}
+            # A file that an earlier version made, and that is only read, has no such table.
+            there = self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'forgotten'").fetchone()
+            gone = self._db.execute("SELECT name FROM forgotten") if there else ()
+            self._forgotten: set[bytes] = {name for (name,) in gone}
             self._held: dict[str, Mask] = {}
             self._entry, self._tip = 0, b""
             self._load_new()
@@ -90,12 +107,14 @@ class PersonalLosses:
 
     def enrol(self, names: Sequence[bytes]) -> NDArray[np.int64]:
         """Places of these persons, new ones included; shape of `names`."""
-        if any(name not in self._places for name in names):
+        if any(name not in self._places and name not in self._forgotten for name in names):
             try:
                 self._db.execute("BEGIN IMMEDIATE")
                 # Another run on the same ledger may have enrolled persons since: places are numbered under the lock.
-                self._places |= {n: p for p, n in self._db.execute("SELECT place, name FROM person")}
-                new = [name for name in dict.fromkeys(names) if name not in self._places]
+                self._places = {n: p for p, n in self._db.execute("SELECT place, name FROM person")}
+                self._forgotten |= {name for (name,) in self._db.execute("SELECT name FROM forgotten")}
+                known = self._places.keys() | self._forgotten
+                new = [name for name in dict.fromkeys(names) if name not in known]
                 start = len(self._places)
                 self._db.executemany("INSERT INTO person VALUES (?, ?)", ((start + i, n) for i, n in enumerate(new)))
                 self._db.execute("COMMIT")
@@ -104,7 +123,36 @@ class PersonalLosses:
                     self._db.execute("ROLLBACK")
                 raise self._unwritable(error) from None
             self._places |= {name: start + i for i, name in enumerate(new)}
-        return np.array([self._places[name] for name in names], dtype=np.int64)
+        places = (_FORGOTTEN if name in self._forgotten else self._places[name] for name in names)
+        return np.fromiter(places, dtype=np.int64, count=len(names))
+
+    def forget(self, names: Sequence[bytes]) -> None:
+        """Destroy, for ever, which charges held these persons; they count as held by all of them (invariant 5).
+
+        Raises:
+            BudgetError: The disk does not take it, or another program is in the way: asking again finishes it.
+        """
+        try:
+            self._db.execute("PRAGMA secure_delete=ON")
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("INSERT OR IGNORE INTO forgotten VALUES (?)", ((name,) for name in sorted(names)))
+            # The place keeps its marks under a name that is nobody's: the chain over all marks holds.
+            fresh = ((secrets.token_bytes(32), name) for name in names)
+            self._db.executemany("UPDATE person SET name = ? WHERE name = ?", fresh)
+            self._db.execute("COMMIT")
+            deadline = time.monotonic() + _PATIENCE
+            while self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                if time.monotonic() > deadline:
+                    raise BudgetError("a copy of a person's name may still lie in the write-ahead log",
+                                      where=str(self._path), hint="stop the programs that use the ledger, and erase "
+                                      "again to finish")  # fmt: skip
+                time.sleep(0.05)
+        except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise self._unwritable(error) from None
+        self._places = {n: p for p, n in self._db.execute("SELECT place, name FROM person")}
+        self._forgotten |= set(names)
 
     def hold(self, charge: str, places: NDArray[np.int64]) -> None:
         """Note, durably, whom a charge held. Where it is computed again, everybody it ever held counts.
@@ -113,7 +161,7 @@ class PersonalLosses:
             BudgetError: The disk does not take it.
         """
         mask = np.zeros(len(self._places), dtype=np.bool_)
-        mask[places] = True
+        mask[places[places != _FORGOTTEN]] = True  # who is forgotten counts as held anyway
         persons = np.packbits(mask).tobytes()
         try:
             self._db.execute("BEGIN IMMEDIATE")
@@ -131,7 +179,8 @@ class PersonalLosses:
         self._add(charge, mask)
 
     def divergence(self, charges: Mapping[str, PrivacyEvent], order: float) -> Floats:
-        """Each enrolled person's summed Rényi divergence of an order; shape [persons].
+        """Each enrolled person's summed Rényi divergence of an order; shape [persons], and one more where somebody is
+        forgotten.
 
         Args:
             charges: The ledger's charges as they stand now (settled ones at what is left of them).
@@ -141,10 +190,13 @@ class PersonalLosses:
         total = np.zeros(len(self._places), dtype=np.float64)
         for (sigma, rate), counts in self._counts.items():
             total += counts * sampled_gaussian_rdp(sigma, rate, order)
-        return total
+        if not self._forgotten:
+            return total
+        return np.append(total, max(rdp(_of_role(charges, role), order) for role in Role))
 
     def epsilons(self, charges: Mapping[str, PrivacyEvent], delta: float) -> Floats:
-        """Each enrolled person's own ε at δ: the best conversion over all orders; shape [persons]. For reports.
+        """Each enrolled person's own ε at δ: the best conversion over all orders; shape [persons], and one more where
+        somebody is forgotten: what she has lost at most. For reports.
 
         Charges that nobody was noted for count as `admits` counts them (invariant 4), so no person's ε is below what
         the site decides by.
@@ -153,7 +205,7 @@ class PersonalLosses:
         certain = {role: merge_events(e for e in unnoted.values() if e.role is role) for role in Role}
         best = {role: np.full(len(self._places), np.inf) for role in Role}
         for order in ORDERS:
-            own = self.divergence(charges, order) + conversion(order, delta)
+            own = self.divergence(charges, order)[: len(self._places)] + conversion(order, delta)
             for role in Role:
                 np.minimum(best[role], own + rdp(certain[role], order), out=best[role])
         spent = np.zeros(len(self._places), dtype=np.bool_)
@@ -164,7 +216,9 @@ class PersonalLosses:
             may = held[role] | ~held[other]
             here = may & (spent | bool(certain[role]))
             np.maximum(found, best[role], out=found, where=here)
-        return found
+        if not self._forgotten:
+            return found
+        return np.append(found, max(rdp_epsilon(_of_role(charges, role), delta) for role in Role))
 
     def unnoted(self, charges: Mapping[str, PrivacyEvent]) -> dict[str, PrivacyEvent]:
         """Those charges that nobody was noted for."""
@@ -205,10 +259,20 @@ class PersonalLosses:
 
     def place_of(self, name: bytes) -> int | None:
         """A person's place; None for an unknown one."""
-        return self._places.get(name)
+        return _FORGOTTEN if name in self._forgotten else self._places.get(name)
+
+    def is_forgotten(self, name: bytes) -> bool:
+        """Was it destroyed which charges held this person?"""
+        return name in self._forgotten
+
+    @property
+    def persons(self) -> int:
+        """How many places there are, those of the forgotten among them."""
+        return len(self._places)
 
     def charges_of(self, name: bytes) -> list[str] | None:
-        """Names of the charges that held a person, in the order in which they were noted; None for an unknown one."""
+        """Names of the charges that held a person, in the order in which they were noted; None for an unknown one, and
+        for one who is forgotten."""
         place = self._places.get(name)
         if place is None:
             return None
@@ -272,6 +336,10 @@ class PersonalLosses:
             here = held[: len(counts)]
             counts[: len(here)] -= here * counted.steps
         self._held[charge] = both
+
+
+def _of_role(charges: Mapping[str, PrivacyEvent], role: Role) -> list[PrivacyEvent]:
+    return merge_events(event for event in charges.values() if event.role is role)
 
 
 def _link(tip: bytes, entry: int, charge: str, persons: bytes) -> bytes:

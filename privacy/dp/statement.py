@@ -186,7 +186,7 @@ def _persons(path: Path, charges: Mapping[str, PrivacyEvent], delta: float, at_m
         )  # fmt: skip
     losses = PersonalLosses.open(path)
     try:
-        found = losses.epsilons(charges, delta)
+        found = losses.epsilons(charges, delta)[: losses.persons]
         unnoted, uncharged = len(losses.unnoted(charges)), losses.uncharged(charges)
     finally:
         losses.close()

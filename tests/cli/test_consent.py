@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from confide.privacy.consent.desk import ConsentDesk
@@ -335,6 +336,10 @@ def test_a_receipt_is_written_twice_and_signed(site: Path, tmp_path: Path) -> No
     assert json.loads(data)["dct:publisher"] == "Ash Hospital"
     assert found["pseudonym"] in Path(found["page"]).read_text()
     assert "privacy@ash.example" in Path(found["page"]).read_text()
+    told = confide("consent", "verify-receipt", found["json"], "--signed-by", found["signed_by"], "--json").last_line
+    assert (told["valid"], told["key_was_given"], told["signed_by"]) == (True, True, found["signed_by"])
+    assert (told["pseudonym"], told["publisher"]) == (found["pseudonym"], "Ash Hospital")
+    assert told["standings"] == {PURPOSE: "given"}
     assert "nobody (--signing-key)" in consent(site, "receipt", "ann", "--out", tmp_path / "b").words
     assert consent(site, "receipt", "eve", "--out", tmp_path / "eve").code == 4
     assert consent(site, "receipt", "ann", "--out", tmp_path / "c", "--signing-key", tmp_path / "ann.html").code == 2
@@ -429,3 +434,63 @@ def test_what_somebody_changed_behind_the_registrys_back_is_found_and_mended(sit
     assert consent(site, "check", "--rebuild").code == 0
     assert standing(site, "ann") == "refused"
     assert "says what its events say" in consent(site, "check").out
+
+
+@pytest.fixture
+def receipt(site: Path, tmp_path: Path) -> tuple[Path, Ed25519PrivateKey]:
+    consent(site, "grant", "ann", "--purpose", PURPOSE)
+    key = Ed25519PrivateKey.generate()
+    (tmp_path / "key").write_bytes(key.private_bytes_raw())
+    answer = consent(site, "receipt", "ann", "--out", tmp_path / "ann", "--signing-key", tmp_path / "key", "--json")
+    return Path(answer.last_line["json"]), key
+
+
+def test_a_receipt_is_checked_with_the_key_it_names_or_the_one_that_is_given(
+    receipt: tuple[Path, Ed25519PrivateKey], tmp_path: Path
+) -> None:
+    file, key = receipt
+    pem = tmp_path / "public.pem"
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    pem.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, form))
+    assert "compare it with the site’s" in confide("consent", "verify-receipt", file).words
+    assert confide("consent", "verify-receipt", file, "--signed-by", pem).code == 0
+    other = Ed25519PrivateKey.generate().public_key().public_bytes_raw().hex()
+    answer = confide("consent", "verify-receipt", file, "--signed-by", other, "--json")
+    assert (answer.code, answer.last_line["error"]["kind"]) == (4, "consent")
+    assert "does not hold" in answer.err
+
+
+@pytest.mark.parametrize("change", ["standing", "publisher", "own key", "no signature", "cut", "not a receipt"])
+def test_a_receipt_that_was_changed_is_refused(
+    receipt: tuple[Path, Ed25519PrivateKey], tmp_path: Path, change: str
+) -> None:
+    file, key = receipt
+    public = key.public_key().public_bytes_raw().hex()
+    assert confide("consent", "verify-receipt", file, "--signed-by", public).code == 0  # the control
+    tree = json.loads(file.read_bytes())
+    mark = tree["urn:confide:consent:signature"]
+    if change == "standing":
+        tree["dpv:hasRecordOfActivity"][0]["urn:confide:consent:standing"] = "refused"
+    elif change == "publisher":
+        tree["dct:publisher"] = "Elm Hospital"
+    elif change == "own key":
+        mark["publicKey"] = Ed25519PrivateKey.generate().public_key().public_bytes_raw().hex()
+    elif change == "no signature":
+        del tree["urn:confide:consent:signature"]
+    data = json.dumps(tree).encode()
+    made = {"cut": data[:-20], "not a receipt": b"[1]"}.get(change, data)
+    (tmp_path / "other.json").write_bytes(made)
+    for signed_by in (["--signed-by", public] if change != "own key" else [], []):
+        assert confide("consent", "verify-receipt", tmp_path / "other.json", *signed_by).code == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(("absent.json",), 2), ((".",), 2), (("FILE", "--signed-by", "nonsense"), 2),
+                            (("FILE", "--signed-by", "FILE"), 2)],
+)  # fmt: skip
+def test_what_is_no_receipt_or_no_key_is_a_usage_error(
+    receipt: tuple[Path, Ed25519PrivateKey], arguments: tuple[str, ...], code: int
+) -> None:
+    file, _ = receipt
+    found = confide("consent", "verify-receipt", *(str(file) if a == "FILE" else a for a in arguments))
+    assert found.code == code, found.err

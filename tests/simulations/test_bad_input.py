@@ -312,7 +312,7 @@ def test_a_consent_file_that_does_not_exist(desk: Desk) -> None:
     consent_file(desk).unlink()
     desk.refuse(
         4,
-        f"consent error {desk.folder / 'consent.csv'}: there is no such file\n  → give the path of a consent CSV\n",
+        f"consent error {desk.folder / 'consent.csv'}: there is no such file\n  → give the path of a consent file\n",
     )
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, timezone
 from difflib import get_close_matches
@@ -35,7 +35,7 @@ from typing import Any, BinaryIO
 
 from confide.errors import ConfigError
 from confide.privacy.consent.events import EventType
-from confide.privacy.consent.imports.delimited import read_rows
+from confide.privacy.consent.imports.delimited import Row, read_rows
 from confide.privacy.consent.imports.event import COLUMNS, REQUIRED, EventBuilder, ImportedEvent, Options, Rejection
 
 __all__ = ["ColumnMapping", "load_mapping", "read_mapped"]
@@ -180,11 +180,11 @@ def read_mapped(stream: BinaryIO, options: Options, mapping: ColumnMapping) -> I
             if theirs not in mapping.columns.values() and theirs not in mapping.ignore:
                 yield Rejection(1, repr(theirs[:40]), "is neither mapped nor ignored")
 
-    def interpret(header: Sequence[str]) -> Callable[[int, list[str]], ImportedEvent | list[Rejection]]:
+    def interpret(header: Sequence[str]) -> Row:
         places = [(ours, header.index(theirs)) for ours, theirs in mapping.columns.items()]
         derive_from = "" if "event_id" in mapping.columns else "mapped"
 
-        def row(line: int, cells: list[str]) -> ImportedEvent | list[Rejection]:
+        def row(line: int, cells: list[str], _plain: bool) -> ImportedEvent | list[Rejection]:
             fields = {**mapping.constants, **{ours: cells[place] for ours, place in places}}
             if kinds is not None and "type" in mapping.columns:
                 kind = kinds.get(fields["type"])

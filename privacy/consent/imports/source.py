@@ -6,14 +6,19 @@ import io
 import json
 import math
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, cast
 
-__all__ = ["MAX_DOCUMENT", "Lines", "UnreadableError", "documents", "parse_json"]
+__all__ = ["MAX_DOCUMENT", "Lines", "PlainLines", "UnreadableError", "documents", "parse_json"]
 
 #: Characters of a line, and of a record that runs over several lines.
 _MAX_LINE = 1 << 20
 #: Bytes of a file that is one JSON document; what has one record a line may have any length.
 MAX_DOCUMENT = 64 << 20
+#: A line that is longer needs care.
+_LONG = 1 << 14
+#: Bytes that are looked at together.
+_BLOCK = 1 << 16
+_PRINTS = bytes([*range(0x20, 0x7F), *b"\n"])
 _MAX_DEPTH = 64
 _MAX_DIGITS = 40
 
@@ -29,19 +34,23 @@ class UnreadableError(Exception):
 class Lines:
     """The lines of a UTF-8 stream, with their ends as they are.
 
+    Args:
+        stream: From its start, or from the start of a line.
+        number: Lines of it that were read before.
+
     Raises:
         UnreadableError: While iterating: it is not text, or a line is too long.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        #: Lines given out.
-        self.number = 0
+    def __init__(self, stream: BinaryIO, number: int = 0) -> None:
+        self._stream, self._encoding = stream, "utf-8" if number else "utf-8-sig"
+        #: Lines given out, and those before.
+        self.number = number
         #: Characters since the reader last said that a record is complete.
         self.pending = 0
 
     def __iter__(self) -> Iterator[str]:
-        text = io.TextIOWrapper(self._stream, encoding="utf-8-sig", errors="strict", newline="")
+        text = io.TextIOWrapper(self._stream, encoding=self._encoding, errors="strict", newline="")
         try:
             while True:
                 line = text.readline(_MAX_LINE + 1)
@@ -61,6 +70,86 @@ class Lines:
             raise UnreadableError(what) from None
         finally:
             text.detach()
+
+
+class PlainLines:
+    """The first blocks of lines of a stream, as long as nothing in them needs care: no quote, no end of line but a line
+    feed (or both), nothing that does not print, no line beyond `_LONG`.
+
+    Args:
+        stream: From its start.
+        delimiter: One character, which may be one that does not print.
+    """
+
+    def __init__(self, stream: BinaryIO, delimiter: str) -> None:
+        self._stream, self._delimiter = stream, delimiter
+        self._kept, self._ended = b"", not delimiter.isascii()
+        #: Lines given out.
+        self.number = 0
+
+    def header(self) -> list[str] | None:
+        """The cells of the first line; None where it needs care."""
+        self._kept = first = b"" if self._ended else self._stream.readline(_LONG)
+        if not first.endswith(b"\n") or (lines := self._plain(first)) is None or not lines[0]:
+            self._ended = True
+            return None
+        self._kept, self.number = b"", 1
+        return lines[0].split(self._delimiter)
+
+    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
+        """(number of the line before, lines without their ends)."""
+        while not self._ended:
+            read = self._stream.read(_BLOCK)
+            whole, end, begun = (self._kept + read).rpartition(b"\n") if read else (self._kept, b"", b"")
+            self._ended = not read
+            self._kept = whole + end + begun
+            if not whole + end or (lines := self._plain(whole + end)) is None:
+                self._ended = True
+                return
+            self._kept = begun
+            self.number += len(lines)
+            yield self.number - len(lines), lines
+
+    def rest(self) -> BinaryIO:
+        """What was not given out, from the start of a line."""
+        return cast(BinaryIO, io.BufferedReader(_Joined(self._kept, self._stream)))
+
+    def _plain(self, data: bytes) -> list[str] | None:
+        if b'"' in data or (b"\r" in data and b"\r" in (data := data.replace(b"\r\n", b"\n"))):
+            return None
+        odd = data.translate(None, _PRINTS)
+        if odd.strip(self._delimiter.encode()):
+            text = _decoded(data)
+            if not text or not self._delimiter.isprintable() or not text.replace("\n", "").isprintable():
+                return None
+        else:
+            text = data.decode("ascii")
+        lines = text.removesuffix("\n").split("\n")
+        return None if max(map(len, lines)) > _LONG else lines
+
+
+class _Joined(io.RawIOBase):
+    """Bytes, and then a stream."""
+
+    def __init__(self, first: bytes, stream: BinaryIO) -> None:
+        super().__init__()
+        self._first, self._stream = first, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # the buffer is what BufferedReader gives
+        data = self._first[: len(buffer)] if self._first else self._stream.read(len(buffer))
+        self._first = self._first[len(buffer) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return ""
 
 
 def documents(stream: BinaryIO) -> Iterator[tuple[int, Any]]:

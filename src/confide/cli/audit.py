@@ -232,6 +232,8 @@ def exposure(
     now = ", ".join(f"{d.purpose}: {d.status}" for d in answer.decisions) or "none on record"
     if answer.erased:
         now = "erased: her record cannot be found any more, and nothing can be recorded of her"
+    if answer.forgotten:
+        now += "; which runs held her was destroyed: ε is the most that they can have cost her"
     charged = f"ε ≤ {number(answer.charged_epsilon, 2)} at δ = {answer.delta:g}, per {answer.unit}"
     if answer.epsilon > answer.charged_epsilon:
         charged = f"ε = ∞: a run on public data protected nobody; from all others {charged}"

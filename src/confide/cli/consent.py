@@ -6,7 +6,7 @@ Every command takes `--json` and then prints one object:
 - import: {file, format, events, types, rejected, rejections: [{line, pointer, field, reason}], dry_run, added,
   known, erased: events of erased persons that were passed over}
 - grant, withdraw: {purpose, type, effective_at, valid_until, notice_digest, events: how many were recorded, sequence}
-- erase: {subject, events: how many closed what was on record, already}
+- erase: {subject, events: how many closed what was on record, already, forgotten: also in the ledger's folder}
 - notice add: {digest, purposes, covers_beneath, sequence}
 - notice list: {notices: [{digest, purposes, covers_beneath, sequence, registered_at}]}
 - check: {differences: [{purpose, pseudonym, kind}], rebuilt}; exit 4 where there are some and nothing was rebuilt
@@ -16,6 +16,7 @@ Every command takes `--json` and then prints one object:
 - snapshot: {purpose, at, sequence, threshold, participants: null where fewer than the threshold}
 - export: {out, format, events, named, by_pseudonym, left_out}
 - receipt: {json, page, pseudonym, signed_by: hex of the public key, or null}
+- verify-receipt: {file, valid, signed_by, key_was_given, publisher, created, pseudonym, standings: {purpose: status}}
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from confide.cli.consent_inputs import (
     unwritable,
 )
 from confide.cli.consent_output import FileDisplay, plain_event, refuse_import, show, show_import, show_recorded
+from confide.cli.consent_receipt import verify_receipt
 from confide.cli.consent_registry import check, copy, erase, init, notices
 from confide.cli.render import err, number, out, show_json, when
 from confide.cli.site_setup import PassphraseFile
@@ -68,6 +70,7 @@ app.command("copy")(copy)
 app.command("erase")(erase)
 app.command("check")(check)
 app.command("impact")(impact)
+app.command("verify-receipt")(verify_receipt)
 app.add_typer(notices, name="notice")
 
 

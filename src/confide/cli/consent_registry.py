@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -23,12 +24,17 @@ from confide.errors import ConfigError, ConsentError
 
 __all__ = ["check", "copy", "erase", "init", "notices"]
 
+_LOSSES = "personal.db"
 DESTROYED = "her personal key: nobody, this site included, can compute any more which events were hers"
 STAYS = (
     "her events without a name, closed for every purpose (while few are erased, which history was hers may be "
     "guessed); a tombstone, so that this identifier is never enrolled again; in the ledger folder, which charges held "
     "her (personal.db), so that her spent ε does not start anew. Models released before stay: their ε bounds what they "
     "say about her"
+)
+STAYS_COARSE = STAYS.replace(
+    "which charges held her (personal.db), so that her spent ε does not start anew",
+    "that she was here (personal.db): she counts as held by every charge, so her spent ε never starts anew",
 )
 YOURS = (
     "backups of the registry until they have expired, copies of it in other runs' folders, files of imports and "
@@ -95,15 +101,25 @@ def erase(
     ground: Annotated[
         str | None, typer.Option("--ground", help="Why the tombstone is kept. Default: GDPR-17-3-b, GDPR-5-2.")
     ] = None,
+    ledger: Annotated[
+        Path | None,
+        typer.Option("--ledger", help="The site's ledger folder: also destroy there which charges held her."),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Erase a person, for ever: her key is destroyed, and the identifier is never enrolled again."""
+    """Erase a person, for ever: her key is destroyed, and the identifier is never enrolled again.
+
+    With --ledger nothing is left that tells which charges held her: she counts as held by all of them from now on.
+    """
     from confide.privacy.consent.desk import ConsentDesk
     from confide.privacy.consent.erasure import DEFAULT_GROUND
 
     if ground is not None and not (ground.isprintable() and 0 < len(ground) <= 200):
         raise ConfigError("is empty, too long, or does not print", where="--ground", hint="at most 200 characters")
+    if ledger is not None and not (ledger / _LOSSES).is_file():
+        raise ConfigError("is missing", where=str(ledger / _LOSSES), hint="--ledger names the folder that holds "
+                          "ledger.db and personal.db; leave it out where nothing was ever charged")  # fmt: skip
     with ConsentDesk(registry, key, key_box(passphrase_file)) as desk:
         already = desk.is_erased(subject)
         if not already and desk.pseudonym(subject) is None:
@@ -112,12 +128,22 @@ def erase(
         if not yes and not already:
             _confirm(subject, as_json=as_json)
         added = desk.erase(subject, ground or DEFAULT_GROUND)
+        if ledger is not None:
+            _forget(ledger / _LOSSES, desk.locator(subject))
     if as_json:
-        show_json({"subject": subject, "events": added, "already": already})
+        show_json({"subject": subject, "events": added, "already": already, "forgotten": ledger is not None})
         return
+    destroyed = DESTROYED if ledger is None else f"{DESTROYED}; and which charges held her"
     show("Erased before; nothing was left to destroy" if already else f"Erased: {subject}", [
-        ("destroyed", DESTROYED), ("stays", STAYS), ("left to you", YOURS),
+        ("destroyed", destroyed), ("stays", STAYS if ledger is None else STAYS_COARSE), ("left to you", YOURS),
     ])  # fmt: skip
+
+
+def _forget(losses: Path, locator: bytes) -> None:
+    from confide.privacy.dp.personal import PersonalLosses
+
+    with closing(PersonalLosses(losses)) as record:
+        record.forget([locator])
 
 
 def _confirm(subject: str, *, as_json: bool) -> None:

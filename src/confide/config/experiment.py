@@ -212,16 +212,23 @@ class Withdrawal(_Section):
 
 
 class ConsentConfig(_Section):
-    """`[consent]`: simulated, or imported from a CSV file of events."""
+    """`[consent]`: simulated, or imported from a file in any format that `confide consent import` reads.
+
+    The format is told from the content; `format` names it. `mapping` is a mapping file, see `docs/consent.md`.
+    """
 
     simulate: SimulatedConsent | None = None
     file: str | None = None
+    format: Literal["csv", "jsonl", "27560", "fhir", "kantara", "mapped"] | None = None
+    mapping: str | None = None
     withdrawals: tuple[Withdrawal, ...] = ()
 
     @model_validator(mode="after")
     def _one_source(self) -> ConsentConfig:
         if (self.simulate is None) == (self.file is None):
             raise ValueError("give exactly one of simulate, file: without consent nobody takes part")
+        if self.file is None and (self.format is not None or self.mapping is not None):
+            raise ValueError("format and mapping belong to file")
         return self
 
 

@@ -90,7 +90,8 @@ def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _assign(tree: dict[str, Any], path: tuple[str, ...], value: Any, text: str) -> None:
     # Two ways of saying one thing exclude each other; the override wins over the file.
     if path[:2] in (("consent", "file"), ("consent", "simulate")) and isinstance(tree.get("consent"), dict):
-        tree["consent"].pop("simulate" if path[1] == "file" else "file", None)
+        for other in ("simulate",) if path[1] == "file" else ("file", "format", "mapping"):
+            tree["consent"].pop(other, None)
     # Another kind of strategy leaves the options of the one in the file behind: they are not its own.
     if path == _KIND and isinstance(tree.get("strategy"), dict) and tree["strategy"].get("kind") != value:
         tree["strategy"] = {}

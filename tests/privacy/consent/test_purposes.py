@@ -8,7 +8,9 @@ import pytest
 
 from confide.errors import ConsentError
 from confide.privacy.consent import ConsentEvent, EventType, Notice, Registry, Standing, Status, lineage, notice_digest
+from confide.privacy.consent.bulk import insert_rows
 from confide.privacy.consent.state import DENIALS, decide
+from confide.privacy.consent.tables import NOTICES as NOTICE_TABLE
 
 BROAD = Notice(digest="broad", purposes=frozenset({"research"}), covers_beneath=True)
 NARROW = Notice(digest="narrow", purposes=frozenset({"research"}), covers_beneath=False)
@@ -155,3 +157,39 @@ def test_a_view_that_was_taken_knows_of_a_notice_that_another_process_registers(
     assert registry.snapshot(BENEATH, 9).participants == {}
     registry.register_notice("broad", ["research"], True)
     assert set(registry.snapshot(BENEATH, 9).participants) == {ann}
+
+
+SMALL = "ab" * 32
+
+
+@pytest.mark.parametrize("named", [SMALL, SMALL.upper(), f"sha256:{SMALL}", f"sha256:{SMALL.upper()}"])
+@pytest.mark.parametrize("registered", [SMALL, SMALL.upper(), f"sha256:{SMALL}"])
+def test_a_digest_is_one_however_it_is_spelt(registry: Registry, registered: str, named: str) -> None:
+    ann = registry.enrol(["ann"])["ann"]
+    registry.append([replace(BROADLY, pseudonym=ann, notice_digest=named)])
+    assert registry.snapshot(BENEATH, 9).participants == {}  # the control
+    before = registry.head()
+    notice = registry.register_notice(registered, ["research"], covers_beneath=True)
+    assert registry.head() == before + 1, "one notice, one number"
+    assert registry.notices() == {registered: notice}
+    assert registry.register_notice(named, ["research"], covers_beneath=True) == notice
+    with pytest.raises(ConsentError, match="known as written for something else"):
+        registry.register_notice(named, ["marketing"])
+    assert set(registry.snapshot(BENEATH, 9).participants) == {ann}  # by the query
+    assert registry.state("ann", BENEATH, 9).may_participate  # by the rule
+    assert set(registry.snapshot(BENEATH, 9, registry.head()).participants) == {ann}  # by the events
+    assert registry.check() == []
+
+
+def test_what_is_no_sha_256_digest_has_one_spelling(registry: Registry) -> None:
+    first = registry.register_notice("form 7", ["research"])
+    second = registry.register_notice("FORM 7", ["marketing"])
+    assert registry.notices() == {"form 7": first, "FORM 7": second}
+
+
+def test_a_registry_in_which_a_notice_was_registered_under_both_spellings_holds_it_once(registry: Registry) -> None:
+    with registry._storage.writing() as connection:  # as earlier versions wrote it
+        rows = [(seq, digest, '["research"]', True, 1) for seq, digest in ((1, SMALL), (2, f"sha256:{SMALL}"))]
+        insert_rows(connection, NOTICE_TABLE, rows)
+    assert [(n.digest, n.sequence) for n in registry.notices().values()] == [(SMALL, 1)]
+    assert registry.head() == 2

@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +175,28 @@ def test_a_long_import_is_one_that_short_ones_would_have_been(new_address: Calla
         assert long.check() == short.check() == []
         assert long.snapshot(PURPOSE, 990).participants == short.snapshot(PURPOSE, 990).participants
         assert indexes(long_address) == indexes(short_address)
+
+
+@pytest.mark.parametrize("known", [range(10, 20), range(0, 100, 2), [0], [99], range(100)])
+def test_events_that_are_known_are_passed_over_wherever_they_stand(registry: Registry, known: Sequence[int]) -> None:
+    kinds = [EventType.GIVEN, EventType.WITHDRAWN, EventType.RENEWED]
+    events = [make(f"e{i}", bytes([i % 7]) * 32, kinds[i % 3], i) for i in range(100)]
+    assert registry.append([events[i] for i in known]) == len(known)
+    assert registry.append(events) == 100 - len(known)
+    assert registry.append(events) == 0
+    found = list(registry.events())
+    assert [seq for seq, _ in found] == list(range(1, 101))
+    assert {e.event_id: e for _, e in found} == {e.event_id: e for e in events}
+    assert registry.check() == []
+
+
+def test_a_known_id_with_another_content_among_new_ones_stops_all_of_them(registry: Registry) -> None:
+    events = [make(f"e{i}", b"x" * 32) for i in range(100)]
+    registry.append([replace(events[50], type=EventType.WITHDRAWN)])
+    with pytest.raises(ConsentError, match="'e50' is known with another content"):
+        registry.append(events)
+    assert registry.head() == 1
+    assert registry.check() == []
 
 
 def indexes(address: Path | str) -> set[str]:

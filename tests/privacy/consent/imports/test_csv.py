@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 
 from confide.errors import ConsentError
 from confide.privacy.consent import EventType, ImportedEvent, Rejection, parse_csv, read_csv, to_micros
+from confide.privacy.consent.imports import source
+from confide.privacy.consent.imports.event import EventBuilder
+from tests.privacy.consent.imports.reading import read
 
 HEADER = "event_id,subject,purpose,type,effective_at,valid_until,lawful_basis,max_epsilon"
 GOOD = "1,ann,research,given,2026-01-31T09:00:00+01:00,2027-01-31T09:00:00Z,GDPR-6-1-a,2.5"
@@ -190,3 +193,48 @@ def test_no_text_raises_anything_or_grants_more_than_it_says(text: str) -> None:
         if event.max_epsilon is not None:
             assert 0 < event.max_epsilon < math.inf
             assert event.type in (EventType.GIVEN, EventType.RENEWED)
+
+
+# --- the shorter way says what `csv` says -----------------------------------------------------------------------------
+
+CELLS = st.one_of(
+    st.sampled_from(["", "1", "7.0", " ann ", "research", "given", "withdrawn", "renewed", "2026-01-31T09:00:00Z",
+                     "2027-01-31T09:00:00+01:00", "2026-01-31T09:00:00", "2026-01-31", "2.5", "-1", "DE", "x" * 201,
+                     "x" * 60, "Zoë", "a\tb", "a\u00a0b", '"a"', '"', "urn:confide:pseudonym:00", "given,", "\r"]),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8),
+)  # fmt: skip
+GOOD_CELLS = st.tuples(
+    st.integers(0, 50).map(str), st.sampled_from(["ann", " bob", "7.0"]), st.just("research"),
+    st.sampled_from(["given", "withdrawn", "renewed", "objected"]), st.sampled_from(["2026-01-31T09:00:00Z", "x"]),
+    st.sampled_from(["", "2027-01-31T09:00:00+01:00", "2025-01-31T09:00:00Z"]), st.just("GDPR"), st.just(""),
+)  # fmt: skip
+
+
+@settings(max_examples=400)
+@given(
+    rows=st.lists(GOOD_CELLS.map(list) | st.lists(CELLS, min_size=7, max_size=9), max_size=12),
+    ends=st.lists(st.sampled_from(["\n", "\n", "\n", "\r\n", "\n\n"]), min_size=13, max_size=13),
+    last=st.booleans(), block=st.sampled_from([40, 300, 1 << 16]),
+)  # fmt: skip
+def test_both_ways_of_reading_say_the_same(rows: list[list[str]], ends: list[str], last: bool, block: int) -> None:
+    lines = [HEADER, *map(",".join, rows)]
+    data = "".join(line + end for line, end in zip(lines, ends, strict=False)).encode()
+    data = data if last else data.rstrip(b"\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "_BLOCK", block)
+        quickly = read("csv", data)
+        patch.setattr(source.PlainLines, "_plain", lambda _self, _data: None)
+        assert read("csv", data) == quickly
+
+
+def test_what_needs_no_care_goes_the_shorter_way_and_what_does_goes_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[bool] = []
+    quick = EventBuilder.quick
+    monkeypatch.setattr(EventBuilder, "quick", lambda *a: used.append(True) or quick(*a))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(source, "_BLOCK", 64)
+    row = "{},ann,research,given,2026-01-31T09:00:00Z,,,\n"
+    data = HEADER + "\n" + "".join(map(row.format, range(4))) + '"4",ann,research,given,2026-01-31T09:00:00Z,,,\n'
+    events, rejections = read("csv", (data + row.format(4)).encode())
+    assert len(used) == 4
+    assert [e.event_id for e in events] == ["0", "1", "2", "3", "4", "4"]
+    assert rejections == [Rejection(7, "event_id", "repeats line 6")]
