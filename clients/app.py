@@ -8,6 +8,7 @@ from collections.abc import Callable
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
+from confide.clients.cutoff import released_at_deadline
 from confide.clients.site import Site
 from confide.errors import SealingError
 from confide.protocol.flower import from_records, to_records
@@ -28,7 +29,10 @@ def make_client_app(find_site: Callable[[Context], Site]) -> ClientApp:
 
     def answer(step: str, message: Message, context: Context) -> Message:
         try:
-            return Message(to_records(find_site(context).handle(step, from_records(message.content))), reply_to=message)
+            site = find_site(context)
+            # Training alone asks for consent; how long it took may hang on one person.
+            with released_at_deadline(site.policy.reply_seconds if step == "train" else 0.0):
+                return Message(to_records(site.handle(step, from_records(message.content))), reply_to=message)
         except SealingError as error:
             _log.warning("an unauthentic %s request was dropped: %s", step, error.what)
             return Message(Error(code=_NOT_AUTHENTIC, reason="not authentic"), reply_to=message)

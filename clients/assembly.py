@@ -21,8 +21,9 @@ from confide.clients.policy import SitePolicy
 from confide.clients.site import Site
 from confide.clients.store import SiteStore
 from confide.config.site import SiteConfig, load_site
-from confide.errors import ConfigError, PolicyError, StorageError
+from confide.errors import ConfigError, ConsentError, PolicyError, StorageError
 from confide.privacy.consent import Registry
+from confide.privacy.consent.storage import holds_registry, shown_address
 from confide.privacy.dp import Ledger, RenyiBudget
 from confide.privacy.dp.personal import PersonalLosses
 from confide.privacy.sealing.vault import Vault
@@ -151,6 +152,9 @@ def open_site(folder: str, passphrase: str | None = None) -> Site:
     records = read_records(place)
     if not place.site_key.is_file():  # another one would give every person another role
         raise ConfigError("is not there", where=str(place.site_key), hint="restore it from the newest backup")
+    if not holds_registry(place.registry):  # a mistyped address is no new and empty registry
+        raise ConsentError("holds no consent registry", where=shown_address(place.registry),
+                           hint="check site.toml [folders] consent; confide consent init makes one")  # fmt: skip
     _make_folders(place)
     key = site_key(place.site_key, passphrase)
     ledger = Ledger(place.ledger / "ledger.db", place.budget(), _UNIT, config.policy.held_out)

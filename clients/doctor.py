@@ -43,6 +43,7 @@ from confide.errors import (
     StorageError,
 )
 from confide.privacy.consent import Registry, SiteKey, now_micros
+from confide.privacy.consent.storage import holds_registry, shown_address
 from confide.privacy.dp import Ledger, Role
 from confide.protocol.keyfiles import is_encrypted, site_key
 from confide.protocol.provisioning import certificate_digest
@@ -199,8 +200,9 @@ def _data(place: SiteFolder, found: list[SiteRecords]) -> _Said:
 
 def _open_registry(place: SiteFolder, passphrase: str | None) -> tuple[Registry, SiteKey]:
     named = place.registry
-    if isinstance(named, Path) and not named.is_file():
-        raise ConsentError("there is no registry", where=str(named), hint="restore it, or: confide consent init")
+    if not holds_registry(named):
+        raise ConsentError("there is no registry", where=shown_address(named),
+                           hint="restore it, or: confide consent init")  # fmt: skip
     key = site_key(place.site_key, passphrase)
     return Registry(named, key), key
 

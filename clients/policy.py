@@ -46,6 +46,7 @@ class SitePolicy:
         release: May this site hand out the trained model?
         statistics: May bounds of columns be learned from noised histograms?
         local_steps_limit: The most steps of training a round.
+        reply_seconds: Training is answered so long after it was asked for, or a multiple of that; 0: when it is done.
         hours: When this site joins and trains, as `(from, to)` in minutes of the day (UTC); empty: at any time.
     """
 
@@ -69,6 +70,7 @@ class SitePolicy:
     model_digests: Mapping[str, str] = field(default_factory=dict)
     strategy_digests: Mapping[str, str] = field(default_factory=dict)
     hours: tuple[tuple[int, int], ...] = ()
+    reply_seconds: float = 0.0
 
     @classmethod
     def of(cls, config: SiteConfig) -> SitePolicy:
@@ -99,6 +101,7 @@ class SitePolicy:
             epsilon_limit=asked.epsilon_limit,
             delta=asked.delta,
             release=asked.release,
+            reply_seconds=asked.reply_seconds,
             statistics=asked.statistics,
             local_steps_limit=asked.local_steps_limit,
             hours=tuple(_minutes(text) for text in asked.hours),

@@ -146,6 +146,53 @@ def test_a_folder_that_does_not_hold_together_opens_no_site(
         open_site(str(site), WORDS)
 
 
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    """An empty PostgreSQL database's URL."""
+    with postgres.server() as folder:
+        yield postgres.new_database(folder, "consent")
+
+
+def test_a_sites_registry_may_lie_in_postgresql(
+    operated: Operated, site: Path, database: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def consenting() -> tuple[list[bool], list[bool]]:
+        opened = open_site(str(site), WORDS)
+        try:
+            found = opened.participants(operated.manifest)
+            return found.train.tolist(), found.held_out.tolist()
+        finally:
+            opened.close()
+
+    in_file, persons = consenting(), tmp_path / "persons"
+    assert sum(in_file[0]) > 1
+    monkeypatch.setenv("OUR_REGISTRY", database)
+    edit(site, lambda tree: tree["folders"].update(consent="env:OUR_REGISTRY"))
+    # An address at which there is no registry is a mistake, and makes none.
+    with pytest.raises(ConsentError, match="holds no consent registry"):
+        open_site(str(site), WORDS)
+    assert "there is no registry" in confide("site", "check", site, *operated.secret).out
+    keyed = ("--key", site / "site.key", *operated.secret)
+    assert confide("consent", "init", database, *keyed).code == 0
+    enough = "at least 20 consenting subjects to train on"
+    assert enough not in confide("site", "check", site, *operated.secret).out, "nobody consents yet"
+    opened = open_site(str(site), WORDS)
+    persons.write_text("\n".join(opened.records.persons))
+    opened.close()
+    moved = tmp_path / "moved.csv"
+    answer = confide("consent", "export", "--out", moved, "--subjects", persons, "--named-only", "--registry", site,
+                     *operated.secret)  # fmt: skip
+    assert answer.code == 0, answer.err
+    assert confide("consent", "import", moved, "--registry", database, *keyed).code == 0
+    assert consenting() == in_file
+    assert enough in confide("site", "check", site, *operated.secret).out
+    # And it is this one that decides.
+    someone = next(p for p, in_ in zip(persons.read_text().split("\n"), in_file[0], strict=True) if in_)
+    purpose = operated.manifest.purpose
+    assert confide("consent", "withdraw", someone, "--purpose", purpose, "--registry", database, *keyed).code == 0
+    assert sum(consenting()[0]) == sum(in_file[0]) - 1
+
+
 def test_a_site_without_its_key_makes_no_other(site: Path) -> None:
     (site / "site.key").unlink()
     with pytest.raises(ConfigError, match="is not there"):

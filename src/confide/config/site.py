@@ -70,7 +70,9 @@ class PolicyConfig(_Section):
 
     `models`: built-in names, or `module:function` for code that is installed here; each of these needs its line in
     `model_digests`, the digest of the package's files. `strategies`, `strategy_digests`: the same for strategies; none
-    given: the built-in ones. `hours`: `"22:00-06:00"`, UTC; none given: at any time.
+    given: the built-in ones. `reply_seconds`: training is answered so long after it was asked for, whatever happened at
+    the site meanwhile; longer than a round ever takes, and shorter than the coordinator waits; 0: when it is done.
+    `hours`: `"22:00-06:00"`, UTC; none given: at any time.
     """
 
     coordinator_key: Hex32 | None = None
@@ -88,6 +90,7 @@ class PolicyConfig(_Section):
     ledger_epsilon_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
     delta: Annotated[float, Field(gt=0, lt=0.1)] = 1e-5
     local_steps_limit: Annotated[int, Field(ge=0)] = 0
+    reply_seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 0.0
     release: bool = False
     statistics: bool = False
     hours: tuple[str, ...] = ()
@@ -214,6 +217,7 @@ population = {population}
 #                                   # [policy.strategy_digests]
 # epsilon_limit = 2.0               # the most that one run may ask for
 # local_steps_limit = 100           # a round
+# reply_seconds = 300               # training is answered so long after it was asked for: longer than a round takes
 ledger_epsilon_limit = 8.0          # for the ledger's lifetime
 delta = 1e-5
 held_out = 0.2
