@@ -163,9 +163,8 @@ class Journal:
             return db.scalar(select(t.closed.c.round).where(_at(t.closed, place))) is not None
 
     def refuse(self, site: str, refusal: m.Refusal) -> None:
-        """Keep why a site did not take part; its latest reason counts. It is the site's text: what no database takes
-        as text (a NUL in PostgreSQL) must not end the run."""
-        refusal = m.Refusal(kind=_storable(refusal.kind), reason=_storable(refusal.reason))
+        """Keep why a site did not take part, without what no database takes as text; its latest reason counts."""
+        refusal = m.Refusal(kind=t.storable(refusal.kind), reason=t.storable(refusal.reason))
         with self._write() as db:
             db.execute(delete(t.refusal).where(t.refusal.c.run == self._run, t.refusal.c.site == site))
             db.execute(insert(t.refusal).values(run=self._run, site=site, kind=refusal.kind, reason=refusal.reason))
@@ -392,10 +391,6 @@ def _key(record: audit.Record) -> tuple[str, int, int] | None:
     if not isinstance(record, _ONCE):
         return None
     return record.KIND, getattr(record, "round", 1 << 30), getattr(record, "attempt", 0)
-
-
-def _storable(text: str) -> str:
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _slices(items: list[str]) -> Iterator[list[str]]:

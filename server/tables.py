@@ -6,7 +6,7 @@ from sqlalchemy import BigInteger, Column, Float, Integer, LargeBinary, MetaData
 
 __all__ = [
     "SCHEMA_VERSION", "applied", "blob", "closed", "message", "metadata", "outcome", "refusal", "run", "schema",
-    "total",
+    "storable", "total",
 ]  # fmt: skip
 
 SCHEMA_VERSION = 2
@@ -111,3 +111,8 @@ refusal = Table(
     Column("kind", String(32), nullable=False),
     Column("reason", String(500), nullable=False),
 )
+
+
+def storable(text: str) -> str:
+    """Somebody else's words as every database takes them: a NUL, which PostgreSQL refuses, must not end a run."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
