@@ -23,7 +23,9 @@ from confide.privacy.audit.verify import Evidence, Finding, verify
 from confide.privacy.digest import digest
 from confide.privacy.dp.events import PrivacyEvent, Role, event_to_json
 from confide.privacy.sealing.transcript import transcript
+from confide.protocol.fingerprint import fingerprint
 from confide.protocol.identity import Identity
+from confide.protocol.rosterbook import RosterBook
 from tests.privacy.audit.command import confide
 from tests.privacy.audit.logbook import COORDINATOR, Logbook, Run, databases
 
@@ -970,6 +972,10 @@ def test_the_command_gives_one_object_as_json(finished: Run) -> None:
     assert found == {
         "run_id": (run := finished.result.run_id), "runs": [run], "parties": 5, "verified": True, "findings": [],
         "entries": len(evidence.coordinator.entries) + sum(len(s.entries) for s in evidence.sites.values()),
+        "roster": {
+            "federation": "simulation", "version": 1, "members": 4, "digest": evidence.manifest["roster"],
+            "fingerprint": fingerprint(RosterBook.read(finished.folder).chain[0].roster),
+        },
     }  # fmt: skip
 
 
