@@ -152,6 +152,7 @@ def test_neither_a_program_nor_a_hand_gives_her_a_fresh_place(site: Site) -> Non
         for statement, values in (
             ("INSERT INTO person VALUES (99, ?)", (locator,)),
             ("INSERT OR REPLACE INTO person VALUES (0, ?)", (locator,)),
+            ("UPDATE person SET name = ? WHERE place = 0", (locator,)),
             ("DELETE FROM forgotten", ()), ("UPDATE forgotten SET name = x'00'", ()),
         ):  # fmt: skip
             with pytest.raises(sqlite3.IntegrityError):
