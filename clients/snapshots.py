@@ -9,7 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
-import random
+import os
 import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,6 +47,7 @@ class SnapshotStore:
         self._path = path
         try:
             self._db = open_read_only(path) if read_only else open_durable(path, _SCHEMA)
+            self._db.execute("PRAGMA cache_size=-65536")  # KiB: a first round adds everybody, in no order
             self._places = {p: n for n, p in self._db.execute("SELECT place, pseudonym FROM member")}
         except (sqlite3.Error, FileNotFoundError) as error:
             raise AuditError(
@@ -76,10 +77,12 @@ class SnapshotStore:
         try:
             self._db.execute("BEGIN IMMEDIATE")
             # Another process at this site may have added persons: places are numbered under the lock.
-            self._places |= {p: n for n, p in self._db.execute("SELECT place, pseudonym FROM member")}
+            if self._db.execute("SELECT COALESCE(MAX(place), -1) FROM member").fetchone()[0] != len(self._places) - 1:
+                self._places = {p: n for n, p in self._db.execute("SELECT place, pseudonym FROM member")}
             new = [name for names in members.values() for name in names if name not in self._places]
-            random.SystemRandom().shuffle(new)  # no place tells in which order persons came
-            added = {name: len(self._places) + number for number, name in enumerate(new)}
+            # No place tells in which order persons came.
+            order = np.argsort(np.frombuffer(os.urandom(8 * len(new)), dtype=np.uint64)).tolist()
+            added = {new[number]: len(self._places) + place for place, number in enumerate(order)}
             self._db.executemany("INSERT INTO member VALUES (?, ?)", ((n, p) for p, n in added.items()))
             places = self._places | added
             marks = [self._marks([places[name] for name in members.get(role, ())], len(places)) for role in Role]

@@ -102,14 +102,16 @@ class SnapshotCommitment:
 
     def _fold(self, start: int, stop: int, top: int) -> bytes:
         """Hash of the subtree over a range of leaves, as it lies at depth `top`."""
-        sha256, leaves, shared = hashlib.sha256, self._leaves, self._shared
+        sha256, number = hashlib.sha256, int.from_bytes
         stack: list[tuple[int, bytes]] = []
         node, before = _EMPTY, top - 1
-        for place in range(start, stop):
-            index, after = leaves[place], shared[place] if place + 1 < stop else top - 1
+        shared = [*self._shared[start : stop - 1], top - 1]
+        for index, after in zip(self._leaves[start:stop], shared, strict=False):
             node = sha256(_LEAF + index).digest()
             depth = 1 + (after if after > before else before)
-            bits, before = int.from_bytes(index, "big") >> (_BITS - depth), after
+            # Two leaves seldom share more than the first bits: small numbers are shifted faster.
+            bits = number(index[:7], "big") >> (56 - depth) if depth <= 56 else number(index, "big") >> (_BITS - depth)
+            before = after
             while depth > after + 1:
                 if bits & 1:
                     left = stack.pop()[1] if stack and stack[-1][0] == depth else _EMPTY

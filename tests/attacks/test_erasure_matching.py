@@ -152,6 +152,7 @@ def test_neither_a_program_nor_a_hand_gives_her_a_fresh_place(site: Site) -> Non
         for statement, values in (
             ("INSERT INTO person VALUES (99, ?)", (locator,)),
             ("INSERT OR REPLACE INTO person VALUES (0, ?)", (locator,)),
+            ("UPDATE person SET name = ? WHERE place = 0", (locator,)),
             ("DELETE FROM forgotten", ()), ("UPDATE forgotten SET name = x'00'", ()),
         ):  # fmt: skip
             with pytest.raises(sqlite3.IntegrityError):
@@ -161,7 +162,8 @@ def test_neither_a_program_nor_a_hand_gives_her_a_fresh_place(site: Site) -> Non
 def test_erasing_again_with_the_ledger_finishes_what_an_erasure_without_it_left(site: Site) -> None:
     erase(site)
     erase(site, "--ledger", site.folder)
-    erase(site, "--ledger", site.folder)
+    again = confide("consent", "erase", GONE[0], "--registry", site.folder, "--ledger", site.folder, "--json")
+    assert again.last_line == {"subject": GONE[0], "events": 0, "already": True, "forgotten": True}
     assert all(charged_rounds(site, p) is None for p in GONE)
     answer = confide("consent", "erase", PEOPLE[4], "--registry", site.folder, "--yes", "--ledger", site.folder / "no")
     assert answer.code == 2

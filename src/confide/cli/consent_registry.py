@@ -131,7 +131,8 @@ def erase(
         if ledger is not None:
             _forget(ledger / _LOSSES, desk.locator(subject))
     if as_json:
-        show_json({"subject": subject, "events": added, "already": already, "forgotten": ledger is not None})
+        told = {"subject": subject, "events": added, "already": already}
+        show_json(told if ledger is None else told | {"forgotten": True})
         return
     destroyed = DESTROYED if ledger is None else f"{DESTROYED}; and which charges held her"
     show("Erased before; nothing was left to destroy" if already else f"Erased: {subject}", [
