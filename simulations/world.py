@@ -85,7 +85,9 @@ class World:
         try:
             chain, memberships = self._found()
             self.roster: tuple[SignedRoster, ...] = chain
-            write_rosters(log_folder, chain)
+            run_folder.mkdir(parents=True, exist_ok=True)
+            for folder in (log_folder, run_folder):  # with the live logs too, from which they can be exported again
+                write_rosters(folder, chain)
             for name, records in sources.records.items():
                 folders = run_folder / name, ledger_folder / name
                 self.sites[name] = self._make_site(name, records, memberships[name], *folders)

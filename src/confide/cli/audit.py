@@ -179,6 +179,7 @@ def prove(
 def export(folder: _Folder, as_json: _Json = False) -> None:
     """Write the logs of a run whose program was killed as files that travel. A run that ends does so by itself."""
     from confide.privacy.audit.log import LOG_SUFFIX, export_log
+    from confide.protocol.rosterbook import RosterBook, write_rosters
 
     logs, written = folder / "logs", list[str]()
     sites = sorted(p for p in (folder / "sites").glob("*") if p.is_dir()) if (folder / "sites").is_dir() else []
@@ -190,6 +191,9 @@ def export(folder: _Folder, as_json: _Json = False) -> None:
     for database, name in found:
         export_log(database, logs / f"{name}{LOG_SUFFIX}")
         written.append(name)
+    chain = RosterBook.read(folder / "sites").chain
+    if chain:
+        write_rosters(logs, chain)
     if as_json:
         show_json({"folder": str(logs), "parties": written})
     else:
