@@ -172,9 +172,10 @@ def check_full(
     outcome = check_run(made, run)
     assert {party for party, _ in faults} == {VICTIM}
     assert {reason for _, reason in faults} <= said
-    assert outcome.lost == []
-    assert set(outcome.missed[VICTIM]) >= {3, 4}
-    assert 6 not in outcome.missed[VICTIM]
+    # One that starts again may find the space for a commitment and none for its seal: that costs everybody the round.
+    assert set(outcome.lost) <= ({3, 4} if UNREACHABLE in said else set())
+    assert {*outcome.missed.get(VICTIM, []), *outcome.lost} >= {3, 4}
+    assert 6 not in outcome.missed.get(VICTIM, [])
 
 
 @chaos
