@@ -40,7 +40,7 @@ test-imports: $(STAMP) ## ten thousand broken consent files
 test-long: $(STAMP) ## tests that take long to say what a shorter one says nearly as well: minutes
 	@CONFIDE_LONG=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m long
 
-test-chaos: $(STAMP) ## kill every process in every phase, cut networks, fill disks, 200 rounds: half an hour
+test-chaos: $(STAMP) ## kill every process in every phase, cut networks, fill disks, 200 rounds: tens of minutes
 	@CONFIDE_CHAOS=1 $(BIN)/python -m pytest -q -n 0 tests/server/test_killed.py tests/simulations/test_resume.py \
 		tests/integration/test_deployment.py tests/integration/test_nothing_is_lost.py tests/integration/test_sites_away.py \
 		tests/integration/test_coordinator_memory.py

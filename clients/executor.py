@@ -7,6 +7,7 @@ closes, the agent is gone, and so is the process. Nothing secret stands in argum
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
@@ -103,13 +104,24 @@ def _site(order: dict[str, Any]) -> None:
         _log.error(
             "the site cannot start: %s", error if error.shareable or error.kind == "configuration" else error.kind
         )
-        raise SystemExit(1 if error.kind == "storage" else GIVE_UP) from None
+        raise SystemExit(1 if error.kind == "storage" or _for_want_of_space(error) else GIVE_UP) from None
     threading.Thread(target=_follow, args=(place,), daemon=True).start()
     _log.info("site %s answers", site.name)
     try:
         serve(make_client_app(lambda _context: site), lambda: place[0], bytes.fromhex(order["secret"]), stop)
     finally:
         site.close()
+
+
+def _for_want_of_space(error: BaseException | None) -> bool:
+    """Does an error, whatever it says, come from a disk that is full? There may be space later."""
+    from confide.privacy.database import full_disk
+
+    while error is not None:
+        if full_disk(error, "") is not None or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _follow(place: list[str | None]) -> None:

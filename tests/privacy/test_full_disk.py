@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from confide.clients.executor import _for_want_of_space
 from confide.errors import BudgetError, ConfideError, ConsentError, StorageError
 from confide.privacy.consent import Registry, SiteKey
 from confide.privacy.dp import Ledger, RenyiBudget
@@ -47,3 +48,17 @@ def test_what_does_not_open_for_a_full_disk_says_so_and_opens_when_there_is_spac
     with pytest.raises(damaged) as other:  # the control
         opened(path)
     assert not isinstance(other.value, StorageError)
+
+
+def test_an_executor_tries_again_after_what_only_wants_space(tmp_path: Path) -> None:
+    """A ledger that opens, and then cannot take what a start writes to it, says so as a ledger does."""
+    path = tmp_path / "ledger.db"
+    with closing(Ledger(path, RenyiBudget.for_limit(4.0, 1e-5))) as ledger:
+        with no_space(), pytest.raises(BudgetError, match="cannot be written") as told:
+            ledger.bind("a key")
+        assert _for_want_of_space(told.value)
+        ledger.bind("a key")
+    path.write_bytes(b"this is no database" * 400)
+    with pytest.raises(BudgetError) as damaged:
+        Ledger(path, RenyiBudget.for_limit(4.0, 1e-5))
+    assert not _for_want_of_space(damaged.value), "the control"
