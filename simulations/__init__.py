@@ -5,6 +5,7 @@ from confide.simulations.planning import plan
 from confide.simulations.result import HONEST, Plan, Progress, Result
 from confide.simulations.runner import simulate
 from confide.simulations.sweep import SweepProgress, sweep
+from confide.simulations.sweep_place import finished_sweep
 from confide.simulations.sweep_result import Sweep
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Sweep",
     "SweepProgress",
     "finished_result",
+    "finished_sweep",
     "plan",
     "simulate",
     "sweep",
