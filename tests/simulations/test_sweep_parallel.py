@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from confide.simulations.sweep_memory import available_bytes, peak_bytes, worker
 from tests.simulations.test_sweep import SHORT
 from tests.support import experiment_tree, write_people
 
+CHAOS = bool(os.environ.get("CONFIDE_CHAOS"))
 SEEDED = ["privacy.unsafe_noise_seed=7", "training.local_steps=2"]
 
 
@@ -62,9 +64,7 @@ def test_a_killed_worker_is_named_the_others_stop_and_a_resumed_sweep_ends_as_if
         if progress.round is not None:
             rounds[progress.cell] = progress.round.round
             if len(rounds) == 2:  # both have something to lose
-                number = progress.cell
-                victim = next(p for p in multiprocessing.active_children() if p.name.endswith(f"-{number}"))
-                victim.kill()
+                multiprocessing.active_children()[0].kill()
 
     over = ["run.seed=1,2"]
     with pytest.raises(PeerError, match=r"its process was killed \(SIGKILL\)") as lost:
@@ -88,7 +88,7 @@ def test_a_killed_worker_is_named_the_others_stop_and_a_resumed_sweep_ends_as_if
         confide.sweep(resume=True, out=out)
 
 
-@pytest.mark.long
+@pytest.mark.skipif(not CHAOS, reason="CONFIDE_CHAOS=1: ends all processes as the killed worker above does")
 def test_a_failing_cell_stops_those_beside_it(tmp_path: Path) -> None:
     tree = tree_of(tmp_path, rounds=500)
     other = write_people(tmp_path, "other.csv")

@@ -43,6 +43,14 @@ def sweep(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the sweep in --out: finished cells are kept.")
     ] = False,
+    mlflow: Annotated[
+        str | None,
+        typer.Option(metavar="URI|DIR", help="Log the finished sweep to MLflow (extra: mlflow)."),
+    ] = None,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write event files of the finished sweep (extra: tensorboard)."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
     """Run an experiment on public data at every combination of values: the privacy/utility frontier."""
@@ -52,6 +60,7 @@ def sweep(
     if resume and out_folder is not None and (done := simulations.finished_sweep(out_folder)) is not None:
         show_json(done) if as_json else out.print(f"{out_folder}: this sweep is finished already", soft_wrap=True)
         return
+    tracker = simulations.open_tracker(mlflow=mlflow, tensorboard=tensorboard)
     try:
         with CellDisplay() as display:
             found = simulations.sweep(
@@ -63,6 +72,7 @@ def sweep(
                 resume=resume,
                 progress=display.update,
             )
+        tracker.sweep(found)
     except KeyboardInterrupt:
         err.print("confide sweep --resume --out FOLDER goes on with this sweep", markup=False)
         err.print("[yellow]interrupted[/] finished cells stay; the folder says so")
