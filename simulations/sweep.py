@@ -47,7 +47,7 @@ class SweepProgress:
     label: str
     round: Progress | None = None
     result: Result | None = None
-    state: Literal["checking", "running", "finished", "kept"] = "checking"
+    state: Literal["checking", "waiting", "running", "finished", "kept"] = "checking"
 
 
 def sweep(
@@ -134,6 +134,8 @@ class _Run:
                 if (cell := read_cell(job)) is not None:
                     self._cells[job.number] = cell
                     self._tell(job, "kept", result=cell.result)
+                else:
+                    self._tell(job, "waiting")
             self._write("running")
             open_ = [job for job in self._plan.jobs if job.number not in self._cells]
             if workers == 1:
@@ -185,7 +187,7 @@ class _Run:
         self._tell(job, "finished", result=cell.result)
 
     def _tell(
-        self, job: Job, state: Literal["running", "finished", "kept"], *, round_: Progress | None = None,
+        self, job: Job, state: Literal["waiting", "running", "finished", "kept"], *, round_: Progress | None = None,
         result: Result | None = None,
     ) -> None:  # fmt: skip
         self._progress(SweepProgress(job.number, len(self._plan.jobs), job.point.label, round_, result, state))

@@ -64,13 +64,15 @@ def rounds_chart(found: Sequence[Curve], quality: str) -> tuple[str, Sequence[Cu
     """The chart as SVG text, and the curves it draws: of many, those that are best at the end."""
     drawn = sorted(found, key=lambda c: -c.median[-1])[:_MOST_LINES]
     drawn.sort(key=lambda c: c.setting)
+    apart = 0.009 * max(1, max(len(curve.median) for curve in drawn) - 1)
     series = [
         Series(
             curve.short,
-            [(float(i), value) for i, value in enumerate(curve.median)],
+            # A little beside each other, so that no bar hides another.
+            [(i + (place - (len(drawn) - 1) / 2) * apart, value) for i, value in enumerate(curve.median)],
             list(zip(curve.low, curve.high, strict=True)) if curve.cells > 1 else (),
         )
-        for curve in drawn
+        for place, curve in enumerate(drawn)
     ]
     title = f"Held-out {quality} by round; {WATERMARK}"
     return line_chart("rounds", title, "rounds trained", f"held-out {quality}, exact", series), drawn

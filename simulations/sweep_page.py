@@ -117,7 +117,9 @@ def _profiles(found: list[Cost]) -> list[dict[str, Any]]:
 
 
 def _bytes(value: float | None) -> str:
-    return "—" if value is None else f"{value / 1000:,.1f} kB"
+    if value is None:
+        return "—"
+    return f"{value:,.0f} B" if value < 1000 else f"{value / 1000:,.1f} kB"
 
 
 def _range(spread: tuple[float, float, float], digits: int) -> str:

@@ -54,7 +54,7 @@ class CellDisplay:
         """Take note of what a cell came to."""
         self._cells, self._latest = progress.cells, progress.cell
         row = self._rows.setdefault(progress.cell, _Row(progress.label))
-        row.state = "waiting" if progress.state == "checking" else progress.state
+        row.state = progress.state
         if progress.state == "running" and row.began is None:
             row.began = time.monotonic()
         if progress.round is not None:
