@@ -5,7 +5,9 @@ from confide.simulations.planning import plan
 from confide.simulations.result import HONEST, Plan, Progress, Result
 from confide.simulations.runner import simulate
 from confide.simulations.sweep import SweepProgress, sweep
+from confide.simulations.sweep_place import finished_sweep
 from confide.simulations.sweep_result import Sweep
+from confide.simulations.tracking import Tracker, open_tracker
 
 __all__ = [
     "HONEST",
@@ -14,7 +16,10 @@ __all__ = [
     "Result",
     "Sweep",
     "SweepProgress",
+    "Tracker",
     "finished_result",
+    "finished_sweep",
+    "open_tracker",
     "plan",
     "simulate",
     "sweep",

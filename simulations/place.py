@@ -18,7 +18,9 @@ from confide.simulations.planning import Source, load_source
 from confide.simulations.sources import Sources, load_sources
 from confide.simulations.world import World
 
-__all__ = ["Place", "finished_result", "new_place", "resumed_place"]
+__all__ = [
+    "Place", "difference", "experiment_text", "finished_result", "inputs_digest", "new_place", "resumed_place",
+]  # fmt: skip
 
 _EXPERIMENT, _STATUS, _RESULT = "experiment.json", "status.json", "result.json"
 
@@ -51,10 +53,11 @@ class Place:
         """From here on the run can be resumed."""
         self._made_from = experiment, base
         facts = {
-            "base": str(base.absolute()), "ledgers": str(self.ledgers.absolute()), "inputs": _inputs(experiment, base),
+            "base": str(base.absolute()), "ledgers": str(self.ledgers.absolute()),
+            "inputs": inputs_digest(experiment, base),
             "earlier": str(self.earlier.absolute()) if self.earlier is not None else "",
         }  # fmt: skip
-        write_atomically(self.folder / _EXPERIMENT, _text(experiment))
+        write_atomically(self.folder / _EXPERIMENT, experiment_text(experiment))
         self.keeping.note(facts)  # last: where it lies, everything else does
 
     def resume(self, experiment: Experiment, base: Path) -> None:
@@ -116,15 +119,15 @@ def resumed_place(
         base = Path(facts["base"])
         if source is not None or overrides:
             asked, _ = load_source(source, overrides)
-            if _text(asked) != _text(written):
+            if experiment_text(asked) != experiment_text(written):
                 raise ConfigError(
-                    f"holds a run of another experiment ({_difference(asked, written)} differs)",
+                    f"holds a run of another experiment ({difference(asked, written)} differs)",
                     where=f"--out {folder}", hint="resume it without naming an experiment, or begin in a new folder",
                 )  # fmt: skip
         if ledger is not None and Path(ledger).absolute() != Path(facts["ledgers"]):
             raise ConfigError(f"holds a run whose ledgers are in {facts['ledgers']}", where=f"--out {folder}",
                               hint="leave --ledger out: a run stays with its ledgers")  # fmt: skip
-        if _inputs(written, base) != facts["inputs"]:
+        if inputs_digest(written, base) != facts["inputs"]:
             raise ConfigError("the data or the consent file are not those that the run was begun with",
                               where=f"--out {folder}", hint="put them back, or begin in a new folder")  # fmt: skip
         earlier = Path(facts["earlier"]) if facts.get("earlier") else None
@@ -151,17 +154,18 @@ def finished_result(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def _text(experiment: Experiment) -> bytes:
+def experiment_text(experiment: Experiment) -> bytes:
+    """The experiment as it lies in a run's folder."""
     return experiment.model_dump_json(by_alias=True, indent=2).encode()
 
 
-def _difference(one: Experiment, other: Experiment) -> str:
+def difference(one: Experiment, other: Experiment) -> str:
     """The first section that is not the same."""
-    left, right = (json.loads(_text(e)) for e in (one, other))
+    left, right = (json.loads(experiment_text(e)) for e in (one, other))
     return next((f"[{name}]" for name in left if left[name] != right.get(name)), "something")
 
 
-def _inputs(experiment: Experiment, base: Path) -> str:
+def inputs_digest(experiment: Experiment, base: Path) -> str:
     """Names the content of the files that the run reads."""
     files = files_of(experiment.data.file, base)
     files += [base / name for name in (experiment.consent.file, experiment.consent.mapping) if name is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,18 @@ from confide.simulations.result import NEIGHBOURS, Plan, SitePlan
 from confide.simulations.sources import builtin_example, experiment_file, load_sources
 from confide.simulations.world import World
 
-__all__ = ["Source", "any_bounds", "load_source", "plan", "schedule_epsilon"]
+__all__ = ["Rooted", "Source", "any_bounds", "load_source", "plan", "schedule_epsilon"]
 
-Source = Experiment | Mapping[str, Any] | str | Path | None
+
+@dataclass(frozen=True, slots=True)
+class Rooted:
+    """An experiment with the folder that its relative paths start from."""
+
+    experiment: Experiment
+    base: Path
+
+
+Source = Experiment | Rooted | Mapping[str, Any] | str | Path | None
 
 
 def plan(experiment: Source = None, *, overrides: Iterable[str] = (), ledger: str | Path | None = None) -> Plan:
@@ -96,6 +106,9 @@ def schedule_epsilon(charges: list[PrivacyEvent], delta: float) -> float:
 
 def load_source(source: Source, overrides: Iterable[str]) -> tuple[Experiment, Path]:
     """The experiment, and the folder that its relative paths start from."""
+    if isinstance(source, Rooted):
+        given = list(overrides)
+        return load_source(source.experiment, given)[0] if given else source.experiment, source.base
     if isinstance(source, Experiment):
         tree = source.model_dump(mode="python", by_alias=True, exclude_none=True)
         return load_experiment(tree, overrides), Path.cwd()

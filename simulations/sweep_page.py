@@ -7,9 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from confide.privacy.audit.page import write_page
 from confide.simulations.frontier import Line, Panel, Point, write_frontier
-from confide.simulations.sweep_result import EPSILON, Setting, Sweep
+from confide.simulations.sweep_charts import Cost, costs, curves, rounds_chart
+from confide.simulations.sweep_result import EPSILON, Setting, Sweep, show_value
 
 __all__ = ["describe_best", "describe_cost", "describe_values", "show_value", "write_sweep_figure", "write_sweep_page"]
 
@@ -67,10 +70,61 @@ def write_sweep_page(sweep: Sweep) -> Path:
             for cell in sweep.cells
         ],
         "seconds": f"{sweep.seconds:.1f}",
+        **_rounds(sweep),
+        "profiles": _profiles(costs(sweep)),
     }
     path = sweep.out / "index.html"
     write_page(Path(__file__).with_name("sweep.html.j2"), context, path)
     return path
+
+
+def _rounds(sweep: Sweep) -> dict[str, Any]:
+    """Quality by round: the chart, how much of it is drawn, and a row a setting."""
+    found = curves(sweep)
+    if not found:
+        return {"rounds": "", "drawn": "", "curves": []}
+    quality = _QUALITY_NAMES[str(sweep.quality)]
+    chart, drawn = rounds_chart(found, quality)
+    return {
+        # Markup: the chart is built from numbers and escaped text only.
+        "rounds": Markup(chart),  # noqa: S704
+        "drawn": "" if len(drawn) == len(found) else f"The {len(drawn)} best of {len(found)} settings are drawn.",
+        "quality": quality,
+        "curves": [
+            {
+                "setting": c.setting, "name": c.name, "short": c.short, "cells": c.cells, "first":
+                f"{c.median[0]:.3f}", "half": f"{c.median[len(c.median) // 2]:.3f}", "last": f"{c.median[-1]:.3f}",
+                "spread": "—" if c.cells == 1 else f"{c.low[-1]:.3f} to {c.high[-1]:.3f}",
+            }
+            for c in found
+        ],
+    }  # fmt: skip
+
+
+def _profiles(found: list[Cost]) -> list[dict[str, Any]]:
+    """Rows of costs; a bar is a share of the largest in its column."""
+    most = max((c.uplink_bytes or 0 for c in found), default=0), max((c.seconds[0] for c in found), default=0)
+    return [
+        {
+            "profile": c.profile, "cells": c.cells, "up": _bytes(c.uplink_bytes), "down": _bytes(c.downlink_bytes),
+            "each": f"{c.bytes_per_parameter:,.2f}", "seconds": _range(c.seconds, 1), "quality":
+            "—" if c.quality is None else _range(c.quality, 3),
+            "up_share": round(100 * (c.uplink_bytes or 0) / (most[0] or 1), 1),
+            "seconds_share": round(100 * c.seconds[0] / (most[1] or 1), 1),
+        }
+        for c in found
+    ]  # fmt: skip
+
+
+def _bytes(value: float | None) -> str:
+    if value is None:
+        return "—"
+    return f"{value:,.0f} B" if value < 1000 else f"{value / 1000:,.1f} kB"
+
+
+def _range(spread: tuple[float, float, float], digits: int) -> str:
+    median, low, high = (f"{v:.{digits}f}" for v in spread)
+    return median if low == high else f"{median} ({low} to {high})"
 
 
 def describe_values(values: dict[str, Any]) -> str:
@@ -95,13 +149,6 @@ def describe_cost(sweep: Sweep) -> str:
         return "ε of one run (unit and δ differ)"
     unit, delta = next(iter(kinds))
     return f"ε per {unit} (δ = {delta:g})"
-
-
-def show_value(value: Any) -> str:
-    """A value of an axis for people."""
-    if isinstance(value, float):
-        return "∞" if math.isinf(value) else f"{value:g}"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from confide.simulations.frontier import WATERMARK
 from confide.simulations.result import Result, json_number
 
-__all__ = ["EPSILON", "SEED", "Cell", "Setting", "Sweep"]
+__all__ = ["EPSILON", "SEED", "Cell", "Setting", "Sweep", "show_value", "without_seed"]
 
 EPSILON, SEED = "privacy.epsilon", "run.seed"
 #: Metrics by which settings are compared, the first that all cells have; higher is better in each.
@@ -21,12 +21,15 @@ _QUALITIES = ("auc", "r2", "accuracy")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One finished run. `values` are the axes' values, `label` the same as assignments."""
+    """One finished run. `values` are the axes' values, `label` the same as assignments; the bytes are what a site sends
+    and receives for one training round's sum, None where nobody has computed them."""
 
     number: int
     label: str
     values: dict[str, Any]
     result: Result
+    uplink_bytes: int | None = None
+    downlink_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +81,24 @@ class Sweep:
         return list(dict.fromkeys(name for cell in self.cells for name in cell.result.metrics or {}))
 
     @cached_property
+    def groups(self) -> tuple[tuple[Cell, ...], ...]:
+        """The cells of each point of the grid, repetitions taken together, in the order of the grid."""
+        found: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            found.setdefault(repr(without_seed(cell.values)), []).append(cell)
+        return tuple(map(tuple, found.values()))
+
+    @cached_property
     def settings(self) -> tuple[Setting, ...]:
-        """The points of the grid, repetitions taken together; empty where nothing can be compared."""
+        """What each group came to; empty where nothing can be compared."""
         quality = self.quality
         if quality is None:
             return ()
-        groups: dict[str, list[Cell]] = {}
-        for cell in self.cells:
-            groups.setdefault(repr(_without_seed(cell.values)), []).append(cell)
         found = []
-        for group in groups.values():
+        for group in self.groups:
             values = [(cell.result.metrics or {})[quality] for cell in group]
             found.append(Setting(
-                values=_without_seed(group[0].values),
+                values=without_seed(group[0].values),
                 epsilon=max(cell.result.epsilon.max for cell in group),
                 median=statistics.median(values), low=min(values), high=max(values),
                 cells=tuple(cell.number for cell in group),
@@ -150,12 +158,23 @@ class Sweep:
             "delta": result.delta,
             "unit": result.unit,
             "neighbours": result.neighbours,
+            "bytes_per_parameter": result.bytes_per_parameter,
+            "uplink_bytes": cell.uplink_bytes,
+            "downlink_bytes": cell.downlink_bytes,
             "seconds": result.seconds,
             "out": str(result.out),
         }
 
 
-def _without_seed(values: dict[str, Any]) -> dict[str, Any]:
+def show_value(value: Any) -> str:
+    """A value of an axis for people."""
+    if isinstance(value, float):
+        return "∞" if math.isinf(value) else f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def without_seed(values: dict[str, Any]) -> dict[str, Any]:
+    """What repetitions of one point have in common."""
     return {key: value for key, value in values.items() if key != SEED}
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import signal
-import time
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from confide.cli import sweep_display
+from confide.simulations import Progress, SweepProgress
 from confide.simulations.frontier import WATERMARK
-from tests.cli.command import confide, files_under, spawn, to_toml
+from tests.cli.command import confide, files_under, to_toml
 
 SHORT = ("--set", "run.rounds=1", "--set", "training.local_steps=2")
 KEYS = ["name", "axes", "quality", "best", "watermark", "warnings", "settings", "cells", "seconds", "out"]
@@ -38,6 +43,8 @@ def test_a_sweep_ends_in_a_table_whose_best_row_bears_the_watermark(folder: Path
     assert answer.out.endswith("written to out\n")
     assert [line[:8] for line in answer.err.splitlines()] == ["cell 1/2", "cell 2/2"]
     assert {"sweep.json", "index.html", "figures", "cells"} <= {p.name for p in (folder / "out").iterdir()}
+    again = confide("sweep", "--resume", "--out", "out")
+    assert (again.code, again.out) == (0, "out: this sweep is finished already\n")
 
 
 def test_json_is_the_last_line_and_the_watermark_stands_beside_the_best(folder: Path) -> None:
@@ -68,6 +75,9 @@ def test_private_data_are_refused_with_what_to_do_before_anything_is_written(fol
         (("--over", "privacy.epsilonn=1"), "did you mean privacy.epsilon?"),
         (("--over", "privacy.epsilon=1,"), "holds an empty value"),
         (("--over", "privacy.epsilon=1,zero"), "cell privacy.epsilon=zero: "),
+        (("--over", "privacy.epsilon=1", "--workers", "0"), "'0' is not a number of processes"),
+        (("--over", "privacy.epsilon=1", "--workers", "many"), "'many' is not a number of processes"),
+        (("--resume",), "holds no sweep that can be resumed"),
     ],
 )
 def test_a_wrong_axis_is_a_usage_error(folder: Path, arguments: tuple[str, ...], told: str) -> None:
@@ -78,20 +88,58 @@ def test_a_wrong_axis_is_a_usage_error(folder: Path, arguments: tuple[str, ...],
     assert files_under(folder) == before
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C does what it does at a terminal; a test runner may have switched it off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_interrupted_it_says_so_and_finished_cells_stay(folder: Path) -> None:
-    arguments = ("--over", "run.rounds=1,2000", "--set", "run.report_metrics_every=1000")
-    process = spawn("sweep", "experiment.toml", *arguments, "--out", "out", cwd=folder)
-    assert process.stderr is not None
-    assert process.stderr.readline().startswith("cell 1/2")
-    limit = time.monotonic() + 120
-    while not (folder / "out" / "cells" / "002-rounds-2000" / "rounds.jsonl").exists():
-        assert time.monotonic() < limit
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (130, "")
-    assert "interrupted finished cells stay; the folder says so" in err
-    assert "Traceback" not in err
+    begun, over = folder / "out" / "cells" / "002-rounds-2000" / "rounds.jsonl", threading.Event()
+
+    def interrupt() -> None:
+        while not begun.exists():
+            if over.wait(0.02):
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    try:
+        arguments = ("--over", "run.rounds=1,2000", "--set", "run.report_metrics_every=1000")
+        answer = confide("sweep", "experiment.toml", *arguments, "--out", "out")
+    finally:
+        over.set()
+        watcher.join()
+    assert (answer.code, answer.out) == (130, "")
+    assert answer.err.startswith("cell 1/2")
+    assert "confide sweep --resume --out FOLDER goes on with this sweep" in answer.err
+    assert "interrupted finished cells stay; the folder says so" in answer.err
+    assert "Traceback" not in answer.err
     status = json.loads((folder / "out" / "status.json").read_text())
     assert status == {"status": "interrupted", "cells": 2, "finished": 1, "cell": "run.rounds=2000"}
     assert (folder / "out" / "cells" / "001-rounds-1" / "result.json").exists()
+    other = confide("sweep", "experiment.toml", "--resume", "--out", "out", "--set", "run.seed=9", "--json")
+    assert (other.code, other.last_line["error"]["kind"]) == (2, "configuration")
+    assert "holds a sweep of another experiment ([run] differs in cell run.rounds=1)" in other.err
+
+
+def test_a_terminal_shows_a_table_of_the_cells_that_it_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = io.StringIO()
+    monkeypatch.setattr(sweep_display, "err", Console(file=text, width=80, height=10, force_terminal=True))
+    display = sweep_display.CellDisplay()
+    for number in range(1, 31):
+        display.update(SweepProgress(number, 30, f"run.seed={number}", state="waiting"))
+    now = Progress(
+        round=3, rounds=4, epsilon=1.0, metrics={"auc": 0.75}, released=None, released_intervals=None,
+        released_round=None, abandoned=False, saturated=0.0,
+    )  # fmt: skip
+    display.update(SweepProgress(20, 30, "run.seed=20", round=now, state="running"))
+    Console(file=text, width=80).print(display.table())
+    shown = " ".join(text.getvalue().split())
+    assert "0 of 30 cells" in shown
+    assert "20 run.seed=20 running 3/4 auc 0.750 0" in shown
+    assert shown.count("waiting") == 3  # ten lines, of which the rest are for what stands around

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from confide.errors import BudgetError, ConfigError, DataError, PolicyError
 from confide.privacy.dp import Ledger, RenyiBudget, Role
 from confide.simulations.frontier import WATERMARK, Line, Panel, Point, write_frontier
 from confide.simulations.result import Epsilon, Result
+from confide.simulations.sweep_charts import curves
+from confide.simulations.sweep_page import write_sweep_page
 from confide.simulations.sweep_result import Cell, Sweep
 from tests.support import experiment_tree, write_people
 
@@ -152,6 +155,41 @@ def test_cells_without_a_common_metric_are_not_compared() -> None:
     found = sweep_of(cell(1, 2.0, {"auc": 0.6}, x=1), cell(2, 1.0, {}, x=2))
     assert (found.quality, found.settings, found.best) == (None, (), None)
     assert found.to_json()["best"] is None
+
+
+def test_a_page_compares_profiles_and_rounds_in_words_and_numbers(tmp_path: Path) -> None:
+    def ran(number: int, profile: str, seed: int, curve: list[float]) -> Cell:
+        made = cell(number, 2.0, {"auc": curve[-1]}, **{"sealing.profile": profile, "run.seed": seed})
+        curve_ = [{"auc": value} for value in curve]
+        return replace(made, result=replace(made.result, curve=curve_), uplink_bytes=31_000, downlink_bytes=900)
+
+    cells = (ran(1, "open", 1, [0.5, 0.6]), ran(2, "open", 2, [0.5, 0.8]), ran(3, "<sealed>", 1, [0.5, 0.9]))
+    found = replace(sweep_of(*cells), axes={"sealing.profile": ["open", "<sealed>"], "run.seed": [1, 2]}, out=tmp_path)
+    page = write_sweep_page(found).read_text()
+    assert [(c.median, c.low, c.high) for c in curves(found)] == [
+        ([0.5, pytest.approx(0.7)], [0.5, 0.6], [0.5, 0.8]), ([0.5, 0.9], [0.5, 0.9], [0.5, 0.9]),
+    ]  # fmt: skip
+    assert "setting 2 ends at 0.900" in page  # read aloud
+    assert f"Held-out AUC by round; {WATERMARK}" in page
+    assert "0.600 to 0.800" in page
+    assert page.count('class="s1 bar"') == 2  # one a round; a single cell has no spread
+    assert "&lt;sealed&gt;" in page
+    assert "<sealed>" not in page
+    assert "31.0 kB" in page
+    assert "900 B" in page
+    assert 'aria-label="Cost by profile"' in page
+
+
+def test_of_many_settings_the_best_are_drawn_and_the_page_says_so(tmp_path: Path) -> None:
+    cells = []
+    for number in range(1, 10):
+        made = cell(number, 2.0, {"auc": number / 10}, x=number)
+        cells.append(replace(made, result=replace(made.result, curve=[{"auc": 0.1}, {"auc": number / 10}])))
+    page = write_sweep_page(replace(sweep_of(*cells), out=tmp_path)).read_text()
+    assert page.count("<polyline") == 6
+    assert "The 6 best of 9 settings are drawn." in page
+    assert "x 9 ends at 0.900" in page
+    assert "x 3 ends" not in page
 
 
 def test_a_name_with_dollars_and_angle_brackets_is_text_in_the_figure(tmp_path: Path) -> None:

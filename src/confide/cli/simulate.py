@@ -60,6 +60,14 @@ def simulate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its ε; run nothing, write nothing.")
     ] = False,
+    mlflow: Annotated[
+        str | None,
+        typer.Option(metavar="URI|DIR", help="Log the finished run to MLflow (extra: mlflow)."),
+    ] = None,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write event files of the finished run (extra: tensorboard)."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
     """Train over simulated sites, with consent and person-level privacy."""
@@ -80,6 +88,7 @@ def simulate(
     if dry_run:
         show_json(plan.to_json()) if as_json else _show_plan(plan)
         return
+    tracker = simulations.open_tracker(mlflow=mlflow, tensorboard=tensorboard)
     try:
         with _RoundDisplay() as display:
             result = simulations.simulate(
@@ -91,6 +100,7 @@ def simulate(
                 retrain_after=retrain_after,
                 progress=display.update,
             )
+        tracker.run(result)
     except KeyboardInterrupt:
         err.print("confide simulate --resume --out FOLDER goes on with this run", markup=False)
         err.print(

@@ -9,11 +9,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from confide.cli.render import Display, err, number, out, show_json
+from confide.cli.render import err, number, out, show_json
+from confide.cli.sweep_display import CellDisplay
 from confide.errors import ConfigError
 
 if TYPE_CHECKING:
-    from confide.simulations import Sweep, SweepProgress
+    from confide.simulations import Sweep
 
 __all__ = ["sweep"]
 
@@ -35,21 +36,45 @@ def sweep(
     out_folder: Annotated[
         Path | None, typer.Option("--out", help="New folder for the results. Default: runs/…")
     ] = None,
+    workers: Annotated[
+        str,
+        typer.Option(metavar="N|auto", help="Cells beside each other; auto: as cores and the memory of one allow."),
+    ] = "1",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the sweep in --out: finished cells are kept.")
+    ] = False,
+    mlflow: Annotated[
+        str | None,
+        typer.Option(metavar="URI|DIR", help="Log the finished sweep to MLflow (extra: mlflow)."),
+    ] = None,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write event files of the finished sweep (extra: tensorboard)."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
     """Run an experiment on public data at every combination of values: the privacy/utility frontier."""
     from confide import simulations
 
+    processes = _processes(workers)
+    if resume and out_folder is not None and (done := simulations.finished_sweep(out_folder)) is not None:
+        show_json(done) if as_json else out.print(f"{out_folder}: this sweep is finished already", soft_wrap=True)
+        return
+    tracker = simulations.open_tracker(mlflow=mlflow, tensorboard=tensorboard)
     try:
-        with _CellDisplay() as display:
+        with CellDisplay() as display:
             found = simulations.sweep(
                 experiment,
                 over=over or (),
                 overrides=assignments or (),
                 out=out_folder,
+                workers=processes,
+                resume=resume,
                 progress=display.update,
             )
+        tracker.sweep(found)
     except KeyboardInterrupt:
+        err.print("confide sweep --resume --out FOLDER goes on with this sweep", markup=False)
         err.print("[yellow]interrupted[/] finished cells stay; the folder says so")
         raise typer.Exit(_INTERRUPTED) from None
     except PermissionError as error:
@@ -62,26 +87,13 @@ def sweep(
         _show(found)
 
 
-class _CellDisplay(Display):
-    """A bar over all cells on a terminal, a line a finished cell elsewhere; both on stderr."""
-
-    def __init__(self) -> None:
-        super().__init__("checking")
-
-    def update(self, progress: SweepProgress) -> None:
-        doing, share = "checking", 0.0
-        note = f"cell {progress.cell}/{progress.cells}  {progress.label}"
-        if progress.round is not None:
-            doing, share = "running", progress.round.round / progress.round.rounds
-            note += f"  round {progress.round.round}/{progress.round.rounds}"
-        if progress.result is not None:
-            doing, share = "running", 1.0
-            metrics = (progress.result.metrics or {}).items()
-            note += f"  ε {number(progress.result.epsilon.max, 2)}" + "".join(f"  {k} {v:.3f}" for k, v in metrics)
-            if not err.is_terminal:
-                err.print(note, soft_wrap=True, markup=False)
-        done = progress.cell - 1 + share
-        self._bar.update(self._task, description=doing, completed=done, total=progress.cells, note=note)
+def _processes(text: str) -> int | None:
+    """A number; None for `auto`."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{text!r} is not a number of processes", where="--workers", hint="at least 1, or auto")
+    return int(text)
 
 
 def _show(found: Sweep) -> None:
