@@ -76,6 +76,7 @@ class ParticipantSource:
         # Everybody in the table gets a pseudonym, whether or not she was ever asked: so that it can be shown of anybody
         # that she was in no snapshot.
         registry.enrol(set(records.persons) - registry.erased(records.persons))
+        self._roll = registry.roll(records.persons)
         self._places = personal.enrol([key.locator(p) for p in records.persons])
 
     def take(self, ledger: Ledger | None, upcoming: Sequence[PrivacyEvent] = ()) -> Participants:
@@ -98,7 +99,7 @@ class ParticipantSource:
             self._reads.append(Read(now, 0, error.kind))
             raise
         self._reads.append(Read(now, snapshot.sequence, "answered"))
-        names = self._names = self._registry.pseudonyms(self._persons)
+        names = self._names = self._roll.pseudonyms()
         consenting = np.array([names.get(p) in snapshot.participants for p in self._persons], dtype=np.bool_)
         if ledger is not None:
             consenting &= self._within_personal_limit(snapshot, names, ledger, upcoming)

@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 
 from confide.errors import SealingError
 from confide.privacy.atrest import close_box, open_box
+from confide.privacy.database import open_durable
 from confide.protocol.envelope import Address, Envelope
 from confide.protocol.sightings import Sighting
 
 __all__ = ["ModelState", "SiteStore"]
 
 _SCHEMA = """
-PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA secure_delete=ON;
+PRAGMA secure_delete=ON;
 CREATE TABLE IF NOT EXISTS run (run TEXT PRIMARY KEY, manifest BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS reply (
   run TEXT, epoch INTEGER, round INTEGER, step TEXT, attempt INTEGER, request TEXT NOT NULL, header BLOB NOT NULL,
@@ -107,8 +108,7 @@ class SiteStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
-        self._db.executescript(_SCHEMA)
+        self._db = open_durable(path, _SCHEMA)
 
     def add_run(self, run: str, manifest: bytes, model: ModelState, key: bytes) -> None:
         """Remember a run that was joined. Joining again changes nothing."""

@@ -1,16 +1,105 @@
-"""Opening the SQLite files of ledgers and logs: to append to them, or to read them and nothing else."""
+"""Opening the SQLite files of ledgers and logs: to append to them, or to read them and nothing else.
+
+A commit is on the disk when it returns, but inside a `GroupCommit`: there it is the operating system's, which a process
+that is killed takes nothing from, and `flush` puts the commits of all files on the disk at once. That is for a
+simulation, where many sites are one process and nothing leaves it between two flushes; a deployed site enters none.
+"""
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from contextvars import ContextVar, Token
 from pathlib import Path
 from urllib.parse import quote
 
-__all__ = ["copy_database", "open_durable", "open_read_only"]
+__all__ = ["GroupCommit", "copy_database", "durability", "flush_commits", "open_durable", "open_read_only"]
 
 _PATIENCE = 30.0
+_FLUSHING = 8
+_SETTLED = 100_000_000  # nanoseconds
+
+
+class GroupCommit:
+    """While it is entered, databases that are opened commit together, at `flush`; leaving it flushes, too."""
+
+    def __init__(self) -> None:
+        #: What was last seen of each file's write-ahead log, and is on the disk: (changed at, bytes).
+        self._seen: dict[Path, tuple[int, int] | None] = {}
+        self._entered: Token[GroupCommit | None] | None = None
+
+    def __enter__(self) -> GroupCommit:
+        self._entered = _GROUP.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._entered is not None:
+            _GROUP.reset(self._entered)
+        self.flush()
+
+    def add(self, path: Path) -> None:
+        """Commits to this database are flushed with the others'."""
+        self._seen.setdefault(path.absolute())
+
+    def flush(self) -> None:
+        """Everything that was committed is on the disk.
+
+        Raises:
+            OSError: The disk does not take it: nothing that rests on it may be shown.
+        """
+        settled = time.time_ns() - _SETTLED
+        changed = {path: state for path, seen in self._seen.items() if (state := _log_state(path)) not in (None, seen)}
+        # Together: the disk then writes its own journal once for many files.
+        with ThreadPoolExecutor(_FLUSHING) as pool:
+            list(pool.map(_sync, changed))
+        # What changed just now may change once more within one tick of the file system's clock.
+        self._seen |= {path: state if state and state[0] < settled else None for path, state in changed.items()}
+
+
+_GROUP: ContextVar[GroupCommit | None] = ContextVar("confide_group_commit", default=None)
+
+
+def flush_commits() -> None:
+    """What was committed so far is on the disk, also inside a `GroupCommit`: what rests on it may be shown.
+
+    Raises:
+        OSError: The disk does not take it.
+    """
+    group = _GROUP.get()
+    if group is not None:
+        group.flush()
+
+
+def durability(path: Path | str) -> str:
+    """The value of SQLite's `synchronous` for a database that is being opened. Its journal must be write-ahead."""
+    group = _GROUP.get()
+    if group is None:
+        return "FULL"
+    group.add(Path(path))
+    return "NORMAL"
+
+
+def _log_state(path: Path) -> tuple[int, int] | None:
+    """None where there is no write-ahead log: what it held was put into the database, which SQLite flushes itself."""
+    try:
+        found = os.stat(f"{path}-wal")
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def _sync(path: Path) -> None:
+    try:
+        handle = os.open(f"{path}-wal", os.O_RDONLY)
+    except FileNotFoundError:  # closed meanwhile, and so in the database
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def open_durable(path: Path, schema: str) -> sqlite3.Connection:
@@ -23,7 +112,7 @@ def open_durable(path: Path, schema: str) -> sqlite3.Connection:
     deadline = time.monotonic() + _PATIENCE
     while True:
         try:
-            db.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; {schema}")
+            db.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous={durability(path)}; {schema}")
         except sqlite3.OperationalError as error:
             # Where several processes make the file at once SQLite does not wait for the change of the journal's mode.
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:

@@ -24,6 +24,7 @@ from confide.clients.data.preprocess import encoded_width
 from confide.clients.training.artifact import save_model
 from confide.clients.training.models import build_model
 from confide.errors import ConfideError, PeerError, StorageError
+from confide.privacy.database import GroupCommit, flush_commits
 from confide.privacy.dp import RUN_LABEL, Role
 from confide.privacy.dp import metrics as dp_metrics
 from confide.privacy.files import write_atomically
@@ -85,7 +86,7 @@ def simulate(
     """
     started = time.perf_counter()
     if resume:
-        with resumed_place(experiment, list(overrides), out, ledger) as place, _one_thread():
+        with GroupCommit(), resumed_place(experiment, list(overrides), out, ledger) as place, _one_thread():
             return _execute(place, progress, started)
     earlier = Path(retrain_after) if retrain_after is not None else None
     if earlier is not None:
@@ -97,6 +98,7 @@ def simulate(
     with (
         run_folders(loaded, out, ledger) as (folder, ledgers),
         _one_thread(),
+        GroupCommit(),
         new_place(folder, ledgers, earlier) as place,
     ):
         # Where bounds are learned first, this world is only asked whether the run may be.
@@ -235,6 +237,7 @@ class _Run:
                 self._released_intervals = intervals_from_json(tree["released_intervals"])
 
     def _after_round(self, outcome: RoundOutcome) -> None:
+        flush_commits()  # before anything of the round is shown
         manifest = self._world.manifest
         if outcome.round <= len(self._lines):
             return  # an earlier process wrote it down
@@ -320,6 +323,7 @@ class _Run:
         if released.metrics_round is not None:
             self._write_lines(released.metrics_round - 1, metrics, intervals)
         epsilon = self._epsilon_after(manifest.rounds)
+        flush_commits()
         result = Result(
             run_id=manifest.run,
             rounds=manifest.rounds,

@@ -66,6 +66,7 @@ class SiteRecords:
         self.encoded_as = encoded_as
         self._x, self._y = torch.from_numpy(x), torch.from_numpy(y)
         self._starts = np.searchsorted(unit_of, np.arange(len(person_of) + 1))
+        self._one_each = len(unit_of) == len(person_of)
         self.person_of, self.persons = person_of, persons
 
     @classmethod
@@ -111,6 +112,12 @@ class SiteRecords:
 
     def gather(self, units: Ints) -> Batch:
         """The records of these units."""
+        if self._one_each:
+            rows = torch.from_numpy(units)
+            return Batch(
+                x=self._x.index_select(0, rows), y=self._y.index_select(0, rows), owner=torch.arange(len(units)),
+                records_of=torch.ones(len(units)), units=units,
+            )  # fmt: skip
         starts, ends = self._starts[units], self._starts[units + 1]
         counts = ends - starts
         owner = np.repeat(np.arange(len(units)), counts)

@@ -23,6 +23,7 @@ from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 from confide.errors import ConsentError
 from confide.privacy.consent import projection, triggers
 from confide.privacy.consent.tables import PROJECTION, SCHEMA
+from confide.privacy.database import durability
 
 __all__ = ["SCHEMA_VERSION", "Storage", "holds_registry", "is_url", "shown_address"]
 
@@ -245,12 +246,13 @@ def _engine(url: URL, where: str) -> Engine:
         except ImportError:
             raise ConsentError("PostgreSQL needs a driver that is not installed", where=where,
                                hint="pip install 'confide[postgres]'") from None  # fmt: skip
-    engine = create_engine(url, connect_args={"timeout": _PATIENCE})
+    engine, mode = create_engine(url, connect_args={"timeout": _PATIENCE}), durability(url.database or "")
 
     @event.listens_for(engine, "connect")
     def _durable(connection: sqlite3.Connection, _record: object) -> None:
         connection.isolation_level = None  # we say ourselves when a transaction begins
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "cache_size=-131072"):
+        synchronous = f"synchronous={mode}"
+        for pragma in ("journal_mode=WAL", synchronous, "secure_delete=ON", "cache_size=-131072"):
             connection.execute(f"PRAGMA {pragma}").close()
 
     @event.listens_for(engine, "begin")
