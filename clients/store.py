@@ -79,6 +79,11 @@ class ModelState:
         """The opened metrics as they leave: float64, little endian; nothing where none are due."""
         return () if self.metrics is None else (self.metrics.astype("<f8").tobytes(),)
 
+    @property
+    def chunks(self) -> tuple[bytes, ...]:
+        """Weights and strategy memory as they are handed over: float32 and float64, little endian."""
+        return (self.weights.astype("<f4").tobytes(), *(part.astype("<f8").tobytes() for part in self.state))
+
     def to_bytes(self) -> bytes:
         """As it is stored."""
         arrays = {"weights": self.weights, "saturated": np.array(self.saturated), "trained": np.array(self.trained)}

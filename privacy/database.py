@@ -10,13 +10,22 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from contextvars import ContextVar, Token
 from pathlib import Path
 from urllib.parse import quote
 
-__all__ = ["GroupCommit", "copy_database", "durability", "flush_commits", "open_durable", "open_read_only"]
+__all__ = [
+    "GroupCommit",
+    "copy_database",
+    "durability",
+    "flush_commits",
+    "open_durable",
+    "open_read_only",
+    "template_for",
+]
 
 _PATIENCE = 30.0
 _FLUSHING = 8
@@ -29,6 +38,9 @@ class GroupCommit:
     def __init__(self) -> None:
         #: What was last seen of each file's write-ahead log, and is on the disk: (changed at, bytes).
         self._seen: dict[Path, tuple[int, int] | None] = {}
+        #: Files of a new database by what was made in it, and those that were copied from them and are not flushed yet.
+        self._templates: dict[str, bytes] = {}
+        self._copied: set[Path] = set()
         self._entered: Token[GroupCommit | None] | None = None
 
     def __enter__(self) -> GroupCommit:
@@ -44,6 +56,20 @@ class GroupCommit:
         """Commits to this database are flushed with the others'."""
         self._seen.setdefault(path.absolute())
 
+    def copy_template(self, schema: str, path: Path) -> None:
+        """Where a database of this schema was made before, let a new one begin as a copy of it."""
+        if (data := self._templates.get(schema)) is not None and not path.exists():
+            path.write_bytes(data)
+            self._copied.add(path.absolute())
+
+    def keep_template(self, schema: str, path: Path) -> None:
+        """A database that was made just now, and holds its schema only, is what others of its kind begin as."""
+        if schema not in self._templates:
+            with closing(sqlite3.connect(path, isolation_level=None)) as db:
+                busy, _, _ = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                if not busy:
+                    self._templates[schema] = path.read_bytes()
+
     def flush(self) -> None:
         """Everything that was committed is on the disk.
 
@@ -54,12 +80,31 @@ class GroupCommit:
         changed = {path: state for path, seen in self._seen.items() if (state := _log_state(path)) not in (None, seen)}
         # Together: the disk then writes its own journal once for many files.
         with ThreadPoolExecutor(_FLUSHING) as pool:
-            list(pool.map(_sync, changed))
+            list(pool.map(_sync, [*(Path(f"{path}-wal") for path in changed), *self._copied]))
+        self._copied.clear()
         # What changed just now may change once more within one tick of the file system's clock.
         self._seen |= {path: state if state and state[0] < settled else None for path, state in changed.items()}
 
 
 _GROUP: ContextVar[GroupCommit | None] = ContextVar("confide_group_commit", default=None)
+
+
+def template_for(schema: str, path: Path) -> Callable[[], None]:
+    """Before a database is opened: inside a `GroupCommit` a new one begins as a copy, where there is one to copy.
+
+    Args:
+        schema: Names what is made in it; databases of one name begin alike.
+        path: Its file.
+
+    Returns:
+        To be called once its schema, and nothing else, has been made in it.
+    """
+    group = _GROUP.get()
+    if group is None or (path.exists() and path.stat().st_size):
+        return lambda: None
+    path.unlink(missing_ok=True)
+    group.copy_template(schema, path)
+    return lambda: group.keep_template(schema, path)
 
 
 def flush_commits() -> None:
@@ -93,8 +138,8 @@ def _log_state(path: Path) -> tuple[int, int] | None:
 
 def _sync(path: Path) -> None:
     try:
-        handle = os.open(f"{path}-wal", os.O_RDONLY)
-    except FileNotFoundError:  # closed meanwhile, and so in the database
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:  # a log that was closed meanwhile, and so is in the database
         return
     try:
         os.fsync(handle)
@@ -108,11 +153,13 @@ def open_durable(path: Path, schema: str) -> sqlite3.Connection:
     Raises:
         sqlite3.Error: It cannot be opened, or is no database.
     """
+    new = template_for(schema, path)
     db = sqlite3.connect(path, isolation_level=None, timeout=_PATIENCE)
     deadline = time.monotonic() + _PATIENCE
     while True:
         try:
             db.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous={durability(path)}; {schema}")
+            new()
         except sqlite3.OperationalError as error:
             # Where several processes make the file at once SQLite does not wait for the change of the journal's mode.
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:

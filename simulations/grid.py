@@ -43,6 +43,7 @@ class LocalGrid(Grid):
         self._app, self._drop = client_app, drop
         self._run = Run.create_empty(run_id=_RUN_ID)
         self._site_of = {_FIRST_NODE + i: site for i, site in enumerate(sites)}
+        self._node_of = {site: node for node, site in self._site_of.items()}
         self._outbox: dict[str, Message] = {}
         #: Bytes that crossed, by direction.
         self.bytes_down = self.bytes_up = 0
@@ -71,6 +72,10 @@ class LocalGrid(Grid):
     def get_node_ids(self) -> list[int]:
         """Flower's interface."""
         return list(self._site_of)
+
+    def node_of(self, site: str) -> int | None:
+        """Where a site lives."""
+        return self._node_of.get(site)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Keep each message until its reply is asked for."""

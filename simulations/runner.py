@@ -162,7 +162,9 @@ def _told(folder: Path, world: World) -> Iterator[None]:
         if isinstance(error, OSError):
             raise StorageError(f"cannot be written: {error.strerror}", where=str(error.filename or folder),
                                hint="free space and start again: what was durable is kept") from error  # fmt: skip
-        lost = next((s.last_refusal for s in world.sites.values() if isinstance(s.last_refusal, StorageError)), None)
+        lost = next(
+            (s.last_refusal for s in world.sites.open.values() if isinstance(s.last_refusal, StorageError)), None
+        )
         if isinstance(error, PeerError) and lost is not None:
             raise lost from error
         raise
@@ -242,9 +244,13 @@ class _Run:
         if outcome.round <= len(self._lines):
             return  # an earlier process wrote it down
         trained = outcome.round - 1  # rounds whose sum the sites have applied by now
-        model = next(iter(self._world.sites.values())).current_model(manifest.run)
+        # In a drawn round not everybody has the latest model; whoever was in its cohort has.
+        drawn = manifest.drawn(outcome.round)
+        latest = next((site for site in drawn if site in outcome.cohort), drawn[0])
+        model = self._world.sites[latest].current_model(manifest.run)
         self._saturated = max(self._saturated, model.saturated)
-        exact = self._exact(model.weights)
+        due = manifest.sites_per_round is None or outcome.round in manifest.metric_rounds
+        exact = self._exact(model.weights) if due else None
         if exact is not None:
             self._curve.append(exact)
         self._cohort_sizes[outcome.round] = len(outcome.cohort)
@@ -304,7 +310,7 @@ class _Run:
         if self._evaluator is None:
             return None
         manifest = self._world.manifest
-        sites = self._world.sites.values()
+        sites = self._world.sites.open.values()
         held_out = {s.name: s.participants(manifest).held_out for s in sites}
         return self._evaluator.evaluate(weights, held_out)
 
@@ -345,10 +351,7 @@ class _Run:
             epsilon_curve=[self._epsilon_after(r) for r in range(manifest.rounds + 1)]
             if manifest.privacy.protects
             else [],
-            ledger={
-                n: (max(s.ledger.epsilon(r) for r in Role), s.ledger.budget.epsilon_limit)
-                for n, s in world.sites.items()
-            },
+            ledger=world.spent(),
             consent_is_simulated=world.sources.consent is None,
             saturated=self._saturated,
             exposure=make_profile(

@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 #: Opacus's; keeps a person without a gradient from a division by zero.
 _TINY = 1e-6
 #: Numbers that the stack of one go holds: more clients at once no longer fit into a processor's cache.
-_STACK = 2_000_000
+_STACK = 1_000_000
 #: Adam's constants (Kingma, Ba 2015), as torch has them.
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 

@@ -37,6 +37,7 @@ __all__ = [
     "Sealed",
     "Settled",
     "SnapshotTaken",
+    "TakenOver",
     "Unlocked",
     "UpdateCommitted",
     "canonical",
@@ -163,6 +164,15 @@ class Opened(Record):
     transcript: str
     model: str
     saturated: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TakenOver(Record):
+    """Site: it had missed rounds, and took over the model that all of a round's cohort began it with."""
+
+    KIND = "taken_over"
+    round: int
+    model: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

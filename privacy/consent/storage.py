@@ -23,7 +23,7 @@ from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 from confide.errors import ConsentError
 from confide.privacy.consent import projection, triggers
 from confide.privacy.consent.tables import PROJECTION, SCHEMA
-from confide.privacy.database import durability
+from confide.privacy.database import durability, template_for
 
 __all__ = ["SCHEMA_VERSION", "Storage", "holds_registry", "is_url", "shown_address"]
 
@@ -57,8 +57,10 @@ class Storage:
         self._turn = threading.RLock()
         self._open: Connection | None = None
         self._owner = 0
+        ready = template_for(f"consent {SCHEMA_VERSION}", Path(url.database or "")) if self.is_sqlite else lambda: None
         try:
             self._prepare()
+            ready()
         except BaseException:
             self._engine.dispose()
             raise
