@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from confide.clients.data.preprocess import encoded_width, expand, require_columns
 from confide.clients.data.records import SiteRecords
@@ -74,42 +76,40 @@ def load_sources(
                           hint="leave it out of the features: a model would only copy it")  # fmt: skip
     inputs, outputs = encoded_width(schema), data.label.outputs
     admit_model(build_model(experiment.model, inputs, outputs), inputs, outputs)
-    parts = _split(table, experiment, where)
-    records = {
-        site: SiteRecords.build(
-            part,
-            schema=schema,
-            label=data.label,
-            subject=data.subject,
-            unit=experiment.privacy.unit,
-            where=where,
-        )
-        for site, part in parts.items()
-    }
+    names, part_of = _split(table, experiment, where)
+    found = SiteRecords.split(
+        table, part_of, len(names), schema=schema, label=data.label, subject=data.subject,
+        unit=experiment.privacy.unit, where=where,
+    )  # fmt: skip
+    records = dict(zip(names, found, strict=True))
     consent = read_csv(base / experiment.consent.file) if experiment.consent.file is not None else None
-    return Sources(experiment, schema, records, _populations(experiment, parts), consent, learned)
+    return Sources(experiment, schema, records, _populations(experiment, records), consent, learned)
 
 
-def _split(table: pd.DataFrame, experiment: Experiment, where: str) -> dict[str, pd.DataFrame]:
+def _split(table: pd.DataFrame, experiment: Experiment, where: str) -> tuple[list[str], NDArray[np.int64]]:
+    """The sites' names in order, and the place among them of each row's."""
     column = table[experiment.data.site]
     if column.isna().any():
         raise DataError("the site is missing", where=f"{where}, row {column.isna().idxmax()}, column {column.name!r}",
                         hint="every record belongs to a site")  # fmt: skip
-    parts = {str(k): v for k, v in table.groupby(column.map(canonical_subject), sort=True)}
-    for name in parts:
+    codes, uniques = pd.factorize(column.map(canonical_subject), sort=True)
+    names, part_of = [str(name) for name in uniques], codes.astype(np.int64)
+    for name in names:
         if not _SITE_NAME.fullmatch(name):
             raise DataError(f"{name[:80]!r} cannot be a site's name", where=f"{where}, column {column.name!r}",
                             hint="use letters, digits, spaces, dots, dashes; at most 64")  # fmt: skip
-    homes: dict[str, str] = {}
-    for name, part in parts.items():
-        for person in part[experiment.data.subject].dropna().map(canonical_subject).unique():
-            if homes.setdefault(person, name) != name:
-                raise DataError(
-                    f"one subject has records at sites {homes[person]} and {name}",
-                    where=where,
-                    hint="each person's loss is accounted at one site; give the person one site",
-                )
-    return parts
+    subjects = table[experiment.data.subject]
+    homes = pd.DataFrame({"site": part_of, "person": subjects.where(subjects.isna(), subjects.map(canonical_subject))})
+    homes = homes.dropna().drop_duplicates().sort_values("site", kind="stable")
+    twice = homes[homes["person"].duplicated()]
+    if len(twice):
+        first = homes[homes["person"] == twice["person"].iloc[0]]["site"]
+        raise DataError(
+            f"one subject has records at sites {names[first.iloc[0]]} and {names[first.iloc[1]]}",
+            where=where,
+            hint="each person's loss is accounted at one site; give the person one site",
+        )
+    return names, part_of
 
 
 def _populations(experiment: Experiment, parts: Mapping[str, object]) -> dict[str, int]:

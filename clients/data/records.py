@@ -7,6 +7,7 @@ A *unit* is what differential privacy protects: a subject with all her records, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -85,6 +86,33 @@ class SiteRecords:
         Raises:
             DataError: A column or value is missing or unreadable (row and column named).
         """
+        everybody = np.zeros(len(table), dtype=np.int64)
+        return cls.split(table, everybody, 1, schema=schema, label=label, subject=subject, unit=unit, where=where)[0]
+
+    @classmethod
+    def split(
+        cls,
+        table: pd.DataFrame,
+        part_of: Ints,
+        parts: int,
+        *,
+        schema: SchemaConfig,
+        label: LabelConfig,
+        subject: str,
+        unit: str,
+        where: str,
+    ) -> list[SiteRecords]:
+        """The tables of several sites in one, encoded at once.
+
+        Args:
+            table: All rows.
+            part_of: The site of each row, counted from 0, int64 [rows].
+            parts: How many sites there are.
+            schema, label, subject, unit, where: As for `build`.
+
+        Raises:
+            DataError: As for `build`.
+        """
         require_columns(table, [subject], where)
         anonymous = table[subject].isna()
         if anonymous.any():
@@ -92,14 +120,19 @@ class SiteRecords:
                             where=f"{where}, row {anonymous.idxmax()}, column {subject!r}",
                             hint="leave such rows out of the table")  # fmt: skip
         codes, uniques = pd.factorize(table[subject].map(canonical_subject), sort=True)
-        order = np.argsort(codes, kind="stable")
-        person_of_record = codes[order].astype(np.int64)
+        order = np.lexsort((codes, part_of))
         x = np.ascontiguousarray(features(table, schema, where)[order])
         y = np.ascontiguousarray(labels(table, label, where)[order])
-        persons, as_ = [str(u) for u in uniques], (schema, label)
-        if unit == "subject":
-            return cls(x, y, person_of_record, np.arange(len(uniques), dtype=np.int64), persons, as_)
-        return cls(x, y, np.arange(len(order), dtype=np.int64), person_of_record, persons, as_)
+        codes, ends = codes[order], np.searchsorted(part_of[order], np.arange(parts + 1))
+        found = []
+        for start, end in pairwise(ends):
+            here, person_of_record = np.unique(codes[start:end], return_inverse=True)
+            persons, as_ = [str(u) for u in uniques[here]], (schema, label)
+            units = person_of_record.astype(np.int64), np.arange(len(here), dtype=np.int64)
+            if unit == "record":
+                units = np.arange(end - start, dtype=np.int64), units[0]
+            found.append(cls(x[start:end], y[start:end], *units, persons, as_))
+        return found
 
     @property
     def inputs(self) -> int:
