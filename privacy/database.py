@@ -7,12 +7,13 @@ simulation, where many sites are one process and nothing leaves it between two f
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from contextvars import ContextVar, Token
 from pathlib import Path
 from urllib.parse import quote
@@ -29,6 +30,7 @@ __all__ = [
 
 _PATIENCE = 30.0
 _FLUSHING = 8
+_MANY = 64
 _SETTLED = 100_000_000  # nanoseconds
 
 
@@ -40,7 +42,7 @@ class GroupCommit:
         self._seen: dict[Path, tuple[int, int] | None] = {}
         #: Files of a new database by what was made in it, and those that were copied from them and are not flushed yet.
         self._templates: dict[str, bytes] = {}
-        self._copied: set[Path] = set()
+        self._written: set[Path] = set()
         self._entered: Token[GroupCommit | None] | None = None
 
     def __enter__(self) -> GroupCommit:
@@ -56,11 +58,15 @@ class GroupCommit:
         """Commits to this database are flushed with the others'."""
         self._seen.setdefault(path.absolute())
 
+    def add_file(self, path: Path) -> None:
+        """A file that was just written is flushed with the databases, once."""
+        self._written.add(path.absolute())
+
     def copy_template(self, schema: str, path: Path) -> None:
         """Where a database of this schema was made before, let a new one begin as a copy of it."""
         if (data := self._templates.get(schema)) is not None and not path.exists():
             path.write_bytes(data)
-            self._copied.add(path.absolute())
+            self.add_file(path)
 
     def keep_template(self, schema: str, path: Path) -> None:
         """A database that was made just now, and holds its schema only, is what others of its kind begin as."""
@@ -78,10 +84,8 @@ class GroupCommit:
         """
         settled = time.time_ns() - _SETTLED
         changed = {path: state for path, seen in self._seen.items() if (state := _log_state(path)) not in (None, seen)}
-        # Together: the disk then writes its own journal once for many files.
-        with ThreadPoolExecutor(_FLUSHING) as pool:
-            list(pool.map(_sync, [*(Path(f"{path}-wal") for path in changed), *self._copied]))
-        self._copied.clear()
+        _sync_all([*(Path(f"{path}-wal") for path in changed), *self._written])
+        self._written.clear()
         # What changed just now may change once more within one tick of the file system's clock.
         self._seen |= {path: state if state and state[0] < settled else None for path, state in changed.items()}
 
@@ -136,6 +140,31 @@ def _log_state(path: Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_size
 
 
+def _sync_all(paths: Sequence[Path]) -> None:
+    """Each by itself, several at a time: the disk then writes its own journal once for many. Very many: their file
+    systems, where the system can be asked for that."""
+    devices: dict[int, Path] = {}
+    if len(paths) > _MANY:
+        with suppress(FileNotFoundError):
+            devices = {path.parent.stat().st_dev: path.parent for path in paths}
+    if devices and all(_sync_file_system(folder) for folder in devices.values()):
+        return
+    with ThreadPoolExecutor(_FLUSHING) as pool:
+        list(pool.map(_sync, paths))
+
+
+def _sync_file_system(folder: Path) -> bool:
+    """Linux's `syncfs`, which Python does not offer; False where there is none or it fails."""
+    call = getattr(ctypes.CDLL(None), "syncfs", None)
+    if call is None:
+        return False
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        return bool(call(handle) == 0)
+    finally:
+        os.close(handle)
+
+
 def _sync(path: Path) -> None:
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -145,6 +174,14 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def flushed_later(path: Path) -> bool:
+    """Inside a `GroupCommit`: a file that was just written is flushed with everything else, not now."""
+    group = _GROUP.get()
+    if group is not None:
+        group.add_file(path)
+    return group is not None
 
 
 def open_durable(path: Path, schema: str) -> sqlite3.Connection:

@@ -44,6 +44,8 @@ __all__ = ["COORDINATOR", "FEDERATION", "World"]
 
 FEDERATION = "simulation"
 COORDINATOR = "coordinator"
+#: Sites that stay open where rounds are drawn for some of them; each holds files and a registry open.
+_OPEN = 200
 
 
 class World:
@@ -85,7 +87,7 @@ class World:
         #: What the ledgers of sites that were closed hold: (ε of the more exposed role, limit).
         self._spent: dict[str, tuple[float, float]] = {}
         drawn = self.experiment.sites.per_round
-        most = None if drawn is None else 2 * drawn
+        most = None if drawn is None else max(_OPEN, 2 * drawn)
         self.sites = Sites(sources.records, self._open_site, self._close_site, most)
         try:
             self.roster, self._members = self._found()

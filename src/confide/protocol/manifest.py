@@ -40,6 +40,10 @@ def _computable(sigma: float) -> float:
 NoiseMultiplier = Annotated[float, AfterValidator(_computable)]
 
 
+#: Draws that are remembered: of the round under way, those around it, and the last.
+_KEPT_DRAWS = 8
+
+
 class _Part(Frozen):
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
@@ -156,7 +160,8 @@ class Manifest(_Part):
             parts = [part.encode() for part in start]
             ranks = {name: digest("sites of a round", *parts, name.encode()) for name in names}
             found = tuple(sorted(names, key=ranks.__getitem__)[: self.sites_per_round])
-            self._drawn_rounds.clear()
+            if len(self._drawn_rounds) > _KEPT_DRAWS:
+                self._drawn_rounds.clear()
             self._drawn_rounds[round_] = found
         return found
 
@@ -191,6 +196,11 @@ class Manifest(_Part):
     def member(self, site: str) -> Member | None:
         """The entry of a site that takes part."""
         return self._by_name.get(site)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The sites that take part, sorted."""
+        return tuple(sorted(self._by_name))
 
     @cached_property
     def _by_name(self) -> dict[str, Member]:
