@@ -32,6 +32,7 @@ from confide.privacy.sealing import make_profile
 from confide.server.app import make_server_app
 from confide.server.coordinator import Coordinator, Released, RoundOutcome
 from confide.server.runs import RunStore
+from confide.simulations import together as joint
 from confide.simulations.earlier import earlier_run, ledgers_of, retraining
 from confide.simulations.evaluation import ExactEvaluator
 from confide.simulations.figures import write_figures
@@ -56,6 +57,9 @@ from confide.simulations.statistics import learn_bounds, read_learned
 from confide.simulations.world import World
 
 __all__ = ["simulate"]
+
+#: So many gain nothing from training at once.
+_FEW_SITES = 12
 
 
 def simulate(
@@ -202,7 +206,8 @@ class _Run:
 
     def execute(self) -> Result:
         world, released = self._world, list[Released]()
-        grid = LocalGrid(make_client_app(self._site_of), world.sites)
+        together = joint.TOGETHER if len(world.sites) > _FEW_SITES else 1
+        grid = LocalGrid(make_client_app(self._site_of), world.sites, together=together)
 
         def start(flower_grid: Grid) -> Coordinator:
             coordinator = Coordinator(

@@ -210,6 +210,22 @@ class Manifest(_Part):
     def _mean_population(self) -> float:
         return sum(m.population for m in self.members) / len(self.members)
 
+    @cached_property
+    def populations(self) -> tuple[int, int]:
+        """The smallest and the largest declared population."""
+        found = [m.population for m in self.members]
+        return min(found), max(found)
+
+    @cached_property
+    def heaviest(self) -> float:
+        """The largest weight."""
+        return max(self.weight(m.site) for m in self.members)
+
+    @cached_property
+    def roster_weight(self) -> float:
+        """The sum of all weights; correctly rounded, and so the same from every version of Python."""
+        return math.fsum(self.weight(m.site) for m in self.members)
+
     def weight(self, site: str) -> float:
         """Public aggregation weight of a site: its declared population over the roster's mean."""
         member = self.member(site)

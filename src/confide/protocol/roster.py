@@ -180,7 +180,7 @@ class SignedRoster(Frozen):
         """The same with more of them."""
         return SignedRoster(roster=self.roster, signatures={**self.signatures, **signatures})
 
-    @property
+    @cached_property
     def content(self) -> tuple[bytes, bytes]:
         """What `verify_chain` looks at: names the version, and its signatures in their order."""
         pairs = (bytes.fromhex(k + v) for k, v in self.signatures.items())
