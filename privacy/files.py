@@ -6,7 +6,7 @@ import os
 import secrets
 from pathlib import Path
 
-from confide.privacy.database import flushed_later
+from confide.privacy.flushing import flushed_later
 
 __all__ = ["write_atomically", "write_private"]
 

@@ -23,7 +23,7 @@ from sqlalchemy.pool import StaticPool
 
 from confide.errors import AuditError, ConfigError, StorageError
 from confide.privacy.audit.log import Log
-from confide.privacy.database import durability
+from confide.privacy.flushing import durability
 from confide.server import tables as t
 from confide.server.journal import Journal
 

@@ -24,10 +24,10 @@ from confide.clients.data.preprocess import encoded_width
 from confide.clients.training.artifact import save_model
 from confide.clients.training.models import build_model
 from confide.errors import ConfideError, PeerError, StorageError
-from confide.privacy.database import GroupCommit, flush_commits
 from confide.privacy.dp import RUN_LABEL, Role
 from confide.privacy.dp import metrics as dp_metrics
 from confide.privacy.files import write_atomically
+from confide.privacy.flushing import GroupCommit, flush_commits
 from confide.privacy.sealing import make_profile
 from confide.server.app import make_server_app
 from confide.server.coordinator import Coordinator, Released, RoundOutcome

@@ -11,8 +11,8 @@ from flwr.serverapp import Grid
 
 from confide.clients.app import make_client_app
 from confide.errors import PeerError
-from confide.privacy.database import flush_commits
 from confide.privacy.files import write_atomically
+from confide.privacy.flushing import flush_commits
 from confide.protocol.bounds import learned_bounds
 from confide.server.app import make_server_app
 from confide.server.coordinator import Coordinator, Released
