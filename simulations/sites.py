@@ -43,6 +43,10 @@ class Sites(Mapping[str, Site]):
         self._open[name] = site
         return site
 
+    def __setitem__(self, name: str, site: Site) -> None:
+        """A site that was restarted takes its place."""
+        self._open[name] = site
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -180,8 +180,11 @@ def _by_run(
     origin = f"confide/{latest.federation}"
     _check_signature(path, coordinator, f"{origin}/{COORDINATOR}/coordinator", latest.coordinator_key, findings)
     keys = {site: key for created in runs.values() for site, key in created.keys.items()}
+    silent = _never_asked(coordinator, runs, keys)
     federated = {
-        site: _party(logs / f"{site}{LOG_SUFFIX}", site, f"{origin}/{site}/federated", key, runs, findings)
+        site: PartyLog(site)
+        if site in silent and not (logs / f"{site}{LOG_SUFFIX}").is_file()
+        else _party(logs / f"{site}{LOG_SUFFIX}", site, f"{origin}/{site}/federated", key, runs, findings)
         for site, key in keys.items()
     }
     local = {
@@ -212,6 +215,14 @@ def _by_run(
                     )
         found.append(evidence)
     return found
+
+
+def _never_asked(coordinator: PartyLog, runs: Mapping[str, _Created], sites: Iterable[str]) -> set[str]:
+    """Where all runs draw their rounds: those sites that are in no cohort. They may have no log to show."""
+    if any(created.manifest.get("sites_per_round") is None for created in runs.values()):
+        return set()
+    seen = {site for entry in coordinator.entries if isinstance(entry, r.Cohort) for site in entry.cohort}
+    return set(sites) - seen
 
 
 def _party(
