@@ -185,7 +185,7 @@ def verify_header(header: bytes, signature: bytes, public_key: bytes, *, sender:
     return _verified(header, signature, public_key, sender)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=128)
 def _verified(header: bytes, signature: bytes, public_key: bytes, sender: str) -> Header:
     """The same whenever it is asked: a statement that goes to a whole cohort is verified once by all the sites of a
     simulation. What does not hold is not remembered."""
