@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo deployment-demo test test-large test-imports test-long test-chaos lint format bench clean
+.PHONY: help venv demo deployment-demo test test-large test-imports test-long test-chaos lint format bench bench-peers clean
 
 help: ## what there is to run
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -57,6 +57,13 @@ format: $(STAMP) ## format the code
 
 bench: $(STAMP) ## measure what the README claims
 	@$(BIN)/python -m benchmarks.utility --json
+
+PEERS := .venv-peers
+bench-peers: ## environments of the simulators that benchmarks.simulation compares with: a GiB or two
+	@test -x $(PEERS)/pfl/bin/python || $(PYTHON) -m venv $(PEERS)/pfl
+	@test -x $(PEERS)/flower/bin/python || $(PYTHON) -m venv $(PEERS)/flower
+	@$(PEERS)/pfl/bin/pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' constraints.txt) pfl==0.6.0
+	@$(PEERS)/flower/bin/pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' constraints.txt) "flwr[simulation]==$$(sed -n 's/^flwr==//p' constraints.txt)"
 
 clean: ## remove what is not in git, but for runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,15 +7,27 @@ coordinator's log: a coordinator cannot keep two histories for two sites of one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from confide.clients.run import SiteRun
 from confide.clients.store import ModelState
 from confide.errors import SealingError
 from confide.privacy.sealing import Agreement
 from confide.privacy.sealing.transcript import transcript
-from confide.protocol.messages import ReleaseRequest, SealReply, SealRequest, Statement, TrainReply, UnlockRequest
+from confide.protocol.messages import (
+    Handover,
+    ReleaseRequest,
+    SealReply,
+    SealRequest,
+    Statement,
+    TrainReply,
+    UnlockRequest,
+)
 from confide.protocol.statements import signed_reply
 
-__all__ = ["agree", "agree_to_release", "agree_to_unlock"]
+__all__ = ["agree", "agree_to_release", "agree_to_take_over", "agree_to_unlock"]
 
 
 def agree(
@@ -84,6 +96,44 @@ def agree_to_release(
         reply, _ = _train_reply(run, manifest.rounds + 1, statement, coordinator)
         if (reply.model, reply.state) != (run.model_tag(model), run.state_tag(model)):
             raise SealingError(f"{statement.site} ended with another model than this site", where=where)
+
+
+def agree_to_take_over(
+    run: SiteRun, message: Handover, chunks: Sequence[bytes], *, model: ModelState, coordinator: str
+) -> ModelState:
+    """The model that all of a round's cohort began it with, for a site that has missed what led there.
+
+    Args:
+        run: The run at this site.
+        message: Which round's.
+        chunks: Weights and strategy state.
+        model: What this site holds.
+        coordinator: Whom the cohort's replies were addressed to.
+
+    Raises:
+        SealingError: Rounds are not drawn in this run, it is not newer than what is held, or not what min_sites sites
+            that the round was drawn for have signed, all of them the same.
+    """
+    manifest, where = run.manifest, f"run {run.manifest.run}, handover of round {message.round}"
+    if manifest.sites_per_round is None or message.applied <= model.round or message.applied >= message.round:
+        raise SealingError("a model that is not asked for", where=where)
+    sizes = [4 * len(model.weights), *(8 * len(part) for part in model.state)]
+    if [len(chunk) for chunk in chunks] != sizes:
+        raise SealingError("a model of another size", where=where)
+    weights = np.frombuffer(chunks[0], dtype="<f4").astype(np.float32)
+    state = tuple(np.frombuffer(chunk, dtype="<f8").astype(np.float64) for chunk in chunks[1:])
+    found = ModelState(message.applied, weights, state, None, trained=message.trained)
+    held = run.model_tag(found), run.state_tag(found)
+    sites = {statement.site for statement in message.statements}
+    if len(sites) < manifest.min_sites or len(sites) != len(message.statements):
+        raise SealingError("fewer than min_sites sites have begun a round with it", where=where)
+    if not sites <= set(manifest.drawn(message.round)):
+        raise SealingError("shown by sites that the round was not drawn for", where=where)
+    for statement in message.statements:
+        reply, _ = _train_reply(run, message.round, statement, coordinator)
+        if (reply.model, reply.state) != held:
+            raise SealingError(f"{statement.site} began with another model", where=where)
+    return found
 
 
 def agree_to_unlock(

@@ -111,7 +111,8 @@ class Continuity:
 
     def sightings(self, manifest: Manifest) -> bytes:
         """What this site has seen of its neighbours in the roster: the chunk of its `join` reply."""
-        keys = [m.public_key for m in manifest.members if m.site in watched_by(manifest, self._identity.name)]
+        watched = (manifest.member(site) for site in watched_by(manifest, self._identity.name))
+        keys = [member.public_key for member in watched if member is not None]
         return pack_sightings([s for key in sorted(keys) if (s := self._store.sighting(manifest.federation, key))])
 
     def note(self, manifest: Manifest, statements: Sequence[Statement]) -> None:

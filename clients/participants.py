@@ -81,6 +81,7 @@ class ParticipantSource:
         # New ones in no order: no place tells between whom a person stood in the table, should she be forgotten.
         personal.enrol(random.SystemRandom().sample(locators, len(locators)))
         self._places = personal.enrol(locators)
+        self._roll = registry.roll(records.persons)
 
     def take(self, ledger: Ledger | None, upcoming: Sequence[PrivacyEvent] = ()) -> Participants:
         """The snapshot of this instant.
@@ -102,7 +103,7 @@ class ParticipantSource:
             self._reads.append(Read(now, 0, error.kind))
             raise
         self._reads.append(Read(now, snapshot.sequence, "answered"))
-        names = self._names = self._registry.pseudonyms(self._persons)
+        names = self._names = self._roll.pseudonyms()
         consenting = np.array([names.get(p) in snapshot.participants for p in self._persons], dtype=np.bool_)
         if ledger is not None:
             consenting &= self._within_personal_limit(snapshot, names, ledger, upcoming)

@@ -31,7 +31,7 @@ def segments(manifest: Manifest, round_: int) -> list[Segment]:
         if manifest.control_variates:
             found.append(_control(manifest))
     if size := manifest.metric_width(round_):
-        largest = max(m.population for m in manifest.members)
+        _, largest = manifest.populations
         found.append(Segment(size, *value_range(manifest.metrics_noise_multiplier, largest)))
     return found
 
@@ -64,7 +64,7 @@ def _control(manifest: Manifest) -> Segment:
 def _gradients(manifest: Manifest) -> tuple[float, float]:
     """Of the sum of a round's gradients: what its norm is at most, and the noise's standard deviation."""
     clip, steps = manifest.privacy.max_grad_norm, manifest.training.local_steps
-    smallest = min(m.population for m in manifest.members)
+    smallest, _ = manifest.populations
     noise = manifest.noise_multiplier * clip * steps**0.5 / (manifest.privacy.sample_rate * smallest)
     return _SPARE * clip * steps, noise
 
@@ -76,7 +76,7 @@ def _fewest(manifest: Manifest) -> int:
 
 def _share(manifest: Manifest) -> float:
     """The largest weight, and the share of the range that is covered."""
-    heaviest = 1.0 if manifest.single_updates else max(manifest.weight(m.site) for m in manifest.members)
+    heaviest = 1.0 if manifest.single_updates else manifest.heaviest
     return heaviest * manifest.sealing.range
 
 

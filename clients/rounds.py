@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from confide.clients.agreement import agree, agree_to_release, agree_to_unlock
+from confide.clients.agreement import agree, agree_to_release, agree_to_take_over, agree_to_unlock
 from confide.clients.continuity import Continuity
 from confide.clients.cutoff import compute_until_cut_off
 from confide.clients.data.records import SiteRecords
@@ -88,8 +88,11 @@ class RoundSteps:
         # Rounds only go forward; the release counts as the last.
         if not self._store.latest_round(run.manifest.run) < round_ <= run.manifest.rounds + 1:
             raise SealingError(f"there is no round {round_} to come", where=f"run {run.manifest.run}")
+        if run.site not in run.manifest.drawn(round_):
+            raise SealingError(f"round {round_} was not drawn for this site", where=f"run {run.manifest.run}")
         secret = run.keys.session.secret_digest  # without keys there is nothing to charge for
-        model = self._apply(run, message.sums, request.chunks, before=round_)
+        chunks = self._take_over(run, message.handover, request.chunks, before=round_)
+        model = self._apply(run, message.sums, chunks, before=round_)
         self._settle_unsent(run, round_)
         charged = self._ledger.stands(f"{run.manifest.run}/{round_}/")
         if charged and not run.reproducible and round_ > run.manifest.rounds:
@@ -97,7 +100,7 @@ class RoundSteps:
                 commitment=m.NO_UPDATE, model=run.model_tag(model), state=run.state_tag(model), secret=secret,
                 coordinator=header.checkpoint,
             )  # fmt: skip
-            return Answer(held, model.metric_chunks)
+            return _with_model(run, round_, held, model)
         if charged and not run.reproducible:
             # What was computed under them may have left before this site's state was lost or put back.
             raise SealingError(f"round {round_} was charged before and is not computed again", where=f"site {run.site}")
@@ -123,7 +126,7 @@ class RoundSteps:
             )
         )  # fmt: skip
         run.pending, run.attempts = (round_, vector), {}
-        return Answer(reply, model.metric_chunks)
+        return _with_model(run, round_, reply, model)
 
     def seal(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
         """Seal the update for a cohort whose members all agree."""
@@ -239,6 +242,21 @@ class RoundSteps:
         )  # fmt: skip
         self._log.append(audit.SnapshotTaken(run=run.manifest.run, round=round_, commitment=root))
 
+    def _take_over(
+        self, run: SiteRun, handover: m.Handover | None, chunks: tuple[bytes, ...], *, before: int
+    ) -> tuple[bytes, ...]:
+        """Take a newer model over where one is handed over; the chunks that are left are those of the sums."""
+        if handover is None:
+            return chunks
+        if handover.round >= before:
+            raise SealingError("a model of a round to come", where=f"run {run.manifest.run}")
+        own, rest = chunks[: handover.chunks], chunks[handover.chunks :]
+        coordinator = self._policy().coordinator
+        model = agree_to_take_over(run, handover, own, model=self._model(run), coordinator=coordinator)
+        self._log.append(audit.TakenOver(run=run.manifest.run, round=handover.round, model=run.model_tag(model)))
+        self._store.put_model(run.manifest.run, model, run.keys.storage)
+        return rest
+
     def _apply(
         self, run: SiteRun, sums: tuple[m.SumReference, ...], chunks: tuple[bytes, ...], *, before: int
     ) -> ModelState:
@@ -321,6 +339,16 @@ class RoundSteps:
 
     def _model(self, run: SiteRun) -> ModelState:
         return self._store.model(run.manifest.run, run.keys.storage)
+
+
+def _with_model(run: SiteRun, round_: int, reply: m.TrainReply, model: ModelState) -> Answer:
+    """A `train` reply; of the first that the round was drawn for, with the model, for those of the next one."""
+    drawn, chunks = run.manifest.drawn(round_), model.metric_chunks
+    if run.manifest.sites_per_round is None or run.site not in drawn[: m.HANDING_OVER]:
+        return Answer(reply, chunks)
+    held = model.chunks
+    more = reply.model_copy(update={"added": len(held), "applied": model.round, "trained": model.trained})
+    return Answer(more, (*chunks, *held))
 
 
 def _reads(run: SiteRun, round_: int, source: ParticipantSource) -> list[audit.Record]:

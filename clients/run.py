@@ -216,6 +216,7 @@ class SiteRun:
         """The strategy's step."""
         manifest, size = self.manifest, self.manifest.layout.size
         weights = [(site, self.weight(site)) for site in cohort]
+        everybody = float(len(manifest.members)) if manifest.single_updates else manifest.roster_weight
         updates, unit = None, 1.0
         if opened.each is not None:
             updates, unit = to_grid(opened.each[:, :size], self.segments(round_)[0].high)
@@ -224,7 +225,7 @@ class SiteRun:
             StepInput(
                 model=model.weights, total=opened.values[:size], weight=math.fsum(w for _, w in weights),
                 state=model.state, control=opened.values[size : 2 * size] if manifest.control_variates else None,
-                roster_weight=math.fsum(self.weight(m.site) for m in manifest.members), cohort=tuple(weights),
+                roster_weight=everybody, cohort=tuple(weights),
                 local_steps=manifest.training.local_steps, updates=updates, unit=unit,
             )
         )  # fmt: skip

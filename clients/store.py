@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 
 from confide.errors import SealingError
 from confide.privacy.atrest import close_box, open_box
+from confide.privacy.database import open_durable
 from confide.protocol.envelope import Address, Envelope
 from confide.protocol.sightings import Sighting
 
 __all__ = ["ModelState", "SiteStore"]
 
 _SCHEMA = """
-PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA secure_delete=ON;
+PRAGMA secure_delete=ON;
 CREATE TABLE IF NOT EXISTS run (run TEXT PRIMARY KEY, manifest BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS reply (
   run TEXT, epoch INTEGER, round INTEGER, step TEXT, attempt INTEGER, request TEXT NOT NULL, header BLOB NOT NULL,
@@ -78,6 +79,11 @@ class ModelState:
         """The opened metrics as they leave: float64, little endian; nothing where none are due."""
         return () if self.metrics is None else (self.metrics.astype("<f8").tobytes(),)
 
+    @property
+    def chunks(self) -> tuple[bytes, ...]:
+        """Weights and strategy memory as they are handed over: float32 and float64, little endian."""
+        return (self.weights.astype("<f4").tobytes(), *(part.astype("<f8").tobytes() for part in self.state))
+
     def to_bytes(self) -> bytes:
         """As it is stored."""
         arrays = {"weights": self.weights, "saturated": np.array(self.saturated), "trained": np.array(self.trained)}
@@ -107,8 +113,7 @@ class SiteStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
-        self._db.executescript(_SCHEMA)
+        self._db = open_durable(path, _SCHEMA)
 
     def add_run(self, run: str, manifest: bytes, model: ModelState, key: bytes) -> None:
         """Remember a run that was joined. Joining again changes nothing."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from confide.errors import StorageError
+from confide.privacy.flushing import durability, template_for
 
 __all__ = ["copy_database", "full_disk", "open_durable", "open_read_only"]
 
@@ -26,11 +27,13 @@ def open_durable(path: Path, schema: str) -> sqlite3.Connection:
     Raises:
         sqlite3.Error: It cannot be opened, or is no database.
     """
+    new = template_for(schema, path)
     db = sqlite3.connect(path, isolation_level=None, timeout=_PATIENCE)
     deadline = time.monotonic() + _PATIENCE
     while True:
         try:
-            db.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; {schema}")
+            db.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous={durability(path)}; {schema}")
+            new()
         except sqlite3.OperationalError as error:
             # Where several processes make the file at once SQLite does not wait for the change of the journal's mode.
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:

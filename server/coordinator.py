@@ -144,18 +144,39 @@ class Coordinator:
             self._progress.interrupted = at.next
         for round_ in range(at.next, self.manifest.rounds + 2):
             self._before_round(round_)
-            self._members.find()
+            self._find(round_)
             outcome = self._round(round_)
-            journal.end_round(outcome, self._progress.last, self._progress.model)
+            journal.end_round(outcome, self._progress.last, self._progress.model, vouching=self._vouching(round_))
             self._after_round(outcome)
         return self._release()
 
     # --- steps -------------------------------------------------------------------------------------------------
 
+    @property
+    def _drawn(self) -> bool:
+        """Are rounds for some of the sites only? Those then join when they are drawn for the first time."""
+        return self.manifest.sites_per_round is not None
+
     def _join(self) -> None:
-        if self._members.invite() < self.manifest.min_sites:
+        only = self.manifest.drawn(self._journal.position().next) if self._drawn else None
+        if self._members.invite(only) < self.manifest.min_sites:
             raise self._too_few("joined")
-        self._members.close()
+        if not self._drawn:
+            self._members.close()
+
+    def _find(self, round_: int) -> None:
+        """The members that the round is for."""
+        if not self._drawn:
+            self._members.find()
+            return
+        self._members.find(self.manifest.drawn(round_))
+        self._journal.admit(self._exchange.nodes)
+
+    def _vouching(self, round_: int) -> int | None:
+        """The latest round whose cohort can vouch for the model that it began with."""
+        if not self._drawn:
+            return None
+        return round_ if len(self._progress.last) >= self.manifest.min_sites else self._journal.vouched(round_)[0]
 
     def _distribute_keys(self) -> None:
         agreed = distribute_keys(self._exchange, self.manifest, self._members.joined)
@@ -200,6 +221,8 @@ class Coordinator:
     ) -> dict[str, Envelope]:
         """A request to every member that is there, with the sums that it has not applied yet."""
         applied = {s: round_ for s, round_ in self._journal.applied().items() if s in self._exchange.nodes}
+        if self._drawn:
+            return self._with_handover(place, kind, applied, **fields)
         totals = self._journal.totals(min(applied.values(), default=0) + 1, place.round - 1)
         requests = {}
         for site in sorted(applied):
@@ -207,6 +230,45 @@ class Coordinator:
             body = kind(sums=tuple(s.reference for s in missing), **fields)
             requests[site] = self._exchange.sign(place, site, body, tuple(c for s in missing for c in s.chunks))
         return requests
+
+    def _with_handover(
+        self,
+        place: Address,
+        kind: Callable[..., m.TrainRequest | m.ReleaseRequest],
+        applied: Mapping[str, int],
+        **fields: Any,
+    ) -> dict[str, Envelope]:
+        """The same where rounds are drawn: to those that this one is for; who has missed more than the sums that are
+        kept is handed the model. The release is for those who were at the end."""
+        drawn = self.manifest.drawn(min(place.round, self.manifest.rounds + 1))
+        handover, model = self._handover(place.round) if place.step == "train" else (None, ())
+        since = 0 if handover is None else handover.applied
+        totals, requests = self._journal.totals(1, place.round - 1), dict[str, Envelope]()
+        made = {o.round for o in self._journal.outcomes() if not o.abandoned}
+        for site in sorted(set(drawn) & applied.keys()):
+            behind, chunks, more = applied[site], tuple[bytes, ...](), fields
+            if handover is not None and behind < since:
+                behind, chunks, more = since, model, {"handover": handover, **fields}
+            missing = [s for s in totals if s.round > behind]
+            if {r for r in made if r > behind} <= {s.round for s in missing}:  # else nobody can bring it up to date
+                body = kind(sums=tuple(s.reference for s in missing), **more)
+                chunks = (*chunks, *(c for s in missing for c in s.chunks))
+                requests[site] = self._exchange.sign(place, site, body, chunks)
+        return requests
+
+    def _handover(self, before: int) -> tuple[m.Handover | None, tuple[bytes, ...]]:
+        """The model that the latest cohort began its round with, which all of it has signed, and its chunks."""
+        round_, replies = self._journal.vouched(before)
+        for _, envelope in sorted(replies.items()):
+            reply = m.TrainReply.model_validate_json(envelope.body)
+            if 0 < reply.added <= len(envelope.chunks):
+                statements = tuple(m.Statement.of(s, e) for s, e in sorted(replies.items()))
+                handover = m.Handover(
+                    round=round_, applied=reply.applied, trained=reply.trained, statements=statements,
+                    chunks=reply.added,
+                )  # fmt: skip
+                return handover, envelope.chunks[-reply.added :]
+        return None, ()
 
     def _sum(self, round_: int, replies: Mapping[str, Envelope]) -> Total | None:
         """The sum over everybody who trained; where the run retries, without those who then did not seal."""
@@ -342,7 +404,9 @@ class Coordinator:
         latest, cohort = self._journal.latest(before)
         if latest not in self.manifest.metric_rounds or not replies:
             return None, None
-        opened = {e.chunks[skip:] for e in replies.values()}
+        opened = {_metrics(e)[skip:] for e in replies.values()}
+        if self._drawn and len(opened) > 1:
+            opened.discard(())  # of those that took the model over: they have not opened that sum themselves
         if len(opened) != 1 or len(next(iter(opened))) != 1:
             raise SealingError("the sites report different metrics", where=f"round {latest}")
         values = np.frombuffer(next(iter(opened))[0], dtype="<f8").astype(np.float64)
@@ -363,3 +427,11 @@ class Coordinator:
             where=f"run {self.manifest.run}",
             hint="see each site's own log for its reasons",
         )
+
+
+def _metrics(envelope: Envelope) -> tuple[bytes, ...]:
+    """The chunks of a `train` or `release` reply without a model that was added for others."""
+    if Header.model_validate_json(envelope.header).type != m.TrainReply.TYPE:
+        return envelope.chunks
+    added = m.TrainReply.model_validate_json(envelope.body).added
+    return envelope.chunks[: len(envelope.chunks) - added]

@@ -6,6 +6,10 @@ the same way, so that members are found again after a restart, and on another no
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
+from typing import Protocol, runtime_checkable
+
 import numpy as np
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
@@ -21,7 +25,15 @@ from confide.server.exchange import Exchange
 from confide.server.journal import Journal
 from confide.server.software import software_versions
 
-__all__ = ["Members"]
+__all__ = ["Directory", "Members"]
+
+
+@runtime_checkable
+class Directory(Protocol):
+    """A grid that knows where sites live."""
+
+    def node_of(self, site: str) -> int | None:
+        """The node of a site; None for a site that it does not know."""
 
 
 class Members:
@@ -45,49 +57,62 @@ class Members:
         #: Signed `join` replies by site.
         self.joined: dict[str, Envelope] = {}
 
-    def invite(self) -> int:
-        """Ask everybody, the first time; how many have joined, in earlier processes too."""
+    def invite(self, only: Collection[str] | None = None) -> int:
+        """Ask everybody, or these sites, the first time; how many have joined, in earlier processes too."""
         self.joined = self._journal.replies(self._exchange.address("join"))
-        self.find()
+        self.find(only)
         return len(self.joined)
 
     def close(self) -> None:
         """Nobody else joins."""
         self._journal.close(self._exchange.address("join"))
 
-    def find(self) -> None:
-        """Ask the nodes that were not asked yet (as long as a member is missing: all unknown ones) which site lives
-        there. Whoever joins after the others have agreed on keys is in no cohort."""
+    def find(self, only: Collection[str] | None = None) -> None:
+        """Ask which site lives there: the nodes that were not asked yet (as long as a member is missing: all unknown
+        ones), or those where one of `only` may live. Whoever joins after keys were agreed on is in no cohort."""
         found = self._exchange.nodes
-        lost = not self._journal.applied().keys() <= found.keys()
-        nodes = [node for node in self._grid.get_node_ids() if node not in found.values()]
-        new = [node for node in nodes if lost or node not in self._asked]
+        new = self._unknown_nodes() if only is None else self._nodes_of(only)
         if not new:
             return
         request, place = self._invitation(), self._exchange.address("join")
         open_, joined = not self._journal.closed(place), self.joined
+        known = {envelope.digest: site for site, envelope in joined.items()}
         self._asked.update(new)
         for node, envelope in self._exchange.send("join", dict.fromkeys(new, request)):
             if not isinstance(envelope, Envelope):
                 continue  # nobody knows yet which site lives on that node
-            site = next((s for s, e in joined.items() if e.digest == envelope.digest), None)
+            site = known.get(envelope.digest)
             if site is None and open_ and (site := self._who_joins(envelope, request)) is not None:
                 self._journal.put_reply(place, site, envelope)
                 joined[site] = envelope
             if site is not None:
                 found[site] = node
 
+    def _unknown_nodes(self) -> list[int]:
+        found = self._exchange.nodes
+        lost = not self._journal.applied().keys() <= found.keys()
+        nodes = [node for node in self._grid.get_node_ids() if node not in found.values()]
+        return [node for node in nodes if lost or node not in self._asked]
+
+    def _nodes_of(self, sites: Collection[str]) -> list[int]:
+        """Where a grid says that sites live (only a hint: members are known by their signatures), those nodes."""
+        missing = [site for site in sites if site not in self._exchange.nodes]
+        if missing and isinstance(self._grid, Directory):
+            return [node for site in missing if (node := self._grid.node_of(site)) is not None]
+        return self._unknown_nodes() if missing else []
+
     def _who_joins(self, envelope: Envelope, request: Envelope) -> str | None:
         """The member whose valid reply to the invitation this is; None where it is nobody's, or a refusal."""
-        for member in self._manifest.members:
-            try:
-                key = bytes.fromhex(member.public_key)
-                header = verify(envelope, key, sender=member.site, max_body=MAX_REPLY_BODY)
-            except SealingError:
-                continue
-            if member.site not in self.joined and self._joins(header, envelope, request, member.site):
-                return member.site
-        return None
+        try:
+            sender = json.loads(envelope.header)["sender"]
+            member = self._manifest.member(sender)
+            if member is None or sender in self.joined:
+                return None
+            key = bytes.fromhex(member.public_key)
+            header = verify(envelope, key, sender=member.site, max_body=MAX_REPLY_BODY)
+        except (SealingError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return sender if self._joins(header, envelope, request, sender) else None
 
     def _invitation(self) -> Envelope:
         """The signed `join` request, the same for everybody and for ever."""

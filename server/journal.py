@@ -229,13 +229,40 @@ class Journal:
             rows = db.execute(select(t.applied.c.site, t.applied.c.round).where(there))
             return {site: round_ for site, round_ in rows}
 
-    def end_round(self, outcome: RoundOutcome, present: Iterable[str], model: str) -> None:
+    def admit(self, sites: Iterable[str]) -> None:
+        """These have joined after the others."""
+        known = self.applied()
+        new = [{"run": self._run, "site": s, "round": 0, "gone": 0} for s in sites if s not in known]
+        if new:
+            with self._write() as db:
+                db.execute(insert(t.applied), new)
+
+    def vouched(self, before: int) -> tuple[int, dict[str, Envelope]]:
+        """The latest round before another whose `train` replies are kept, and those; (0, {}) where there is none."""
+        of = t.message.c
+        here = and_(of.run == self._run, of.step == "train", of.kind == "reply", of.round < before)
+        with self._transaction() as db:
+            row = db.execute(select(of.round, of.epoch).where(here).order_by(of.round.desc()).limit(1)).first()
+            if row is None:
+                return 0, {}
+            rows = db.execute(select(t.message).where(here, of.round == row.round)).all()
+            bulk = self._bulk(db, [found.chunks for found in rows])
+        return row.round, {
+            found.site: Envelope(found.header, found.signature, found.body, chunks)
+            for found, chunks in zip(rows, bulk, strict=True)
+        }
+
+    def end_round(
+        self, outcome: RoundOutcome, present: Iterable[str], model: str, *, vouching: int | None = None
+    ) -> None:
         """Close a round, and let go of what nobody needs any more.
 
         Args:
             outcome: How it ended.
             present: Who has applied every sum before it.
             model: What the sites call the model that they trained from; empty where nobody did.
+            vouching: Where rounds are drawn: the round whose `train` replies vouch for the model that is handed over.
+                They are kept, and the sums since; who missed earlier ones needs no others.
         """
         number, run = outcome.round, self._run
         before = self.latest(before=number)[0]
@@ -253,7 +280,7 @@ class Journal:
                 db.execute(update(t.applied).where(t.applied.c.run == run, some).values(round=before))
             if outcome.abandoned:
                 db.execute(delete(t.total).where(t.total.c.run == run, t.total.c.round == number))
-            self._prune(db, number)
+            self._prune(db, number, vouching)
 
     def outcomes(self) -> Iterator[RoundOutcome]:
         """Of every round that has ended, oldest first."""
@@ -299,16 +326,18 @@ class Journal:
                                    hint="one coordinator drives a run; this one stops")  # fmt: skip
             yield db
 
-    def _prune(self, db: Connection, ended: int) -> None:
+    def _prune(self, db: Connection, ended: int, vouching: int | None) -> None:
         """Messages of rounds that are over (but the last `train` replies: they show who was at the end), and sums that
         everybody has who may still ask."""
         run, of = self._run, t.message.c
-        kept = and_(of.round == ended, of.step == "train", of.kind == "reply")
+        kept = and_(of.round == (vouching or ended), of.step == "train", of.kind == "reply")
         db.execute(delete(t.message).where(of.run == run, of.round.between(1, ended), ~kept))
         db.execute(delete(t.closed).where(t.closed.c.run == run, t.closed.c.round.between(1, ended)))
         here = and_(t.applied.c.run == run, t.applied.c.gone == 0)
         least = db.scalar(select(func.min(t.applied.c.round)).where(here))
         latest = db.scalar(select(func.max(t.total.c.round)).where(t.total.c.run == run))
+        if vouching is not None:
+            least = vouching - 1
         if least is not None and latest is not None:  # the latest one also says whose metrics come next
             old = and_(t.total.c.run == run, t.total.c.round <= least, t.total.c.round < latest)
             db.execute(delete(t.total).where(old))

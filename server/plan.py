@@ -18,7 +18,7 @@ from confide.privacy.dp.statistics import RELEASES
 from confide.privacy.sealing import make_profile
 from confide.protocol.manifest import Layout, Manifest, Member
 from confide.protocol.roster import Roster
-from confide.strategies import admit_strategy, make_strategy
+from confide.strategies import Strategy, admit_strategy, make_strategy
 
 __all__ = ["make_manifest"]
 
@@ -91,9 +91,23 @@ def make_manifest(
         statistics=statistics,
         single_updates=strategy.single_updates,
         control_variates=strategy.control_variates,
+        sites_per_round=_per_round(experiment, strategy, members),
     )
     admit_strategy(strategy, manifest)
     return manifest
+
+
+def _per_round(experiment: Experiment | DeployedRun, strategy: Strategy, members: Collection[Member]) -> int | None:
+    asked = experiment.sites.per_round if isinstance(experiment, Experiment) else None
+    if asked is None:
+        return None
+    if strategy.single_updates or strategy.control_variates:
+        raise ConfigError(f"{experiment.strategy.kind} keeps something of every site from round to round",
+                          where="sites.per_round", hint="leave it out, or choose another strategy")  # fmt: skip
+    if asked > len(members):
+        raise ConfigError(f"{asked} is more than the run's {len(members)} sites", where="sites.per_round",
+                          hint="leave it out: every round is then everybody's")  # fmt: skip
+    return asked
 
 
 def _members(roster: Roster, sites: Collection[str] | None) -> tuple[Member, ...]:

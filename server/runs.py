@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from sqlalchemy.pool import StaticPool
 
 from confide.errors import AuditError, ConfigError, StorageError
 from confide.privacy.audit.log import Log
+from confide.privacy.flushing import durability
 from confide.server import tables as t
 from confide.server.journal import Journal
 
@@ -240,15 +241,18 @@ def _engine(url: str) -> Engine:
         raise ConfigError(f"names no database that can be used here ({type(error).__name__})", where=_shown(url),
                           hint="e.g. sqlite:////path/runs.db, or postgresql://user@host/database with the "
                           "extra confide[postgres] installed") from None  # fmt: skip
-    event.listen(engine, "connect", _durable)
+    event.listen(engine, "connect", _durable(durability(parsed.database) if parsed.database else "FULL"))
     return engine
 
 
-def _durable(connection: Any, _record: object) -> None:
-    cursor = connection.cursor()
-    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
+def _durable(synchronous: str) -> Callable[[Any, object], None]:
+    def prepare(connection: Any, _record: object) -> None:
+        cursor = connection.cursor()
+        for pragma in ("busy_timeout=30000", "journal_mode=WAL", f"synchronous={synchronous}"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    return prepare
 
 
 def _shown(url: str) -> str:

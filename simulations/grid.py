@@ -6,6 +6,7 @@ Every message is serialised to Flower's wire form and parsed again on both ways,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -16,22 +17,27 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from confide.simulations.together import answer_together
+
 __all__ = ["NODE_CONFIG_SITE", "LocalGrid"]
 
 NODE_CONFIG_SITE = "site"
 _RUN_ID = 1
 _SERVER_NODE = 1
 _FIRST_NODE = 100
+_TRAINING = "train.train"
 _UNAVAILABLE = 5  # Flower's own code for a node that does not answer
 
 
 class LocalGrid(Grid):
-    """Nodes are called in turn, in this process, each when its reply is pulled: no two replies are held at once.
+    """Nodes are called in turn, in this process, each when its reply is pulled: no two replies are held at once. Only
+    what asks for training may go to several at once, whose replies are short.
 
     Args:
         client_app: The app that answers, the same for all nodes; it finds its site by the context.
         sites: Name of the site on each node.
         drop: Says of a message that its node is down (scenarios and tests).
+        together: How many nodes at most train at once.
     """
 
     def __init__(
@@ -39,10 +45,13 @@ class LocalGrid(Grid):
         client_app: ClientApp,
         sites: Iterable[str],
         drop: Callable[[Message, str], bool] = lambda _m, _s: False,
+        together: int = 1,
     ) -> None:
-        self._app, self._drop = client_app, drop
+        self._app, self._drop, self._together = client_app, drop, together
+        self._ready: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=_RUN_ID)
         self._site_of = {_FIRST_NODE + i: site for i, site in enumerate(sites)}
+        self._node_of = {site: node for node, site in self._site_of.items()}
         self._outbox: dict[str, Message] = {}
         #: Bytes that crossed, by direction.
         self.bytes_down = self.bytes_up = 0
@@ -72,6 +81,10 @@ class LocalGrid(Grid):
         """Flower's interface."""
         return list(self._site_of)
 
+    def node_of(self, site: str) -> int | None:
+        """Where a site lives."""
+        return self._node_of.get(site)
+
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Keep each message until its reply is asked for."""
         identifiers = []
@@ -84,11 +97,25 @@ class LocalGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Flower's interface."""
-        return [self._deliver(self._outbox.pop(i)) for i in list(message_ids) if i in self._outbox]
+        return [reply for i in list(message_ids) if (reply := self._reply(i)) is not None]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Flower's interface; replies are there at once, so `timeout` never passes."""
         return self.pull_messages(self.push_messages(messages))
+
+    def _reply(self, identifier: str) -> Message | None:
+        if identifier in self._ready:
+            return self._ready.pop(identifier)
+        message = self._outbox.pop(identifier, None)
+        if message is None:
+            return None
+        if self._together < 2 or message.metadata.message_type != _TRAINING:
+            return self._deliver(message)
+        others = [i for i, m in self._outbox.items() if m.metadata.message_type == _TRAINING][: self._together - 1]
+        messages = [message, *(self._outbox.pop(i) for i in others)]
+        first, *rest = answer_together([partial(self._deliver, m) for m in messages])
+        self._ready |= zip(others, rest, strict=True)
+        return first
 
     def _deliver(self, message: Message) -> Message:
         node = message.metadata.dst_node_id

@@ -121,9 +121,13 @@ class Keeping:
         os.close(self._lock)
 
     def destroy(self) -> None:
-        """The run has ended: its keys go."""
-        for path in sorted((self.folder / "keys").glob("*/*.vault")):
-            Vault(path.parent, self._passphrase, random=True).destroy(path.stem)
+        """The run has ended: its keys go. They are encrypted under the passphrase, and that goes first."""
+        path = self.folder / "passphrase"
+        if path.is_file():
+            with path.open("r+b") as stream:
+                stream.write(secrets.token_bytes(path.stat().st_size))
+                stream.flush()
+                os.fsync(stream.fileno())
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -31,8 +31,8 @@ _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
 _CLASSES_OF_NUMBERS, _TRIES = 10, 1000
 
 
-def split(table: pd.DataFrame, experiment: Experiment, where: str) -> dict[str, pd.DataFrame]:
-    """The table's rows by site, in the order of the sites' names.
+def split(table: pd.DataFrame, experiment: Experiment, where: str) -> tuple[list[str], Ints]:
+    """The sites' names in order, and the place among them of each row's; int64 [rows].
 
     Args:
         table: With the subject's column, and, where the partition is natural, the site's.
@@ -44,38 +44,36 @@ def split(table: pd.DataFrame, experiment: Experiment, where: str) -> dict[str, 
         ConfigError: So many sites of at least `min_subjects` people cannot be made.
     """
     if experiment.partition.kind == "natural":
-        parts = _natural(table, experiment, where)
-        _check_homes(parts, experiment, where)
-        return parts
+        return _natural(table, experiment, where)
     return _dealt(table, experiment, where)
 
 
-def _natural(table: pd.DataFrame, experiment: Experiment, where: str) -> dict[str, pd.DataFrame]:
+def _natural(table: pd.DataFrame, experiment: Experiment, where: str) -> tuple[list[str], Ints]:
     column = table[experiment.data.site]
     if column.isna().any():
         raise DataError("the site is missing", where=f"{where}, row {column.isna().idxmax()}, column {column.name!r}",
                         hint="every record belongs to a site")  # fmt: skip
-    parts = {str(k): v for k, v in table.groupby(column.map(canonical_subject), sort=True)}
-    for name in parts:
+    codes, uniques = pd.factorize(column.map(canonical_subject), sort=True)
+    names, part_of = [str(name) for name in uniques], codes.astype(np.int64)
+    for name in names:
         if not _SITE_NAME.fullmatch(name):
             raise DataError(f"{name[:80]!r} cannot be a site's name", where=f"{where}, column {column.name!r}",
                             hint="use letters, digits, spaces, dots, dashes; at most 64")  # fmt: skip
-    return parts
+    subjects = table[experiment.data.subject]
+    homes = pd.DataFrame({"site": part_of, "person": subjects.where(subjects.isna(), subjects.map(canonical_subject))})
+    homes = homes.dropna().drop_duplicates().sort_values("site", kind="stable")
+    twice = homes[homes["person"].duplicated()]
+    if len(twice):
+        first = homes[homes["person"] == twice["person"].iloc[0]]["site"]
+        raise DataError(
+            f"one subject has records at sites {names[first.iloc[0]]} and {names[first.iloc[1]]}",
+            where=where,
+            hint="each person's loss is accounted at one site; give the person one site",
+        )
+    return names, part_of
 
 
-def _check_homes(parts: dict[str, pd.DataFrame], experiment: Experiment, where: str) -> None:
-    homes: dict[str, str] = {}
-    for name, part in parts.items():
-        for person in part[experiment.data.subject].dropna().map(canonical_subject).unique():
-            if homes.setdefault(person, name) != name:
-                raise DataError(
-                    f"one subject has records at sites {homes[person]} and {name}",
-                    where=where,
-                    hint="each person's loss is accounted at one site; give the person one site",
-                )
-
-
-def _dealt(table: pd.DataFrame, experiment: Experiment, where: str) -> dict[str, pd.DataFrame]:
+def _dealt(table: pd.DataFrame, experiment: Experiment, where: str) -> tuple[list[str], Ints]:
     partition = experiment.partition
     subject = table[experiment.data.subject]
     if subject.isna().any():
@@ -94,10 +92,7 @@ def _dealt(table: pd.DataFrame, experiment: Experiment, where: str) -> dict[str,
     rng = np.random.default_rng(_seed(experiment.run.seed, partition))
     home = _enough(_DEALERS[partition.kind], classes, partition, experiment.sites.min_subjects, rng)
     width = max(2, len(str(partition.sites)))
-    parts = {}
-    for site in range(partition.sites):
-        parts[f"site-{site + 1:0{width}d}"] = table[(home == site)[codes]]
-    return parts
+    return [f"site-{site + 1:0{width}d}" for site in range(partition.sites)], home[codes]
 
 
 def _classes(y: NDArray[np.float32], task: str) -> Ints:

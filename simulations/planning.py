@@ -45,8 +45,8 @@ def plan(experiment: Source = None, *, overrides: Iterable[str] = (), ledger: st
             shutil.copytree(ledger, ledgers)
         world = World(sources, Path(scratch) / "sites", ledgers, Path(scratch) / "logs")
         try:
-            for site in world.sites.values():
-                site.policy.check(world.manifest, site.name)
+            for name in world.manifest.drawn(1):
+                world.sites[name].policy.check(world.manifest, name)
             return _plan(world)
         finally:
             world.close()
@@ -67,7 +67,7 @@ def _plan(world: World) -> Plan:
             used_before=site.ledger.used(),
             used_after=site.ledger.used(charges),
         )
-        for name, site in world.sites.items()
+        for name, site in ((name, world.sites[name]) for name in manifest.drawn(1))
     ]
     return Plan(
         name=experiment.run.name,

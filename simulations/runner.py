@@ -27,10 +27,12 @@ from confide.errors import ConfideError, PeerError, StorageError
 from confide.privacy.dp import RUN_LABEL, Role
 from confide.privacy.dp import metrics as dp_metrics
 from confide.privacy.files import write_atomically
+from confide.privacy.flushing import GroupCommit, flush_commits
 from confide.privacy.sealing import make_profile
 from confide.server.app import make_server_app
 from confide.server.coordinator import Coordinator, Released, RoundOutcome
 from confide.server.runs import RunStore
+from confide.simulations import together as joint
 from confide.simulations.earlier import earlier_run, ledgers_of, retraining
 from confide.simulations.evaluation import ExactEvaluator
 from confide.simulations.figures import write_figures
@@ -56,6 +58,9 @@ from confide.simulations.statistics import learn_bounds, read_learned
 from confide.simulations.world import World
 
 __all__ = ["simulate"]
+
+#: So many gain nothing from training at once.
+_FEW_SITES = 12
 
 
 def simulate(
@@ -86,7 +91,7 @@ def simulate(
     """
     started = time.perf_counter()
     if resume:
-        with resumed_place(experiment, list(overrides), out, ledger) as place, _one_thread():
+        with GroupCommit(), resumed_place(experiment, list(overrides), out, ledger) as place, _one_thread():
             return _execute(place, progress, started)
     earlier = Path(retrain_after) if retrain_after is not None else None
     if earlier is not None:
@@ -98,6 +103,7 @@ def simulate(
     with (
         run_folders(loaded, out, ledger) as (folder, ledgers),
         _one_thread(),
+        GroupCommit(),
         new_place(folder, ledgers, earlier) as place,
     ):
         # Where bounds are learned first, this world is only asked whether the run may be.
@@ -161,7 +167,9 @@ def _told(folder: Path, world: World) -> Iterator[None]:
         if isinstance(error, OSError):
             raise StorageError(f"cannot be written: {error.strerror}", where=str(error.filename or folder),
                                hint="free space and start again: what was durable is kept") from error  # fmt: skip
-        lost = next((s.last_refusal for s in world.sites.values() if isinstance(s.last_refusal, StorageError)), None)
+        lost = next(
+            (s.last_refusal for s in world.sites.open.values() if isinstance(s.last_refusal, StorageError)), None
+        )
         if isinstance(error, PeerError) and lost is not None:
             raise lost from error
         raise
@@ -201,7 +209,10 @@ class _Run:
 
     def execute(self) -> Result:
         world, released = self._world, list[Released]()
-        grid = LocalGrid(make_client_app(self._site_of), world.sites, drop=self._unreachable)
+        alone = len(world.sites) <= _FEW_SITES or world.experiment.scenario.poisoned  # a liar has a program of its own
+        together = 1 if alone else joint.TOGETHER
+        sites = make_client_app(self._site_of)
+        grid = LocalGrid(sites, world.sites, drop=self._unreachable, together=together)
 
         def start(flower_grid: Grid) -> Coordinator:
             coordinator = Coordinator(
@@ -242,15 +253,17 @@ class _Run:
                 self._released_intervals = intervals_from_json(tree["released_intervals"])
 
     def _after_round(self, outcome: RoundOutcome) -> None:
+        flush_commits()  # before anything of the round is shown
         manifest = self._world.manifest
         if outcome.round <= len(self._lines):
             return  # an earlier process wrote it down
         trained = outcome.round - 1  # rounds whose sum the sites have applied by now
-        # Who dropped out, or has not come yet, does not have the latest model; whoever was in the cohort has.
-        self._latest = next((site for site in self._world.sites if site in outcome.cohort), self._latest)
+        # In a drawn round not everybody has the latest model, nor has who dropped out; who was in its cohort has.
+        self._latest = next((site for site in manifest.drawn(outcome.round) if site in outcome.cohort), self._latest)
         model = self._world.sites[self._latest].current_model(manifest.run)
         self._saturated = max(self._saturated, model.saturated)
-        exact = self._exact(model.weights)
+        due = manifest.sites_per_round is None or outcome.round in manifest.metric_rounds
+        exact = self._exact(model.weights) if due else None
         if exact is not None:
             self._curve.append(exact)
         self._cohort_sizes[outcome.round] = len(outcome.cohort)
@@ -310,7 +323,7 @@ class _Run:
         if self._evaluator is None:
             return None
         manifest = self._world.manifest
-        sites = self._world.sites.values()
+        sites = self._world.sites.open.values()
         held_out = {s.name: s.participants(manifest).held_out for s in sites}
         return self._evaluator.evaluate(weights, held_out)
 
@@ -329,6 +342,7 @@ class _Run:
         if released.metrics_round is not None:
             self._write_lines(released.metrics_round - 1, metrics, intervals)
         epsilon = self._epsilon_after(manifest.rounds)
+        flush_commits()
         result = Result(
             run_id=manifest.run,
             rounds=manifest.rounds,
@@ -350,10 +364,7 @@ class _Run:
             epsilon_curve=[self._epsilon_after(r) for r in range(manifest.rounds + 1)]
             if manifest.privacy.protects
             else [],
-            ledger={
-                n: (max(s.ledger.epsilon(r) for r in Role), s.ledger.budget.epsilon_limit)
-                for n, s in world.sites.items()
-            },
+            ledger=world.spent(),
             consent_is_simulated=world.sources.consent is None,
             saturated=self._saturated,
             exposure=make_profile(

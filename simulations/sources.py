@@ -86,21 +86,14 @@ def load_sources(
                           hint="leave it out of the features: a model would only copy it")  # fmt: skip
     inputs, outputs = encoded_width(schema), data.label.outputs
     admit_model(build_model(experiment.model, inputs, outputs), inputs, outputs)
-    parts = split(table, experiment, where)
-    records = {
-        site: SiteRecords.build(
-            part,
-            schema=schema,
-            label=data.label,
-            subject=data.subject,
-            unit=experiment.privacy.unit,
-            where=where,
-        )
-        for site, part in parts.items()
-    }
-    records = in_scenario(records, experiment, schema)
+    names, part_of = split(table, experiment, where)
+    found = SiteRecords.split(
+        table, part_of, len(names), schema=schema, label=data.label, subject=data.subject,
+        unit=experiment.privacy.unit, where=where,
+    )  # fmt: skip
+    records = in_scenario(dict(zip(names, found, strict=True)), experiment, schema)
     consent = _consent(experiment, base)
-    return Sources(experiment, schema, records, _populations(experiment, parts), consent, learned)
+    return Sources(experiment, schema, records, _populations(experiment, records), consent, learned)
 
 
 def _consent(experiment: Experiment, base: Path) -> list[ImportedEvent] | None:

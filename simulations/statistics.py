@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from confide.clients.app import make_client_app
 from confide.errors import PeerError
 from confide.privacy.files import write_atomically
+from confide.privacy.flushing import flush_commits
 from confide.protocol.bounds import learned_bounds
 from confide.server.app import make_server_app
 from confide.server.coordinator import Coordinator, Released
@@ -53,6 +54,7 @@ def learn_bounds(world: World, folder: Path, store: RunStore) -> dict[str, tuple
         raise PeerError("the statistics were not released", where=f"run {world.manifest.run}",
                         hint="see the sites' logs, or declare the bounds")  # fmt: skip
     found = learned_bounds(world.manifest, first, second)
+    flush_commits()
     world.export()  # the bounds say that this run is over: its evidence lies there before they do
     tree = {"run_id": world.manifest.run, "bounds": found}
     write_atomically(folder / _FILE, (json.dumps(tree, indent=2, allow_nan=False) + "\n").encode())

@@ -40,12 +40,15 @@ from confide.protocol.standing import Standing
 from confide.server.plan import make_manifest
 from confide.simulations.keeping import Keeping
 from confide.simulations.scenario import PoisonedSite
+from confide.simulations.sites import Sites
 from confide.simulations.sources import Sources
 
 __all__ = ["COORDINATOR", "FEDERATION", "World"]
 
 FEDERATION = "simulation"
 COORDINATOR = "coordinator"
+#: Sites that stay open where rounds are drawn for some of them; each holds files and a registry open.
+_OPEN = 200
 
 
 class World:
@@ -81,17 +84,21 @@ class World:
         log_folder.mkdir(parents=True, exist_ok=True)
         self._registries: dict[str, Registry] = {}
         self._pseudonyms: dict[str, dict[str, bytes]] = {}
-        self.sites: dict[str, Site] = {}
+        self._run_folder, self._ledger_folder = run_folder, ledger_folder
+        run_folder.mkdir(parents=True, exist_ok=True)
+        self._begun, self._round = set[str](), 0
+        #: What the ledgers of sites that were closed hold: (ε of the more exposed role, limit).
+        self._spent: dict[str, tuple[float, float]] = {}
+        drawn = self.experiment.sites.per_round
+        most = None if drawn is None else max(_OPEN, 2 * drawn)
+        self.sites = Sites(sources.records, self._open_site, self._close_site, most)
         try:
-            chain, memberships = self._found()
-            self.roster: tuple[SignedRoster, ...] = chain
-            run_folder.mkdir(parents=True, exist_ok=True)
+            self.roster, self._members = self._found()
             for folder in (log_folder, run_folder):  # with the live logs too, from which they can be exported again
-                write_rosters(folder, chain)
-            for name, records in sources.records.items():
-                folders = run_folder / name, ledger_folder / name
-                self.sites[name] = self._make_site(name, records, memberships[name], *folders)
-            self._run_folder = run_folder
+                write_rosters(folder, self.roster)
+            if drawn is None:
+                for name in self.sites:
+                    self.sites[name]
             self.log = self.coordinator.open_log(run_folder / f"{COORDINATOR}.db", "coordinator", FEDERATION)
             self.initial, layout = initial_model(
                 self.experiment.model,
@@ -101,7 +108,7 @@ class World:
             )
             self.manifest: Manifest = begun or make_manifest(
                 self.experiment,
-                roster=chain[-1].roster,
+                roster=self.roster[-1].roster,
                 schema=sources.schema,
                 initial_model=self.initial,
                 layout=layout,
@@ -131,19 +138,21 @@ class World:
         Raises:
             ConfideError: The first site's own reason not to.
         """
-        for site in self.sites.values():
+        for name in self.manifest.drawn(1):  # whoever is drawn later is asked when it joins
+            site = self.sites[name]
             site.check(self.manifest)
             if self.statistics_charges:
                 site.ledger.check([*self.statistics_charges, *self.manifest.all_charges()])
 
     def before_round(self, round_: int) -> None:
         """The simulated officers record this round's withdrawals."""
+        self._round = round_
         for withdrawal in self.experiment.consent.withdrawals:
             if withdrawal.round == round_:
-                for name in self.sites:
+                for name in self.sites.open:
                     self._withdraw(name, withdrawal.fraction, round_)
         churn = self.experiment.scenario.churn
-        for name in self.sites if churn.withdraw or churn.give else ():
+        for name in self.sites.open if churn.withdraw or churn.give else ():
             self._change(name, churn, round_)
 
     def export(self) -> None:
@@ -153,16 +162,39 @@ class World:
             StorageError: It cannot be written.
         """
         self.log.export(self._logs / f"{COORDINATOR}.log")
-        for name, site in self.sites.items():
-            site.log.export(self._logs / f"{name}.log")
-            site.local_log.export(self._run_folder / name / "local.log")
+        for site in self.sites.open.values():
+            self._export(site)
+
+    def spent(self) -> dict[str, tuple[float, float]]:
+        """Of every site that took part: ε of its ledger's more exposed role, and the ledger's limit."""
+        return self._spent | {name: _spent(site) for name, site in self.sites.open.items()}
 
     def close(self) -> None:
         """Release all files."""
         if hasattr(self, "log"):
             self.log.close()
-        for site in self.sites.values():
-            site.close()
+        self.sites.close()
+
+    def _export(self, site: Site) -> None:
+        site.log.export(self._logs / f"{site.name}.log")
+        site.local_log.export(self._run_folder / site.name / "local.log")
+
+    def _close_site(self, site: Site) -> None:
+        if self.experiment.sites.per_round is not None:
+            self._spent[site.name] = _spent(site)
+            self._export(site)
+        site.close()
+
+    def _open_site(self, name: str) -> Site:
+        """Make a site, or open it again; and what was to happen there up to this round has happened."""
+        site = self._make_site(
+            name, self.sources.records[name], self._members[name], self._run_folder / name, self._ledger_folder / name
+        )
+        self._begun.add(name)
+        for withdrawal in self.experiment.consent.withdrawals:
+            if withdrawal.round <= self._round:
+                self._withdraw(name, withdrawal.fraction, withdrawal.round)
+        return site
 
     def _found(self) -> tuple[tuple[SignedRoster, ...], dict[str, Membership]]:
         """The federation's first roster: every site signs it and, once it is complete, accepts it, as anywhere else.
@@ -178,7 +210,7 @@ class World:
             for own in keys:
                 signatures |= found[own.identity.name].countersign([signed], own).signatures
             chain = (signed.with_signatures(signatures),)
-        for site in found.values():
+        for site in found.values():  # a chain that holds for one is not verified again for the next
             site.accept(chain)
         if self._keeping is not None:
             self._keeping.keep_chain(chain)
@@ -197,7 +229,7 @@ class World:
         # Splits are reproducible from the seed, but a ledger's first key stays: roles are for ever.
         key = SiteKey.load_or_create(ledger_folder / "site.key", _derive(experiment.run.seed, "site-key", name))
         budget = RenyiBudget.for_limit(privacy.site_epsilon_limit, privacy.delta)
-        if self._carried is not None and not self._resumed:
+        if self._carried is not None and not self._resumed and name not in self._begun:
             _carry(self._carried / name / "consent.db", run_folder / "consent.db")
         registry = Registry(run_folder / "consent.db", key)
         self._registries[name] = registry
@@ -256,7 +288,7 @@ class World:
             asked = {e.subject for e in mine}
             names = registry.enrol(asked - registry.erased(asked))  # nobody is erased before a run that begins
             self._pseudonyms[name] = names
-            if self._resumed:  # what was recorded then stands
+            if self._resumed or name in self._begun:  # what was recorded then stands
                 return
             registry.append([filed(e, names[e.subject], key) for e in mine])
             return
@@ -264,7 +296,7 @@ class World:
         seed = experiment.run.seed
         given = [p for p in records.persons if _share(seed, "consent", name, p) < fraction]
         self._pseudonyms[name] = registry.enrol(set(given) - registry.erased(given))
-        if self._resumed:
+        if self._resumed or name in self._begun:
             return
         registry.append([self._simulated(name, p, EventType.GIVEN, 0) for p in given])
 
@@ -301,6 +333,10 @@ class World:
             effective_at=now_micros(),
             lawful_basis="simulated",
         )
+
+
+def _spent(site: Site) -> tuple[float, float]:
+    return max(site.ledger.epsilon(role) for role in Role), site.ledger.budget.epsilon_limit
 
 
 def _carry(source: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -68,6 +69,7 @@ class SiteRecords:
         self.encoded_as = encoded_as
         self._x, self._y = torch.from_numpy(x), torch.from_numpy(y)
         self._starts = np.searchsorted(unit_of, np.arange(len(person_of) + 1))
+        self._one_each = len(unit_of) == len(person_of)
         self.person_of, self.persons = person_of, persons
 
     @classmethod
@@ -86,6 +88,33 @@ class SiteRecords:
         Raises:
             DataError: A column or value is missing or unreadable (row and column named).
         """
+        everybody = np.zeros(len(table), dtype=np.int64)
+        return cls.split(table, everybody, 1, schema=schema, label=label, subject=subject, unit=unit, where=where)[0]
+
+    @classmethod
+    def split(
+        cls,
+        table: pd.DataFrame,
+        part_of: Ints,
+        parts: int,
+        *,
+        schema: SchemaConfig,
+        label: LabelConfig,
+        subject: str,
+        unit: str,
+        where: str,
+    ) -> list[SiteRecords]:
+        """The tables of several sites in one, encoded at once.
+
+        Args:
+            table: All rows.
+            part_of: The site of each row, counted from 0, int64 [rows].
+            parts: How many sites there are.
+            schema, label, subject, unit, where: As for `build`.
+
+        Raises:
+            DataError: As for `build`.
+        """
         require_columns(table, [subject], where)
         anonymous = table[subject].isna()
         if anonymous.any():
@@ -93,14 +122,19 @@ class SiteRecords:
                             where=f"{where}, row {anonymous.idxmax()}, column {subject!r}",
                             hint="leave such rows out of the table")  # fmt: skip
         codes, uniques = pd.factorize(table[subject].map(canonical_subject), sort=True)
-        order = np.argsort(codes, kind="stable")
-        person_of_record = codes[order].astype(np.int64)
+        order = np.lexsort((codes, part_of))
         x = np.ascontiguousarray(features(table, schema, where)[order])
         y = np.ascontiguousarray(labels(table, label, where)[order])
-        persons, as_ = [str(u) for u in uniques], (schema, label)
-        if unit == "subject":
-            return cls(x, y, person_of_record, np.arange(len(uniques), dtype=np.int64), persons, as_)
-        return cls(x, y, np.arange(len(order), dtype=np.int64), person_of_record, persons, as_)
+        codes, ends = codes[order], np.searchsorted(part_of[order], np.arange(parts + 1))
+        found = []
+        for start, end in pairwise(ends):
+            here, person_of_record = np.unique(codes[start:end], return_inverse=True)
+            persons, as_ = [str(u) for u in uniques[here]], (schema, label)
+            units = person_of_record.astype(np.int64), np.arange(len(here), dtype=np.int64)
+            if unit == "record":
+                units = np.arange(end - start, dtype=np.int64), units[0]
+            found.append(cls(x[start:end], y[start:end], *units, persons, as_))
+        return found
 
     @property
     def inputs(self) -> int:
@@ -128,6 +162,12 @@ class SiteRecords:
 
     def gather(self, units: Ints) -> Batch:
         """The records of these units."""
+        if self._one_each:
+            rows = torch.from_numpy(units)
+            return Batch(
+                x=self._x.index_select(0, rows), y=self._y.index_select(0, rows), owner=torch.arange(len(units)),
+                records_of=torch.ones(len(units)), units=units,
+            )  # fmt: skip
         starts, ends = self._starts[units], self._starts[units + 1]
         counts = ends - starts
         owner = np.repeat(np.arange(len(units)), counts)

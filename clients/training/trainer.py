@@ -11,7 +11,9 @@ Invariants, per step:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,15 +24,25 @@ from torch import nn
 
 from confide.clients.data.records import Batch, SiteRecords
 from confide.clients.training.models import flatten, load_flat
-from confide.config import TrainingConfig
+from confide.clients.training.plan import TrainingPlan
+from confide.clients.training.stacked import Chain, Work, train_stacked
 from confide.privacy.dp import SecureRandom
 from confide.privacy.dp.metrics import Task, contributions
 
-__all__ = ["LocalTrainer", "TrainingPlan", "choose_device"]
+__all__ = ["TRAIN", "LocalTrainer", "TrainingPlan", "choose_device"]
 
 Vector = NDArray[np.float32]
 Floats = NDArray[np.float64]
 _EVALUATION_UNITS = 4096
+
+
+def _train_alone(chain: Chain, work: Work, device: torch.device) -> Floats:
+    return train_stacked(chain, [work], device)[0]
+
+
+#: How a chain is trained: by itself, but where a simulation waits for the other clients of its process and trains all
+#: of them at once.
+TRAIN: ContextVar[Callable[[Chain, Work, torch.device], Floats]] = ContextVar("confide_train", default=_train_alone)
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -38,19 +50,6 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingPlan:
-    """A site's part of the manifest. σ = `noise_multiplier`, q = `sample_rate`, C = `max_grad_norm`, μ = `proximal`."""
-
-    training: TrainingConfig
-    task: Task
-    noise_multiplier: float
-    sample_rate: float
-    max_grad_norm: float
-    population: int
-    proximal: float = 0.0
 
 
 class _PersonOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
@@ -93,10 +92,11 @@ class _PersonOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
 
 
 class LocalTrainer:
-    """One model, kept for a run; weights are copied in place each round.
+    """One model, kept for a run; weights are copied in place each round. A chain (see `stacked`) is trained there, any
+    other model through Opacus.
 
     Args:
-        model: An admitted model (see `admission`).
+        model: An admitted model (see `admission`). That of a chain may be shared: nothing stays in it.
         records: The site's data.
         plan: Public parameters.
         device: Where to compute.
@@ -112,8 +112,11 @@ class LocalTrainer:
         rng: SecureRandom,
     ) -> None:
         self._plan, self._records, self._device, self._rng = plan, records, device, rng
-        self._model = GradSampleModule(model.to(device), batch_first=True, loss_reduction="sum")
-        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        self._chain = Chain.of(model)
+        self._model: nn.Module = model.to(device)
+        if self._chain is None:
+            self._model = GradSampleModule(self._model, batch_first=True, loss_reduction="sum")
+        self._parameters: list[Any] = [p for p in self._model.parameters() if p.requires_grad]
 
     def train(self, weights: Vector, eligible: NDArray[np.int64], correction: Floats | None = None) -> Floats:
         """Run the local steps.
@@ -126,6 +129,9 @@ class LocalTrainer:
         Returns:
             Trained minus given weights, float64 [d]; private by itself.
         """
+        if self._chain is not None:
+            work = Work(self._records, self._plan, self._rng, weights, eligible, correction)
+            return TRAIN.get()(self._chain, work, self._device)
         load_flat(self._model, weights)
         self._model.train()
         parts = None if correction is None else self._pieces(correction)
@@ -144,7 +150,8 @@ class LocalTrainer:
         """Forget the model of a run that is over."""
         for p in self._parameters:
             p.data.zero_()
-            p.grad = p.grad_sample = p.summed_grad = None
+            if self._chain is None:
+                p.grad = p.grad_sample = p.summed_grad = None
 
     def metric_sum(self, weights: Vector, eligible: NDArray[np.int64]) -> Floats:
         """The exact metric vector of these units, before noise; it must not leave as it is."""

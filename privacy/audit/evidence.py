@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -208,8 +208,11 @@ def _by_run(
     _check_signature(path, coordinator, f"{origin}/{COORDINATOR}/coordinator", (latest.coordinator_key,), findings)
     named = {site: key for created in runs.values() for site, key in created.keys.items()}
     keys = {s: tuple(dict.fromkeys((*(rosters.keys(s) if rosters else ()), key))) for s, key in named.items()}
+    silent = _never_asked(coordinator, runs, named)
     federated = {
-        site: _party(logs / f"{site}{LOG_SUFFIX}", site, f"{origin}/{site}/federated", key, runs, findings)
+        site: PartyLog(site)
+        if site in silent and not (logs / f"{site}{LOG_SUFFIX}").is_file()
+        else _party(logs / f"{site}{LOG_SUFFIX}", site, f"{origin}/{site}/federated", key, runs, findings)
         for site, key in keys.items()
     }
     local = {
@@ -240,6 +243,14 @@ def _by_run(
                     )
         found.append(evidence)
     return found
+
+
+def _never_asked(coordinator: PartyLog, runs: Mapping[str, _Created], sites: Iterable[str]) -> set[str]:
+    """Where all runs draw their rounds: those sites that are in no cohort. They may have no log to show."""
+    if any(created.manifest.get("sites_per_round") is None for created in runs.values()):
+        return set()
+    seen = {site for entry in coordinator.entries if isinstance(entry, r.Cohort) for site in entry.cohort}
+    return set(sites) - seen
 
 
 def _party(

@@ -38,6 +38,7 @@ __all__ = [
     "Sealed",
     "Settled",
     "SnapshotTaken",
+    "TakenOver",
     "ToldEnded",
     "Unlocked",
     "UpdateCommitted",
@@ -165,6 +166,15 @@ class Opened(Record):
     transcript: str
     model: str
     saturated: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TakenOver(Record):
+    """Site: it had missed rounds, and took over the model that all of a round's cohort began it with."""
+
+    KIND = "taken_over"
+    round: int
+    model: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

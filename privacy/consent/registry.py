@@ -40,6 +40,7 @@ from confide.privacy.consent.queries import (
     notices_at,
     purposes_of,
 )
+from confide.privacy.consent.roll import Roll
 from confide.privacy.consent.state import Standing, Status, decide
 from confide.privacy.consent.storage import Storage
 from confide.privacy.consent.tables import (
@@ -103,9 +104,11 @@ class Registry:
 
     def pseudonyms(self, subjects: Iterable[str]) -> dict[str, bytes]:
         """Pseudonyms of those identifiers that the registry knows; an unknown person has none."""
-        by_locator = {self._key.locator(s): s for s in subjects}
-        keys = self._personal_keys(by_locator)
-        return {s: self._key.pseudonym(s, keys[loc]) for loc, s in by_locator.items() if loc in keys}
+        return self.roll(subjects).pseudonyms()
+
+    def roll(self, subjects: Iterable[str]) -> Roll:
+        """For whoever asks for the pseudonyms of the same identifiers again and again."""
+        return Roll(self._key, subjects, self._personal_keys)
 
     def erased(self, subjects: Iterable[str]) -> set[str]:
         """Those of these identifiers that were erased and are not enrolled again."""

@@ -24,6 +24,7 @@ from confide.errors import ConfideError, ConsentError
 from confide.privacy.consent import projection, triggers
 from confide.privacy.consent.tables import PROJECTION, SCHEMA
 from confide.privacy.database import full_disk
+from confide.privacy.flushing import durability, template_for
 
 __all__ = ["SCHEMA_VERSION", "Storage", "holds_registry", "is_url", "shown_address"]
 
@@ -59,8 +60,10 @@ class Storage:
         self._turn = threading.RLock()
         self._open: Connection | None = None
         self._owner = 0
+        ready = template_for(f"consent {SCHEMA_VERSION}", Path(url.database or "")) if self.is_sqlite else lambda: None
         try:
             self._prepare()
+            ready()
         except BaseException:
             self._engine.dispose()
             raise
@@ -250,12 +253,13 @@ def _engine(url: URL, where: str) -> Engine:
         except ImportError:
             raise ConsentError("PostgreSQL needs a driver that is not installed", where=where,
                                hint="pip install 'confide[postgres]'") from None  # fmt: skip
-    engine = create_engine(url, connect_args={"timeout": _PATIENCE})
+    engine, mode = create_engine(url, connect_args={"timeout": _PATIENCE}), durability(url.database or "")
 
     @event.listens_for(engine, "connect")
     def _durable(connection: sqlite3.Connection, _record: object) -> None:
         connection.isolation_level = None  # we say ourselves when a transaction begins
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "cache_size=-131072"):
+        synchronous = f"synchronous={mode}"
+        for pragma in ("journal_mode=WAL", synchronous, "secure_delete=ON", "cache_size=-131072"):
             connection.execute(f"PRAGMA {pragma}").close()
 
     @event.listens_for(engine, "begin")

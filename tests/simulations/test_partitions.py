@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from confide.config import Experiment, load_experiment
 from confide.errors import ConfigError, DataError
-from confide.simulations.partitions import split
+from confide.simulations import partitions
 from tests.support import experiment_tree
 
 KINDS = ["iid", "dirichlet", "quantity", "shards"]
@@ -40,6 +40,11 @@ def people(count: int, seed: int = 0, classes: int = 4) -> pd.DataFrame:
         "person": [f"p{i}" for i in person], "age": rng.uniform(0, 100, len(person)),
         "smoker": rng.integers(0, 2, len(person)), "ward": ward[person], "cost": ward[person] + rng.random(len(person)),
     })  # fmt: skip
+
+
+def split(table: pd.DataFrame, asked: Experiment, where: str) -> dict[str, pd.DataFrame]:
+    names, part_of = partitions.split(table, asked, where)
+    return {name: table[part_of == place] for place, name in enumerate(names)}
 
 
 def sizes(parts: dict[str, pd.DataFrame]) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -185,6 +185,8 @@ class SitesConfig(_Section):
 
     min_sites: Annotated[int, Field(ge=3)] = 3
     min_subjects: Annotated[int, Field(ge=1)] = 20
+    #: How many sites each round is drawn for; all of them where it is left out.
+    per_round: Annotated[int, Field(ge=3)] | None = None
     population: dict[str, Annotated[int, Field(ge=1)]]
 
     @model_validator(mode="after")
@@ -192,6 +194,8 @@ class SitesConfig(_Section):
         small = [name for name, count in self.population.items() if count < self.min_subjects]
         if small:
             raise ValueError(f"population of {', '.join(small)} is below min_subjects = {self.min_subjects}")
+        if self.per_round is not None and self.per_round < self.min_sites:
+            raise ValueError(f"per_round = {self.per_round} is below min_sites = {self.min_sites}")
         return self
 
     def population_of(self, site: str) -> int | None:
@@ -300,6 +304,11 @@ class Experiment(_Section):
         if self.privacy.unsafe_noise_seed is not None and not self.data.public:
             raise ValueError(
                 "privacy.unsafe_noise_seed needs data.public = true: noise that everybody knows protects nobody"
+            )
+        if self.sites.per_round is not None and (self.sealing.profile != "open" or self.schema_.bounds == "learn"):
+            raise ValueError(
+                "sites.per_round needs sealing.profile = 'open' and declared bounds: under the other profiles the keys "
+                "of a run are agreed on by all of its sites"
             )
         if self.sealing.rotation and self.training.optimizer != "sgd":
             raise ValueError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -181,6 +182,13 @@ def verify_header(header: bytes, signature: bytes, public_key: bytes, *, sender:
     Raises:
         SealingError: It is too large, not signed by this key, or cannot be read.
     """
+    return _verified(header, signature, public_key, sender)
+
+
+@lru_cache(maxsize=128)
+def _verified(header: bytes, signature: bytes, public_key: bytes, sender: str) -> Header:
+    """The same whenever it is asked: a statement that goes to a whole cohort is verified once by all the sites of a
+    simulation. What does not hold is not remembered."""
     where = f"message from {sender}"
     if len(header) > _MAX_HEADER:
         raise SealingError("is larger than any honest message", where=where)

@@ -6,9 +6,10 @@ Its digest stands in every envelope: no peer can be talked into another profile,
 from __future__ import annotations
 
 import math
+from functools import cached_property, lru_cache
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, FailFast, Field, model_validator
 
 from confide.config import (
     LabelConfig,
@@ -23,6 +24,7 @@ from confide.privacy.digest import digest
 from confide.privacy.dp import PrivacyEvent, Role, metrics, statistics
 from confide.privacy.dp.events import merge_events
 from confide.privacy.randomness import UNSAFE_NOISE
+from confide.protocol.frozen import Frozen
 from confide.protocol.identity import Hex32
 
 __all__ = ["Hex32", "Layout", "Manifest", "Member"]
@@ -38,8 +40,12 @@ def _computable(sigma: float) -> float:
 NoiseMultiplier = Annotated[float, AfterValidator(_computable)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+#: Draws that are remembered: of the round under way, those around it, and the last.
+_KEPT_DRAWS = 8
+
+
+class _Part(Frozen):
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
 
 class Member(_Part):
@@ -96,6 +102,8 @@ class Manifest(_Part):
     #: coordinates of a round's vector, the changes of the sites' control variates.
     single_updates: bool = False
     control_variates: bool = False
+    #: How many sites each round is drawn for (profile `open`); None: every round is everybody's.
+    sites_per_round: Annotated[int, Field(ge=3)] | None = None
     #: A statistics run: its two rounds learn the bounds that the schema leaves out, and nothing is trained.
     statistics: bool = False
 
@@ -120,16 +128,58 @@ class Manifest(_Part):
                 raise ValueError("a site or a key takes part twice")
         return self
 
+    @model_validator(mode="after")
+    def _drawn(self) -> Manifest:
+        if self.sites_per_round is None:
+            return self
+        if self.sealing.profile != "open" or self.single_updates or self.control_variates or self.statistics:
+            raise ValueError("rounds are drawn for some of the sites under profile open, with a sum of updates only")
+        if not self.min_sites <= self.sites_per_round <= len(self.members):
+            raise ValueError("a round is drawn for at least min_sites sites, and at most all")
+        return self
+
+    def drawn(self, round_: int) -> tuple[str, ...]:
+        """The sites that a round is for, in the order of the draw: everybody can compute it, and nobody chooses.
+
+        The draw is a public hash of the run's name, the round and the site; where a seed makes the run repeatable, of
+        that seed instead of the name.
+        """
+        names = [m.site for m in self.members]
+        if self.sites_per_round is None:
+            return tuple(names)
+        return self._draws(round_, names)
+
+    @cached_property
+    def _drawn_rounds(self) -> dict[int, tuple[str, ...]]:
+        return {}
+
+    def _draws(self, round_: int, names: list[str]) -> tuple[str, ...]:
+        if (found := self._drawn_rounds.get(round_)) is None:
+            seed = self.privacy.unsafe_noise_seed
+            start = (self.run if seed is None else f"seed {seed}", str(round_))
+            parts = [part.encode() for part in start]
+            ranks = {name: digest("sites of a round", *parts, name.encode()) for name in names}
+            found = tuple(sorted(names, key=ranks.__getitem__)[: self.sites_per_round])
+            if len(self._drawn_rounds) > _KEPT_DRAWS:
+                self._drawn_rounds.clear()
+            self._drawn_rounds[round_] = found
+        return found
+
     def to_bytes(self) -> bytes:
         """The bytes that are signed and hashed."""
+        return self._bytes
+
+    @cached_property
+    def _bytes(self) -> bytes:
         return self.model_dump_json(by_alias=False).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """Parse and validate; raises pydantic's `ValidationError`."""
-        return cls.model_validate_json(data)
+        """Parse and validate; raises pydantic's `ValidationError`. The same bytes are parsed once: many sites of a
+        simulation share the object, which never changes."""
+        return _parsed(data)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hex digest of `to_bytes`."""
         return digest("manifest", self.to_bytes()).hex()
@@ -145,13 +195,41 @@ class Manifest(_Part):
 
     def member(self, site: str) -> Member | None:
         """The entry of a site that takes part."""
-        return next((m for m in self.members if m.site == site), None)
+        return self._by_name.get(site)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The sites that take part, sorted."""
+        return tuple(sorted(self._by_name))
+
+    @cached_property
+    def _by_name(self) -> dict[str, Member]:
+        return {m.site: m for m in self.members}
+
+    @cached_property
+    def _mean_population(self) -> float:
+        return sum(m.population for m in self.members) / len(self.members)
+
+    @cached_property
+    def populations(self) -> tuple[int, int]:
+        """The smallest and the largest declared population."""
+        found = [m.population for m in self.members]
+        return min(found), max(found)
+
+    @cached_property
+    def heaviest(self) -> float:
+        """The largest weight."""
+        return max(self.weight(m.site) for m in self.members)
+
+    @cached_property
+    def roster_weight(self) -> float:
+        """The sum of all weights; correctly rounded, and so the same from every version of Python."""
+        return math.fsum(self.weight(m.site) for m in self.members)
 
     def weight(self, site: str) -> float:
         """Public aggregation weight of a site: its declared population over the roster's mean."""
-        mean = sum(m.population for m in self.members) / len(self.members)
         member = self.member(site)
-        return member.population / mean if member is not None else 0.0
+        return member.population / self._mean_population if member is not None else 0.0
 
     def trains_in(self, round_: int) -> bool:
         """The round after the last only evaluates; a statistics run trains in none."""
@@ -196,3 +274,8 @@ class Manifest(_Part):
         """What the first `rounds` rounds cost (None: the whole run), equal releases merged."""
         last = self.rounds + 1 if rounds is None else rounds
         return merge_events(e for r in range(1, last + 1) for e in self.charges(r))
+
+
+@lru_cache(maxsize=8)
+def _parsed(data: bytes) -> Manifest:
+    return Manifest.model_validate_json(data)

@@ -14,9 +14,11 @@ from confide.protocol.envelope import Envelope, LogState
 from confide.protocol.manifest import Hex32
 
 __all__ = [
+    "HANDING_OVER",
     "NO_UPDATE",
     "EndReply",
     "EndRequest",
+    "Handover",
     "JoinReply",
     "JoinRequest",
     "KeysReply",
@@ -40,6 +42,8 @@ __all__ = [
 
 #: A commitment to nothing.
 NO_UPDATE = "0" * 64
+#: How many sites of a drawn round add their model to the reply: should one fail, there is another.
+HANDING_OVER = 2
 _T = TypeVar("_T")
 #: The first wrong member ends the reading: a list of a million wrong ones must not cost a million errors.
 Many = Annotated[tuple[_T, ...], FailFast()]
@@ -160,15 +164,34 @@ class SumReference(Message):
     sealed: Many[Statement]
 
 
+class Handover(Message):
+    """The model that a round began with, for a site that has missed the rounds before; only where rounds are drawn for
+    some of the sites. It counts if all of that round's cohort, whose signed `train` replies are here, had this one.
+
+    Chunks: the weights (float32, little endian), then the strategy's state (float64 each).
+    """
+
+    TYPE: ClassVar[str] = "handover"
+    round: Annotated[int, Field(ge=1)]
+    #: The latest sum in it, and the latest training round in it.
+    applied: Annotated[int, Field(ge=0)]
+    trained: Annotated[int, Field(ge=0)]
+    statements: Many[Statement]
+    chunks: Annotated[int, Field(ge=1, le=16)]
+
+
 class TrainRequest(Message):
-    """Coordinator → site: apply these sums, then train. Chunks: those of the sums, in order."""
+    """Coordinator → site: apply these sums, then train. Chunks: those of the handover, if there is one, and of the
+    sums, in order."""
 
     TYPE: ClassVar[str] = "train.request"
     sums: Many[SumReference]
+    handover: Handover | None = None
 
 
 class TrainReply(Message):
-    """Site → coordinator: commitments only. Chunk: where metrics are due, the opened, noised coordinates."""
+    """Site → coordinator: commitments only. Chunk: where metrics are due, the opened, noised coordinates. Where rounds
+    are drawn, the first ones of the draw add the model that they trained from, for a `Handover`."""
 
     TYPE: ClassVar[str] = "train.reply"
     #: Digest of (nonce, update): commits to the update without telling anything of it. `NO_UPDATE`: the site died in
@@ -182,6 +205,10 @@ class TrainReply(Message):
     secret: Hex32
     #: The state of the coordinator's log that came with the request: the site cosigns it, as it signs this reply.
     coordinator: LogState
+    #: How many chunks of the model are added, the latest sum in it, and the latest training round.
+    added: Annotated[int, Field(ge=0, le=16)] = 0
+    applied: Annotated[int, Field(ge=0)] = 0
+    trained: Annotated[int, Field(ge=0)] = 0
 
 
 class SealRequest(Message):

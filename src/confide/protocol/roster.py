@@ -21,15 +21,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Annotated, Literal
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from confide.errors import SealingError
 from confide.privacy.digest import digest, framed
+from confide.protocol.frozen import Frozen
 from confide.protocol.identity import Hex32, Identity, verify_signature
 
 __all__ = [
@@ -56,8 +58,11 @@ COORDINATOR = "coordinator"
 #: Digest of the version before the first, and of the certificate of a federation that has none (a simulation).
 NOTHING = NO_AUTHORITY = "0" * 64
 _DOMAIN = b"confide/roster/1"
-_MOST_MEMBERS = 4096
+_MOST_MEMBERS = 16_384
 _MOST_VERSIONS = 10_000
+#: Chains that were found to hold, by content.
+_HELD: dict[bytes, None] = {}
+_MOST_HELD = 64
 
 #: ASCII only: what cannot be typed on every keyboard cannot be compared over the phone.
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
@@ -66,17 +71,13 @@ Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 Version = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 def look(name: str) -> str:
     """What a name looks like: two with one look are taken for each other (the skeleton of Unicode TR 39, for ASCII)."""
     text = re.sub(r"[ ._-]+", "-", name.lower()).strip("-").translate(str.maketrans("01i", "oll"))
     return text.replace("rn", "m").replace("vv", "w")
 
 
-class RosterMember(_Part):
+class RosterMember(Frozen):
     """A site as the federation knows it.
 
     Attributes:
@@ -112,7 +113,7 @@ class RosterMember(_Part):
         return self.signing_key, self.exchange_key, self.node_key
 
 
-class Change(_Part):
+class Change(Frozen):
     """What a version changes.
 
     `found`: the first version. `add`: these sites are new. `remove`: this site leaves, and is not asked. `rotate`: this
@@ -124,7 +125,7 @@ class Change(_Part):
     sites: Annotated[tuple[SiteName, ...], Field(max_length=_MOST_MEMBERS)]
 
 
-class Roster(_Part):
+class Roster(Frozen):
     """One version. `authority` is the SHA-256 of the certificate authority's certificate (DER)."""
 
     format: Literal[1] = 1
@@ -151,14 +152,18 @@ class Roster(_Part):
             raise ValueError("a key stands in the roster twice")
         return self
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Names this version and, through `previous`, all before it. Hex."""
         return digest("roster", self.model_dump_json().encode()).hex()
 
     def member(self, site: str) -> RosterMember | None:
         """A site's entry."""
-        return next((m for m in self.members if m.site == site), None)
+        return self._by_name.get(site)
+
+    @cached_property
+    def _by_name(self) -> dict[str, RosterMember]:
+        return {m.site: m for m in self.members}
 
     @property
     def where(self) -> str:
@@ -166,7 +171,7 @@ class Roster(_Part):
         return f"roster version {self.version} of {self.federation}"
 
 
-class SignedRoster(_Part):
+class SignedRoster(Frozen):
     """A version with the signatures that it has so far: public key → signature."""
 
     roster: Roster
@@ -175,6 +180,12 @@ class SignedRoster(_Part):
     def with_signatures(self, signatures: Mapping[str, str]) -> SignedRoster:
         """The same with more of them."""
         return SignedRoster(roster=self.roster, signatures={**self.signatures, **signatures})
+
+    @cached_property
+    def content(self) -> tuple[bytes, bytes]:
+        """What `verify_chain` looks at: names the version, and its signatures in their order."""
+        pairs = (bytes.fromhex(k + v) for k, v in self.signatures.items())
+        return bytes.fromhex(self.roster.digest), digest("signatures", *pairs)
 
     def missing(self, previous: Roster | None) -> dict[str, str]:
         """Keys that have not signed yet, with whose they are."""
@@ -257,6 +268,17 @@ def verify_chain(chain: Sequence[SignedRoster], *, proposal: bool = False) -> No
     """
     if not 1 <= len(chain) <= _MOST_VERSIONS:
         raise SealingError("a chain of rosters has a first version", where="roster")
+    # Whether a chain holds is a function of its content: the sites of a simulation all ask about the same one.
+    content = digest("chain", *(part for signed in chain for part in signed.content), bytes([proposal]))
+    if content in _HELD:
+        return
+    _verify(chain, proposal)
+    _HELD[content] = None
+    if len(_HELD) > _MOST_HELD:
+        _HELD.pop(next(iter(_HELD)))
+
+
+def _verify(chain: Sequence[SignedRoster], proposal: bool) -> None:
     previous: Roster | None = None
     gone: set[str] = set()
     for signed in chain:

@@ -13,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -86,6 +87,8 @@ def watched_by(manifest: Manifest, site: str) -> tuple[str, ...]:
 
 
 def _ring(manifest: Manifest, site: str, direction: int) -> tuple[str, ...]:
-    names = sorted(member.site for member in manifest.members)
-    here, count = names.index(site), min(WATCHERS, len(names) - 1)
+    names = manifest.names
+    here, count = bisect_left(names, site), min(WATCHERS, len(names) - 1)
+    if here == len(names) or names[here] != site:
+        raise ValueError(f"{site} takes no part in the run")
     return tuple(sorted(names[(here + direction * step) % len(names)] for step in range(1, count + 1)))

@@ -227,19 +227,41 @@ def test_the_same_torch_seed_does_not_give_two_sites_the_same_noise() -> None:
     assert np.all(same[0] == same[1])  # control: with one stream, named unsafe, they do
 
 
+class NoChain(nn.Module):
+    """An MLP that is trained through Opacus, as it is no chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = build_model(MLP, INPUTS, 1)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.inner(x)
+
+
 def test_opacus_own_generator_would_have_repeated_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control for the test above: take our noise away and the seed decides everything."""
+    """The control for the test above: take our noise away and the seed decides everything. Without a chain, too."""
     from opacus.optimizers import DPOptimizer
 
     from confide.clients.training import trainer
 
-    monkeypatch.setattr(trainer._PersonOptimizer, "add_noise", DPOptimizer.add_noise)
     records, weights, plan = make_records("binary"), weights_for(MLP, "binary"), make_plan(noise_multiplier=1.0)
-    seen = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        seen.append(run(records, plan, weights, np.arange(12), model=MLP, rng=SecureRandom()))
-    assert np.all(seen[0] == seen[1])
+
+    def drawn(model: nn.Module) -> list[NDArray[np.float64]]:
+        seen = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            seen.append(LocalTrainer(model, records, plan, CPU, SecureRandom()).train(weights, np.arange(12)))
+        return seen
+
+    ours = drawn(NoChain())
+    assert np.all(ours[0] != ours[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._PersonOptimizer, "add_noise", DPOptimizer.add_noise)
+        theirs = drawn(NoChain())
+    assert np.all(theirs[0] == theirs[1])
+    monkeypatch.setattr(SecureRandom, "normal", lambda _self, count: torch.randn(count).double().numpy())
+    chain = drawn(build_model(MLP, INPUTS, 1))
+    assert np.all(chain[0] == chain[1])
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

@@ -1,0 +1,41 @@
+"""Pseudonyms of the same persons, asked for again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from confide.privacy.consent.pseudonyms import SiteKey
+
+__all__ = ["Roll"]
+
+
+class Roll:
+    """A list of persons, whose personal keys are read anew whenever their names are asked for. A name is computed once
+    for as long as her key is there; with the key it is forgotten.
+
+    Args:
+        key: The site's key.
+        subjects: Their identifiers.
+        read: The personal keys on record, by locator.
+    """
+
+    def __init__(
+        self, key: SiteKey, subjects: Iterable[str], read: Callable[[Iterable[bytes]], Mapping[bytes, bytes]]
+    ) -> None:
+        self._key, self._read = key, read
+        self._by_locator = {key.locator(s): s for s in subjects}
+        #: (personal key, pseudonym) by identifier.
+        self._known: dict[str, tuple[bytes, bytes]] = {}
+
+    def pseudonyms(self) -> dict[str, bytes]:
+        """Pseudonyms of those of them that the registry knows; an unknown person has none."""
+        keys, known, found = self._read(self._by_locator), self._known, dict[str, tuple[bytes, bytes]]()
+        for locator, subject in self._by_locator.items():
+            personal = keys.get(locator)
+            if personal is None:
+                continue
+            before = known.get(subject)
+            same = before is not None and before[0] == personal
+            found[subject] = before if before and same else (personal, self._key.pseudonym(subject, personal))
+        self._known = found
+        return {subject: name for subject, (_, name) in found.items()}
