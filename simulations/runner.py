@@ -6,7 +6,6 @@ everything charged stays charged, and the run can be resumed from there: a new r
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +25,6 @@ from confide.clients.training.models import build_model
 from confide.errors import ConfideError, PeerError, StorageError
 from confide.privacy.dp import RUN_LABEL, Role
 from confide.privacy.dp import metrics as dp_metrics
-from confide.privacy.files import write_atomically
 from confide.privacy.flushing import GroupCommit, flush_commits
 from confide.privacy.sealing import make_profile
 from confide.server.app import make_server_app
@@ -39,6 +37,7 @@ from confide.simulations.figures import write_figures
 from confide.simulations.folders import run_folders, write_json
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
 from confide.simulations.keeping import KEPT
+from confide.simulations.lines import RoundLines
 from confide.simulations.page import write_index
 from confide.simulations.place import Place, new_place, resumed_place
 from confide.simulations.planning import Source, any_bounds, load_source, schedule_epsilon
@@ -49,8 +48,6 @@ from confide.simulations.result import (
     Progress,
     Result,
     intervals_from_json,
-    json_intervals,
-    json_number,
 )
 from confide.simulations.scenario import Unreachable, honest
 from confide.simulations.sources import load_sources
@@ -202,7 +199,7 @@ class _Run:
         self._released_metrics: dict[str, float | None] | None = None
         self._released_intervals: Intervals | None = None
         self._cohort_sizes: dict[int, int] = {}
-        self._lines: list[dict[str, Any]] = []
+        self._lines = RoundLines(folder)
         self._saturated = 0.0
         self._latest = next(iter(world.sites))
         self._unreachable = Unreachable(world.experiment.scenario, world.experiment.run.seed)
@@ -242,10 +239,7 @@ class _Run:
     def _recall(self, coordinator: Coordinator) -> None:
         """What an earlier process of this run wrote down round by round."""
         self._cohort_sizes = {o.round: len(o.cohort) for o in coordinator.outcomes}
-        path = self._folder / "rounds.jsonl"
-        for line in path.read_text().splitlines() if path.is_file() else ():
-            tree = json.loads(line)
-            self._lines.append(tree)
+        for tree in self._lines.recall():
             self._curve += [tree["metrics"]] if tree["metrics"] is not None else []
             self._saturated = max(self._saturated, tree["saturated"])
             if tree["released_metrics"] is not None:
@@ -279,30 +273,8 @@ class _Run:
             abandoned=outcome.abandoned,
             saturated=model.saturated,
         )
-        self._record(progress)
+        self._lines.add(progress)
         self._progress(progress)
-
-    def _record(self, progress: Progress) -> None:
-        self._lines.append({
-            "round": progress.round,
-            "epsilon": json_number(progress.epsilon),
-            "metrics": progress.metrics,
-            "released_metrics": None,
-            "released_intervals": None,
-            "abandoned": progress.abandoned,
-            "saturated": round(progress.saturated, 6),
-        })  # fmt: skip
-        self._write_lines(progress.released_round, progress.released, progress.released_intervals)
-
-    def _write_lines(
-        self, round_: int | None, released: dict[str, float | None] | None, intervals: Intervals | None
-    ) -> None:
-        """Released metrics stand beside the round whose model they are about, though they arrive later."""
-        if round_ is not None:
-            self._lines[round_]["released_metrics"] = released
-            self._lines[round_]["released_intervals"] = json_intervals(intervals)
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self._lines)
-        write_atomically(self._folder / "rounds.jsonl", text.encode())
 
     def _read(self, round_: int | None, total: Any) -> tuple[dict[str, float | None] | None, Intervals | None]:
         """Metrics and their intervals from the sum that was opened for `round_`; kept as the latest."""
@@ -340,7 +312,7 @@ class _Run:
         world, manifest = self._world, self._world.manifest
         metrics, intervals = self._read(released.metrics_round, released.metrics)
         if released.metrics_round is not None:
-            self._write_lines(released.metrics_round - 1, metrics, intervals)
+            self._lines.release(released.metrics_round - 1, metrics, intervals)
         epsilon = self._epsilon_after(manifest.rounds)
         flush_commits()
         result = Result(
