@@ -42,7 +42,9 @@ FIELDS: dict[type[m.Message], set[str]] = {
         "unlocked",
         "sealed",
     },
+    m.Handover: {"round", "applied", "trained", "statements", "chunks"},
     m.TrainRequest: {"sums"},
+    m.LateTrainRequest: {"handover", "sums"},
     m.TrainReply: {"commitment", "model", "state", "secret", "coordinator"},
     m.SealRequest: {"cohort", "statements"},
     m.SealReply: {"transcript", "tags"},
@@ -63,6 +65,9 @@ EXAMPLES: list[m.Message] = [
     m.KeysReply(secret=H),
     SUM,
     m.TrainRequest(sums=(SUM,)),
+    m.LateTrainRequest(
+        handover=m.Handover(round=3, applied=2, trained=2, statements=(STATEMENT,), chunks=1), sums=(SUM,)
+    ),
     m.TrainReply(commitment=H, model=H, state=H, secret=H, coordinator=f"7:{H}"),
     m.SealRequest(cohort=("ash",), statements=(STATEMENT,)),
     m.SealReply(transcript=H, tags=("0", "ffffffffffffffff")),

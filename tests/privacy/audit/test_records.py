@@ -59,6 +59,7 @@ FEDERATED_FIELDS = {
     "run_stopped": {"run", "reason"},
     "sealed": {"run", "round", "attempt", "cohort", "transcript", "coordinator"},
     "settled": {"run", "charge", "steps"},
+    "taken_over": {"run", "round", "model"},
     "snapshot_taken": {"run", "round", "commitment"},
     "unlocked": {"run", "round", "attempt", "transcript"},  # which attempt: the coordinator chose it
     "update_committed": {"run", "round", "commitment", "model", "state", "coordinator"},
