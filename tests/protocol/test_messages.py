@@ -55,6 +55,7 @@ FIELDS: dict[type[m.Message], set[str]] = {
     m.ReleaseReply: {"model", "key"},
     m.Refusal: {"kind", "reason"},
 }
+HANDOVER = m.Handover(round=3, applied=2, trained=2, statements=(STATEMENT,), chunks=1)
 EXAMPLES: list[m.Message] = [
     m.JoinRequest(),
     m.JoinReply(ephemeral=H),
@@ -65,9 +66,8 @@ EXAMPLES: list[m.Message] = [
     m.KeysReply(secret=H),
     SUM,
     m.TrainRequest(sums=(SUM,)),
-    m.LateTrainRequest(
-        handover=m.Handover(round=3, applied=2, trained=2, statements=(STATEMENT,), chunks=1), sums=(SUM,)
-    ),
+    HANDOVER,
+    m.LateTrainRequest(handover=HANDOVER, sums=(SUM,)),
     m.TrainReply(commitment=H, model=H, state=H, secret=H, coordinator=f"7:{H}"),
     m.SealRequest(cohort=("ash",), statements=(STATEMENT,)),
     m.SealReply(transcript=H, tags=("0", "ffffffffffffffff")),
