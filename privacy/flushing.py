@@ -52,8 +52,10 @@ class GroupCommit:
 
     def copy_template(self, schema: str, path: Path) -> None:
         """Where a database of this schema was made before, let a new one begin as a copy of it."""
-        if (data := self._templates.get(schema)) is not None and not path.exists():
-            path.write_bytes(data)
+        if (data := self._templates.get(schema)) is not None:
+            # What was made for its owner only stays so.
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb") as stream:
+                stream.write(data)
             self.add_file(path)
 
     def keep_template(self, schema: str, path: Path) -> None:
@@ -94,7 +96,6 @@ def template_for(schema: str, path: Path) -> Callable[[], None]:
     group = _GROUP.get()
     if group is None or (path.exists() and path.stat().st_size):
         return lambda: None
-    path.unlink(missing_ok=True)
     group.copy_template(schema, path)
     return lambda: group.keep_template(schema, path)
 
