@@ -147,7 +147,7 @@ class Coordinator:
             self._before_round(round_)
             self._find(round_)
             outcome = self._round(round_)
-            journal.end_round(outcome, self._progress.last, self._progress.model, vouching=self._vouching(round_))
+            journal.end_round(outcome, self._progress.last, self._progress.model, self._vouching(round_))
             self._after_round(outcome)
         return self._release()
 
