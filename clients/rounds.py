@@ -84,14 +84,19 @@ class RoundSteps:
 
     def train(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
         """Apply earlier sums, charge, compute, commit to the update."""
-        message, round_ = m.decode(m.TrainRequest, header.type, request.body), header.round
+        kind: type[m.TrainRequest] | type[m.LateTrainRequest] = m.TrainRequest
+        if header.type == m.LateTrainRequest.TYPE:
+            kind = m.LateTrainRequest
+        message, round_ = m.decode(kind, header.type, request.body), header.round
         # Rounds only go forward; the release counts as the last.
         if not self._store.latest_round(run.manifest.run) < round_ <= run.manifest.rounds + 1:
             raise SealingError(f"there is no round {round_} to come", where=f"run {run.manifest.run}")
         if run.site not in run.manifest.drawn(round_):
             raise SealingError(f"round {round_} was not drawn for this site", where=f"run {run.manifest.run}")
         secret = run.keys.session.secret_digest  # without keys there is nothing to charge for
-        chunks = self._take_over(run, message.handover, request.chunks, before=round_)
+        chunks = request.chunks
+        if isinstance(message, m.LateTrainRequest):
+            chunks = self._take_over(run, message.handover, chunks, before=round_)
         model = self._apply(run, message.sums, chunks, before=round_)
         self._settle_unsent(run, round_)
         charged = self._ledger.stands(f"{run.manifest.run}/{round_}/")
@@ -243,11 +248,9 @@ class RoundSteps:
         self._log.append(audit.SnapshotTaken(run=run.manifest.run, round=round_, commitment=root))
 
     def _take_over(
-        self, run: SiteRun, handover: m.Handover | None, chunks: tuple[bytes, ...], *, before: int
+        self, run: SiteRun, handover: m.Handover, chunks: tuple[bytes, ...], *, before: int
     ) -> tuple[bytes, ...]:
-        """Take a newer model over where one is handed over; the chunks that are left are those of the sums."""
-        if handover is None:
-            return chunks
+        """Take a newer model over; the chunks that are left are those of the sums."""
         if handover.round >= before:
             raise SealingError("a model of a round to come", where=f"run {run.manifest.run}")
         own, rest = chunks[: handover.chunks], chunks[handover.chunks :]
@@ -346,9 +349,7 @@ def _with_model(run: SiteRun, round_: int, reply: m.TrainReply, model: ModelStat
     drawn, chunks = run.manifest.drawn(round_), model.metric_chunks
     if run.manifest.sites_per_round is None or run.site not in drawn[: m.HANDING_OVER]:
         return Answer(reply, chunks)
-    held = model.chunks
-    more = reply.model_copy(update={"added": len(held), "applied": model.round, "trained": model.trained})
-    return Answer(more, (*chunks, *held))
+    return Answer(reply, (*chunks, *model.chunks))
 
 
 def _reads(run: SiteRun, round_: int, source: ParticipantSource) -> list[audit.Record]:

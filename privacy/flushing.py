@@ -7,20 +7,18 @@ simulation, where many sites are one process and nothing leaves it between two f
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from contextvars import ContextVar, Token
 from pathlib import Path
 
 __all__ = ["GroupCommit", "durability", "flush_commits", "flushed_later", "template_for"]
 
-_FLUSHING = 8
-_MANY = 64
+_FLUSHING = 32
 _SETTLED = 100_000_000  # nanoseconds
 
 
@@ -54,8 +52,10 @@ class GroupCommit:
 
     def copy_template(self, schema: str, path: Path) -> None:
         """Where a database of this schema was made before, let a new one begin as a copy of it."""
-        if (data := self._templates.get(schema)) is not None and not path.exists():
-            path.write_bytes(data)
+        if (data := self._templates.get(schema)) is not None:
+            # What was made for its owner only stays so.
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb") as stream:
+                stream.write(data)
             self.add_file(path)
 
     def keep_template(self, schema: str, path: Path) -> None:
@@ -96,7 +96,6 @@ def template_for(schema: str, path: Path) -> Callable[[], None]:
     group = _GROUP.get()
     if group is None or (path.exists() and path.stat().st_size):
         return lambda: None
-    path.unlink(missing_ok=True)
     group.copy_template(schema, path)
     return lambda: group.keep_template(schema, path)
 
@@ -131,28 +130,9 @@ def _log_state(path: Path) -> tuple[int, int] | None:
 
 
 def _sync_all(paths: Sequence[Path]) -> None:
-    """Each by itself, several at a time: the disk then writes its own journal once for many. Very many: their file
-    systems, where the system can be asked for that."""
-    devices: dict[int, Path] = {}
-    if len(paths) > _MANY:
-        with suppress(FileNotFoundError):
-            devices = {path.parent.stat().st_dev: path.parent for path in paths}
-    if devices and all(_sync_file_system(folder) for folder in devices.values()):
-        return
+    """Each by itself, many at a time: the disk then writes its own journal once for all of them."""
     with ThreadPoolExecutor(_FLUSHING) as pool:
         list(pool.map(_sync, paths))
-
-
-def _sync_file_system(folder: Path) -> bool:
-    """Linux's `syncfs`, which Python does not offer; False where there is none or it fails."""
-    call = getattr(ctypes.CDLL(None), "syncfs", None)
-    if call is None:
-        return False
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        return bool(call(handle) == 0)
-    finally:
-        os.close(handle)
 
 
 def _sync(path: Path) -> None:

@@ -36,6 +36,7 @@ from confide.server.joining import Members
 from confide.server.journal import Journal, RoundOutcome, Total
 from confide.server.keys import distribute_keys
 from confide.server.runs import RunStore
+from confide.strategies import make_strategy
 
 __all__ = ["Coordinator", "Released", "RoundOutcome"]
 
@@ -146,7 +147,7 @@ class Coordinator:
             self._before_round(round_)
             self._find(round_)
             outcome = self._round(round_)
-            journal.end_round(outcome, self._progress.last, self._progress.model, vouching=self._vouching(round_))
+            journal.end_round(outcome, self._progress.last, self._progress.model, self._vouching(round_))
             self._after_round(outcome)
         return self._release()
 
@@ -246,29 +247,39 @@ class Coordinator:
         totals, requests = self._journal.totals(1, place.round - 1), dict[str, Envelope]()
         made = {o.round for o in self._journal.outcomes() if not o.abandoned}
         for site in sorted(set(drawn) & applied.keys()):
-            behind, chunks, more = applied[site], tuple[bytes, ...](), fields
-            if handover is not None and behind < since:
-                behind, chunks, more = since, model, {"handover": handover, **fields}
+            late = handover is not None and applied[site] < since
+            behind = since if late else applied[site]
             missing = [s for s in totals if s.round > behind]
-            if {r for r in made if r > behind} <= {s.round for s in missing}:  # else nobody can bring it up to date
-                body = kind(sums=tuple(s.reference for s in missing), **more)
-                chunks = (*chunks, *(c for s in missing for c in s.chunks))
-                requests[site] = self._exchange.sign(place, site, body, chunks)
+            if not {r for r in made if r > behind} <= {s.round for s in missing}:
+                continue  # nobody can bring it up to date
+            sums, chunks = tuple(s.reference for s in missing), tuple(c for s in missing for c in s.chunks)
+            if late and handover is not None:
+                body: m.Message = m.LateTrainRequest(handover=handover, sums=sums)
+                requests[site] = self._exchange.sign(place, site, body, (*model, *chunks))
+            else:
+                requests[site] = self._exchange.sign(place, site, kind(sums=sums, **fields), chunks)
         return requests
 
     def _handover(self, before: int) -> tuple[m.Handover | None, tuple[bytes, ...]]:
         """The model that the latest cohort began its round with, which all of it has signed, and its chunks."""
         round_, replies = self._journal.vouched(before)
-        for _, envelope in sorted(replies.items()):
-            reply = m.TrainReply.model_validate_json(envelope.body)
-            if 0 < reply.added <= len(envelope.chunks):
+        for site, envelope in sorted(replies.items()):
+            if model := envelope.chunks[len(self._metrics(site, envelope, round_)) :]:
                 statements = tuple(m.Statement.of(s, e) for s, e in sorted(replies.items()))
+                applied = max((o.round for o in self._journal.outcomes() if o.round < round_ and not o.abandoned),
+                              default=0)  # fmt: skip
                 handover = m.Handover(
-                    round=round_, applied=reply.applied, trained=reply.trained, statements=statements,
-                    chunks=reply.added,
-                )  # fmt: skip
-                return handover, envelope.chunks[-reply.added :]
+                    round=round_, applied=applied, trained=applied, statements=statements, chunks=len(model)
+                )  # the round that only evaluates is the last: every sum before it was trained
+                return handover, model
         return None, ()
+
+    def _metrics(self, site: str, envelope: Envelope, round_: int) -> tuple[bytes, ...]:
+        """The chunks of a `train` reply without the model that the first ones of a drawn round add."""
+        if not self._drawn or site not in self.manifest.drawn(round_)[: m.HANDING_OVER]:
+            return envelope.chunks
+        parts = 1 + len(make_strategy(self.manifest.strategy).initial_state(self.manifest.layout.size))
+        return envelope.chunks[: max(0, len(envelope.chunks) - parts)]
 
     def _sum(self, round_: int, replies: Mapping[str, Envelope]) -> Total | None:
         """The sum over everybody who trained; where the run retries, without those who then did not seal."""
@@ -404,7 +415,7 @@ class Coordinator:
         latest, cohort = self._journal.latest(before)
         if latest not in self.manifest.metric_rounds or not replies:
             return None, None
-        opened = {_metrics(e)[skip:] for e in replies.values()}
+        opened = {(e.chunks if skip else self._metrics(s, e, before))[skip:] for s, e in replies.items()}
         if self._drawn and len(opened) > 1:
             opened.discard(())  # of those that took the model over: they have not opened that sum themselves
         if len(opened) != 1 or len(next(iter(opened))) != 1:
@@ -427,11 +438,3 @@ class Coordinator:
             where=f"run {self.manifest.run}",
             hint="see each site's own log for its reasons",
         )
-
-
-def _metrics(envelope: Envelope) -> tuple[bytes, ...]:
-    """The chunks of a `train` or `release` reply without a model that was added for others."""
-    if Header.model_validate_json(envelope.header).type != m.TrainReply.TYPE:
-        return envelope.chunks
-    added = m.TrainReply.model_validate_json(envelope.body).added
-    return envelope.chunks[: len(envelope.chunks) - added]

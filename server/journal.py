@@ -252,9 +252,7 @@ class Journal:
             for found, chunks in zip(rows, bulk, strict=True)
         }
 
-    def end_round(
-        self, outcome: RoundOutcome, present: Iterable[str], model: str, *, vouching: int | None = None
-    ) -> None:
+    def end_round(self, outcome: RoundOutcome, present: Iterable[str], model: str, vouching: int | None = None) -> None:
         """Close a round, and let go of what nobody needs any more.
 
         Args:

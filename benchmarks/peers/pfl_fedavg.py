@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from pfl.aggregate.simulate import SimulatedBackend  # noqa: E402
 from pfl.algorithm.base import NNAlgorithmParams  # noqa: E402
 from pfl.algorithm.federated_averaging import FederatedAveraging  # noqa: E402
-from pfl.callback import TrainingProcessCallback  # noqa: E402
+from pfl.callback.base import TrainingProcessCallback  # noqa: E402
 from pfl.data.dataset import Dataset  # noqa: E402
 from pfl.data.federated_dataset import FederatedDataset  # noqa: E402
 from pfl.data.sampling import get_user_sampler  # noqa: E402
@@ -62,7 +62,9 @@ def main():
     users = FederatedDataset(of_user, get_user_sampler("random", range(len(x))))
     clock = Clock()
     FederatedAveraging().run(
-        NNAlgorithmParams(int(rounds), evaluation_frequency=0, train_cohort_size=int(cohort), val_cohort_size=0),
+        NNAlgorithmParams(
+            int(rounds), evaluation_frequency=1_000_000, train_cohort_size=int(cohort), val_cohort_size=0
+        ),
         SimulatedBackend(training_data=users, val_data=None),
         model,
         NNTrainHyperParams(local_num_epochs=1, local_learning_rate=rate, local_batch_size=int(batch)),

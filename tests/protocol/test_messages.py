@@ -42,7 +42,9 @@ FIELDS: dict[type[m.Message], set[str]] = {
         "unlocked",
         "sealed",
     },
+    m.Handover: {"round", "applied", "trained", "statements", "chunks"},
     m.TrainRequest: {"sums"},
+    m.LateTrainRequest: {"handover", "sums"},
     m.TrainReply: {"commitment", "model", "state", "secret", "coordinator"},
     m.SealRequest: {"cohort", "statements"},
     m.SealReply: {"transcript", "tags"},
@@ -55,6 +57,7 @@ FIELDS: dict[type[m.Message], set[str]] = {
     m.EndReply: set(),
     m.Refusal: {"kind", "reason"},
 }
+HANDOVER = m.Handover(round=3, applied=2, trained=2, statements=(STATEMENT,), chunks=1)
 EXAMPLES: list[m.Message] = [
     m.JoinRequest(),
     m.JoinReply(ephemeral=H),
@@ -65,6 +68,8 @@ EXAMPLES: list[m.Message] = [
     m.KeysReply(secret=H),
     SUM,
     m.TrainRequest(sums=(SUM,)),
+    HANDOVER,
+    m.LateTrainRequest(handover=HANDOVER, sums=(SUM,)),
     m.TrainReply(commitment=H, model=H, state=H, secret=H, coordinator=f"7:{H}"),
     m.SealRequest(cohort=("ash",), statements=(STATEMENT,)),
     m.SealReply(transcript=H, tags=("0", "ffffffffffffffff")),

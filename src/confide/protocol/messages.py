@@ -23,6 +23,7 @@ __all__ = [
     "JoinRequest",
     "KeysReply",
     "KeysRequest",
+    "LateTrainRequest",
     "Message",
     "Refusal",
     "ReleaseReply",
@@ -181,12 +182,19 @@ class Handover(Message):
 
 
 class TrainRequest(Message):
-    """Coordinator → site: apply these sums, then train. Chunks: those of the handover, if there is one, and of the
-    sums, in order."""
+    """Coordinator → site: apply these sums, then train. Chunks: those of the sums, in order."""
 
     TYPE: ClassVar[str] = "train.request"
     sums: Many[SumReference]
-    handover: Handover | None = None
+
+
+class LateTrainRequest(Message):
+    """Coordinator → site: take this model over, apply these sums, then train. Chunks: those of the handover, then those
+    of the sums, in order."""
+
+    TYPE: ClassVar[str] = "train.late_request"
+    handover: Handover
+    sums: Many[SumReference]
 
 
 class TrainReply(Message):
@@ -205,10 +213,6 @@ class TrainReply(Message):
     secret: Hex32
     #: The state of the coordinator's log that came with the request: the site cosigns it, as it signs this reply.
     coordinator: LogState
-    #: How many chunks of the model are added, the latest sum in it, and the latest training round.
-    added: Annotated[int, Field(ge=0, le=16)] = 0
-    applied: Annotated[int, Field(ge=0)] = 0
-    trained: Annotated[int, Field(ge=0)] = 0
 
 
 class SealRequest(Message):

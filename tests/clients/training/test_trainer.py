@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -246,21 +247,22 @@ def test_opacus_own_generator_would_have_repeated_itself(monkeypatch: pytest.Mon
 
     records, weights, plan = make_records("binary"), weights_for(MLP, "binary"), make_plan(noise_multiplier=1.0)
 
-    def drawn(model: nn.Module) -> list[NDArray[np.float64]]:
+    def drawn(make: Callable[[], nn.Module]) -> list[NDArray[np.float64]]:
         seen = []
         for _ in range(2):
+            model = make()
             torch.manual_seed(0)
             seen.append(LocalTrainer(model, records, plan, CPU, SecureRandom()).train(weights, np.arange(12)))
         return seen
 
-    ours = drawn(NoChain())
+    ours = drawn(NoChain)
     assert np.all(ours[0] != ours[1])
     with monkeypatch.context() as patch:
         patch.setattr(trainer._PersonOptimizer, "add_noise", DPOptimizer.add_noise)
-        theirs = drawn(NoChain())
+        theirs = drawn(NoChain)
     assert np.all(theirs[0] == theirs[1])
     monkeypatch.setattr(SecureRandom, "normal", lambda _self, count: torch.randn(count).double().numpy())
-    chain = drawn(build_model(MLP, INPUTS, 1))
+    chain = drawn(lambda: build_model(MLP, INPUTS, 1))
     assert np.all(chain[0] == chain[1])
 
 

@@ -62,6 +62,7 @@ FEDERATED_FIELDS = {
     "sealed": {"run", "round", "attempt", "cohort", "transcript", "coordinator"},
     "told_ended": {"run", "status", "coordinator"},  # what the coordinator said, and signed
     "settled": {"run", "charge", "steps"},
+    "taken_over": {"run", "round", "model"},
     "snapshot_taken": {"run", "round", "commitment"},
     "unlocked": {"run", "round", "attempt", "transcript"},  # which attempt: the coordinator chose it
     "update_committed": {"run", "round", "commitment", "model", "state", "coordinator"},
