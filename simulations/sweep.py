@@ -171,6 +171,7 @@ class _Run:
 
     def _began(self, job: Job) -> None:
         self._running[job.number] = job.point.label
+        self._write_status("running")
         self._tell(job, "running")
 
     def _told(self, job: Job, round_: Progress | None) -> None:
@@ -204,6 +205,9 @@ class _Run:
     def _write(self, status: str, found: Sweep | None = None) -> None:
         """What is finished so far, and how the sweep stands."""
         write_json(self._folder / "sweep.json", (found or self._sweep()).to_json())
+        self._write_status(status)
+
+    def _write_status(self, status: str) -> None:
         running = "; ".join(self._running[number] for number in sorted(self._running)) or None
         tree = {"status": status, "cells": len(self._plan.jobs), "finished": len(self._cells), "cell": running}
         write_json(self._folder / "status.json", tree)

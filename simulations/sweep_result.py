@@ -59,7 +59,7 @@ class Sweep:
         name: Of the experiment.
         axes: Key → values, in the order given.
         cells: What is finished, in the order of the grid.
-        seconds: So far.
+        seconds: Since it was begun or, in a later process, resumed.
         out: The folder.
     """
 

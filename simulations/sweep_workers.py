@@ -91,6 +91,7 @@ class _Pool:
         self._asked, self._available = workers, available_bytes()
         self._peak = 0
         self._workers: list[_Worker] = []
+        self._leaving: list[_Worker] = []  # they have been told to end, and nobody waits for it yet
 
     def run(self) -> None:
         while self._pending or any(w.job for w in self._workers):
@@ -112,12 +113,14 @@ class _Pool:
             worker.process.join(max(0.0, end - time.monotonic()))
 
     def kill(self) -> None:
-        """Whatever is still there."""
-        for worker in self._workers:
+        """Whatever is still there; who has been told to end may do so."""
+        end = time.monotonic() + _PATIENCE
+        for worker in self._leaving:
+            worker.process.join(max(0.0, end - time.monotonic()))
+        for worker in (*self._leaving, *self._workers):
             worker.process.kill()
             worker.process.join()
             worker.connection.close()
-        self._workers.clear()
 
     def _hand_out(self) -> None:
         """Cells to workers: a worker more where one is allowed, one less where it is not any more."""
@@ -129,10 +132,9 @@ class _Pool:
             worker.give(self._pending.pop(0))
             self._began(worker.job)  # type: ignore[arg-type]  # it was given one
         for worker in [w for w in self._workers if w.job is None]:
-            self._workers.remove(worker)
             worker.give(None)
-            worker.process.join()
-            worker.connection.close()
+            self._workers.remove(worker)
+            self._leaving.append(worker)
 
     def _allowed(self) -> int:
         if self._asked is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -125,6 +126,7 @@ def open_tracker(*, mlflow: str | None = None, tensorboard: Path | None = None) 
             raise _missing("--mlflow", "mlflow") from None
         for name in ("mlflow", "alembic"):  # says on stderr that it makes tables
             logging.getLogger(name).setLevel(logging.WARNING)
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own default says nothing for minutes
         with _stored(None):
             uri = mlflow
             if not re.match(r"[a-z+]{2,}:", mlflow):

@@ -12,6 +12,7 @@ __all__ = ["Series", "line_chart"]
 
 _WIDTH, _HEIGHT = 640, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 84, 30, 40
+_NEAR = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ def line_chart(identifier: str, title: str, x_label: str, y_label: str, series: 
     parts.append(f'<text class="label" {middle} text-anchor="middle">{escape(x_label)}</text>')
     parts.append(f'<text class="label" x="4" y="14">{escape(y_label)}</text>')
     names = _spread([py(s.points[-1][1]) + 4 for s in series])
+    last_x = [px(s.points[-1][0]) for s in series]
     for number, one in enumerate(series, 1):
         for (x, _), bar in zip(one.points, one.intervals, strict=False):
             if bar:
@@ -66,7 +68,9 @@ def line_chart(identifier: str, title: str, x_label: str, y_label: str, series: 
             path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in one.points)
             parts.append(f'<polyline class="s{number}" points="{path}"/>')
         parts += [f'<circle class="s{number}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.6"/>' for x, y in one.points]
-        at = f'x="{px(one.points[-1][0]) + 8:.1f}" y="{names[number - 1]:.1f}"'
+        # Beside whatever else ends about there, not on it.
+        end = max(x for x in last_x if x - last_x[number - 1] < _NEAR)
+        at = f'x="{end + 8:.1f}" y="{names[number - 1]:.1f}"'
         parts.append(f'<text class="s{number} name" {at}>{escape(one.name)}</text>')
     return "".join(parts) + "</svg>"
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,14 +48,30 @@ def test_a_sweep_ends_in_a_table_whose_best_row_bears_the_watermark(folder: Path
     assert (again.code, again.out) == (0, "out: this sweep is finished already\n")
 
 
+@pytest.mark.filterwarnings("ignore")  # of TensorBoard's own
 def test_json_is_the_last_line_and_the_watermark_stands_beside_the_best(folder: Path) -> None:
-    answer = confide("sweep", "experiment.toml", "--over", "privacy.epsilon=2,4", *SHORT, "--out", "out", "--json")
+    options = ("--out", "out", "--tensorboard", "events", "--json")
+    answer = confide("sweep", "experiment.toml", "--over", "privacy.epsilon=2,4", *SHORT, *options)
     assert (answer.code, answer.out.count("\n")) == (0, 1)
     found = answer.last_line
     assert list(found) == KEYS
     assert found["watermark"] == WATERMARK
     assert set(found["best"]) == {"values", "epsilon", "auc", "cells"}
     assert found == json.loads((folder / "out" / "sweep.json").read_text())
+    events = {path.parent.relative_to(folder) for path in folder.rglob("events.out.*")}
+    assert events == {Path("events", "tiny", "001-epsilon-2"), Path("events", "tiny", "002-epsilon-4")}
+
+
+@pytest.mark.parametrize("command", [("simulate",), ("sweep", "--over", "run.seed=1")])
+def test_a_missing_extra_is_named_before_anything_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow.tracking", None)  # as if it were not there
+    before = files_under(folder)
+    answer = confide(command[0], "experiment.toml", *command[1:], "--out", "out", "--mlflow", "runs")
+    assert (answer.code, answer.out) == (2, "")
+    assert "pip install 'confide[mlflow]'" in answer.err
+    assert files_under(folder) == before
 
 
 def test_private_data_are_refused_with_what_to_do_before_anything_is_written(folder: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 import confide
@@ -97,6 +98,21 @@ def test_the_page_needs_nothing_from_anywhere_and_links_to_every_cell(finished: 
     for cell in finished.cells:
         assert f'href="cells/{cell.result.out.name}/index.html"' in page
         assert (finished.out / "cells" / cell.result.out.name / "index.html").exists()
+
+
+def test_the_tables_have_a_row_a_cell_and_a_row_a_cell_and_round(finished: confide.Sweep) -> None:
+    results, rounds = (pd.read_parquet(finished.out / f"{name}.parquet") for name in ("results", "rounds"))
+    assert list(results["setting"]) == [1, 1, 2, 2]
+    assert list(results["privacy.epsilon"]) == [4, 4, math.inf, math.inf]
+    assert list(results["epsilon"]) == [c.result.epsilon.max for c in finished.cells]
+    assert list(results["exact.auc"]) == [(c.result.metrics or {})["auc"] for c in finished.cells]
+    assert list(results["folder"]) == [f"cells/{c.result.out.name}" for c in finished.cells]
+    assert (results["uplink_bytes"] > 0).all()
+    assert (results["downlink_bytes"] > 0).all()
+    assert list(zip(rounds["cell"], rounds["round"], strict=True)) == [(c, r) for c in (1, 2, 3, 4) for r in (0, 1)]
+    assert list(rounds["exact.auc"]) == [point["auc"] for c in finished.cells for point in c.result.curve]
+    for name, table in (("results", results), ("rounds", rounds)):
+        pd.testing.assert_frame_equal(pd.read_csv(finished.out / f"{name}.csv"), table, check_dtype=False)
 
 
 def test_without_an_axis_of_epsilon_there_is_a_page_but_no_frontier(experiment: dict[str, Any], tmp_path: Path) -> None:
@@ -281,6 +297,9 @@ def test_lists_and_quoted_text_are_values_too(experiment: dict[str, Any], tmp_pa
     assert found.axes == {"model.hidden": [[2, 2], [3]], "run.name": ["a", "b"]}
     assert [c.result.run_id[0] for c in found.cells] == ["a", "b", "a", "b"]
     assert json.loads((found.out / "sweep.json").read_text())["cells"][0]["values"]["model.hidden"] == [2, 2]
+    table = pd.read_parquet(found.out / "results.parquet")
+    assert list(table["model.hidden"]) == ["[2, 2]", "[2, 2]", "[3]", "[3]"]
+    assert list(table["run.name"]) == ["a", "b", "a", "b"]
 
 
 def test_a_folder_that_holds_something_is_left_as_it_is(experiment: dict[str, Any], tmp_path: Path) -> None:
