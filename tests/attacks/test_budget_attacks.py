@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 
 from confide.clients.membership import Membership
 from confide.clients.rounds import RoundSteps
-from confide.clients.training.models import initial_model, load_flat
-from confide.clients.training.trainer import _PersonOptimizer
+from confide.clients.training.models import initial_model
 from confide.config import LabelConfig
 from confide.errors import AuditError, BudgetError, ConfideError, ConfigError
 from confide.privacy.audit import records as audit
@@ -237,16 +236,14 @@ def contribution(federation: Any, norm: float) -> float:
     federation.manifest = federation.manifest.model_copy(update={"run": f"clip-{norm}", "privacy": privacy})
     if is_refusal(federation.join(("ash",))["ash"]):
         return 0.0
-    trainer, worst = federation.sites["ash"]._runs[federation.manifest.run].trainer, 0.0
-    load_flat(trainer._model, np.zeros(federation.manifest.layout.size, dtype=np.float32))
-    for person in range(40):
-        optimizer = _PersonOptimizer(trainer._make_optimizer(), trainer._rng, trainer._plan, None)
-        optimizer.zero_grad()
-        trainer._person_gradients(np.array([person]))
-        optimizer.clip_and_accumulate()
-        parts = [p.summed_grad.double().numpy().ravel() for p in optimizer.params]
-        worst = max(worst, float(np.linalg.norm(np.concatenate(parts) / norm)))
-    return worst
+    trainer = federation.sites["ash"]._runs[federation.manifest.run].trainer
+    # One step over one person without noise, of size 1 and divided by 1: the update is what she adds.
+    step = trainer._plan.training.model_copy(update={"local_steps": 1, "learning_rate": 1.0})
+    trainer._plan = replace(trainer._plan, training=step, noise_multiplier=0.0, sample_rate=1.0, population=1)
+    start = np.zeros(federation.manifest.layout.size, dtype=np.float32)
+    added = [trainer.train(start, np.array([person])) for person in range(40)]
+    assert any(a.any() for a in added)
+    return max(float(np.linalg.norm(a / norm)) for a in added)
 
 
 @pytest.mark.parametrize("norm", [1e-30, 1e-3, 1.0, 1e3, 1e30])

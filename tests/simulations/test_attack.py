@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import confide as product
 from confide.clients.data.records import SiteRecords
-from confide.clients.training import trainer
 from confide.errors import AuditError, ConfigError
 from confide.privacy.audit import attacks
 from confide.privacy.audit.checkpoint import Checkpoint, sign_note
@@ -23,6 +23,7 @@ from confide.privacy.audit.log import parse_line
 from confide.privacy.audit.merkle import Tree, leaf_hash
 from confide.privacy.audit.records import AttackResult, encode
 from confide.privacy.audit.verify import verify
+from confide.privacy.dp import SecureRandom
 from confide.simulations import attack
 from tests.privacy.audit.command import confide
 from tests.support import experiment_tree, write_people
@@ -51,13 +52,12 @@ def clean(run: Path) -> Iterator[Path]:
         path.unlink()
 
 
-class Quiet(trainer._PersonOptimizer):
+def quiet(rng: SecureRandom, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """A planted fault: a sixteenth of the noise that is charged for."""
+    return _normal(rng, count) / 16
 
-    def add_noise(self) -> None:
-        self.noise_multiplier /= 16
-        super().add_noise()
-        self.noise_multiplier *= 16
+
+_normal = SecureRandom.normal
 
 
 def test_an_honest_run_withstands_and_the_result_is_signed(clean: Path) -> None:
@@ -76,7 +76,7 @@ def test_an_honest_run_withstands_and_the_result_is_signed(clean: Path) -> None:
 
 
 def test_too_little_noise_is_found_and_named(clean: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "_PersonOptimizer", Quiet)
+    monkeypatch.setattr(SecureRandom, "normal", quiet)
     answer = confide("audit", "attack", clean, "--canaries", CANARIES * 2, "--json")
     assert answer.code == 7, answer.err
     tree = json.loads(answer.out)
