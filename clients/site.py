@@ -49,7 +49,7 @@ __all__ = ["Site"]
 _log = logging.getLogger(__name__)
 #: Bytes of a request's body besides statements, and of a statement (a signed reply in JSON).
 _REQUEST_BODY, _STATEMENT = 64 * 1024, 4096
-_MANIFEST = 4 * 2**20
+_MANIFEST = 3 * 2**19  # some 10,000 members; a wrong one costs forty times its size to refuse
 
 
 class Site:
