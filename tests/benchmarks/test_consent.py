@@ -11,13 +11,12 @@ from benchmarks.consent import measure
 
 def test_a_small_registry_gives_every_figure() -> None:
     found = measure(events=3_000, subjects=1_500, address=None)
-    assert (found["events"], found["subjects"], found["commit_seconds"]) == (3_000, 1_500, None)
-    measured = {name: found[name] for name in set(found) - {"events", "subjects", "commit_seconds"}}
-    assert set(measured) == {
-        "import_events_per_second", "snapshot_seconds", "snapshot_after_1000_seconds", "single_check_p99_ms",
-        "peak_mib",
-    }  # fmt: skip
-    assert all(value > 0 for value in measured.values())
+    assert (found["events"], found["subjects"]) == (3_000, 1_500)
+    assert {
+        "import_events_per_second", "snapshot_seconds", "snapshot_after_1000_seconds", "commit_seconds",
+        "single_check_p99_ms", "peak_mib",
+    } <= set(found)  # fmt: skip
+    assert all(value > 0 for value in found.values())
 
 
 def test_its_output_is_one_json_object_and_too_few_events_are_refused() -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from rich.console import Console
 from confide.cli import sweep_display
 from confide.simulations import Progress, SweepProgress
 from confide.simulations.frontier import WATERMARK
-from tests.cli.command import confide, files_under, to_toml
+from tests.cli.command import Answer, confide, files_under, spawn, to_toml
 
 SHORT = ("--set", "run.rounds=1", "--set", "training.local_steps=2")
 KEYS = ["name", "axes", "quality", "best", "watermark", "warnings", "settings", "cells", "seconds", "out"]
@@ -105,32 +104,18 @@ def test_a_wrong_axis_is_a_usage_error(folder: Path, arguments: tuple[str, ...],
     assert files_under(folder) == before
 
 
-@pytest.fixture
-def interrupts() -> Iterator[None]:
-    """Ctrl-C does what it does at a terminal; a test runner may have switched it off."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interrupts")
 def test_interrupted_it_says_so_and_finished_cells_stay(folder: Path) -> None:
-    begun, over = folder / "out" / "cells" / "002-rounds-2000" / "rounds.jsonl", threading.Event()
-
-    def interrupt() -> None:
-        while not begun.exists():
-            if over.wait(0.02):
-                return
-        os.kill(os.getpid(), signal.SIGINT)
-
-    watcher = threading.Thread(target=interrupt)
-    watcher.start()
-    try:
-        arguments = ("--over", "run.rounds=1,2000", "--set", "run.report_metrics_every=1000")
-        answer = confide("sweep", "experiment.toml", *arguments, "--out", "out")
-    finally:
-        over.set()
-        watcher.join()
+    arguments = ("--over", "run.rounds=1,2000", "--set", "run.report_metrics_every=1000")
+    process = spawn("sweep", "experiment.toml", *arguments, "--out", "out", cwd=folder)
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    limit = time.monotonic() + 120
+    while not (folder / "out" / "cells" / "002-rounds-2000" / "rounds.jsonl").exists():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    answer = Answer(process.returncode, out, first + err)
     assert (answer.code, answer.out) == (130, "")
     assert answer.err.startswith("cell 1/2")
     assert "confide sweep --resume --out FOLDER goes on with this sweep" in answer.err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +141,7 @@ def test_an_update_that_was_never_sealed_settles_its_charge_to_nothing(
         seals.append(site)
         return len(seals) == 2
 
-    monkeypatch.setattr(runner, "LocalGrid", partial(LocalGrid, drop=drop))
+    monkeypatch.setattr(runner, "LocalGrid", lambda app, sites, **_: LocalGrid(app, sites, drop=drop))
     result = confide.simulate(make_experiment(privacy=WHOLE), out=tmp_path / "out")
     assert result.rounds_abandoned == 1
     settled = {s: [r for r in ledger_rows(tmp_path / "out" / "ledgers", s) if r[1] == "settle"] for s in SITES}

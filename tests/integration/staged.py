@@ -106,7 +106,7 @@ class Staged(Demo):
             out.writerow(["event_id", "subject", "purpose", "type", "effective_at", "lawful_basis"])
             for number, person in enumerate(persons):
                 out.writerow([f"paper-{number}", person, PURPOSE, "given", "2024-01-01T00:00:00+00:00", "consent"])
-        ok("consent", "import", place / "consent.csv", "--registry", place)
+        ok("consent", "import", place / "consent.csv", "--registry", place, "--passphrase-file", self.passphrase)
 
     def enrol(self, name: str) -> None:
         """One more site, with everybody's signature, while everything runs. Its agent is not started."""

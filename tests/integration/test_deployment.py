@@ -59,6 +59,7 @@ def released(made: Deployment) -> dict[str, str]:
     return found
 
 
+@pytest.mark.long  # test_nothing_is_lost and test_foreign_code have real sites train over TLS, too
 def test_three_sites_train_one_model_over_tls_and_their_logs_hold_together(tmp_path: Path) -> None:
     with deployment(tmp_path, run={"rounds": 2}) as made:
         made.start_coordinator()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.deployment_demo import database, run_demo
 from confide.errors import AuditError
 from tests.cli.command import confide
 
 
+@pytest.mark.long  # test_nothing_is_lost has the commands die, too, on a smaller run
 def test_five_sealed_rounds_over_tls_survive_a_killed_coordinator(tmp_path: Path) -> None:
     with database(tmp_path) as url:
         shown = run_demo(tmp_path, url, people=150)

@@ -344,9 +344,10 @@ def long_run(tmp_path: Path) -> Iterator[Federation]:
 
 @pytest.mark.parametrize(
     ("keep", "rounds"),
-    [(False, 60), pytest.param(False, 200, marks=pytest.mark.long), (True, 40)],
+    [(False, 60), (False, 200), (True, 40)],
     ids=["sixty", "two hundred", "the control: nothing is forgotten"],
 )
+@pytest.mark.long
 def test_over_many_rounds_the_coordinator_takes_no_more_memory_and_the_store_hardly_grows(
     long_run: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, rounds: int
 ) -> None:

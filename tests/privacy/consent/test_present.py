@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from confide.errors import ConsentError
-from confide.privacy.consent import ConsentEvent, EventType, Registry, Status, now_micros
+from confide.privacy.consent import ConsentEvent, EventType, Registry, Status, adding, now_micros
 from confide.privacy.consent import registry as registry_module
 from tests.privacy.consent.conftest import KEY, raw
 from tests.privacy.consent.reference import GRANTS, may
@@ -32,7 +32,8 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     start = now_micros()
 
     def set_to(offset: int) -> None:
-        monkeypatch.setattr(registry_module, "now_micros", lambda: start + offset)
+        for module in (registry_module, adding):
+            monkeypatch.setattr(module, "now_micros", lambda: start + offset)
 
     return set_to
 
