@@ -22,7 +22,6 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-import torch
 
 from confide.clients.assembly import SiteFolder, read_records
 from confide.clients.data.records import SiteRecords
@@ -30,7 +29,7 @@ from confide.clients.data.source import read_source
 from confide.clients.enrolment import AUTHORITY, CONFIG, site_keys
 from confide.clients.membership import KEYS, MEMBERSHIP, Membership
 from confide.clients.policy import SitePolicy
-from confide.clients.training.trainer import choose_device
+from confide.clients.training.trainer import require_device
 from confide.config import NumberFeature
 from confide.errors import (
     BudgetError,
@@ -317,9 +316,7 @@ def _connection(
 
 def _device(place: SiteFolder) -> _Said:
     kind = place.config.device.kind
-    chosen = choose_device(kind)
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"{kind} is not there", where=f"{CONFIG} [device]", hint='kind = "auto" takes what is there')
+    chosen = require_device(kind, f"{CONFIG} [device]")
     return "ok", str(chosen), ""
 
 

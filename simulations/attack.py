@@ -25,7 +25,7 @@ from confide.clients.data.records import SiteRecords
 from confide.clients.run import SiteRun
 from confide.clients.store import ModelState
 from confide.clients.training.models import build_model, initial_model
-from confide.clients.training.trainer import LocalTrainer, TrainingPlan, choose_device
+from confide.clients.training.trainer import LocalTrainer, TrainingPlan, choose_device, require_device
 from confide.config import CategoryFeature, LabelConfig, Scalar, SchemaConfig
 from confide.errors import AuditError, ConfideError, ConfigError
 from confide.privacy.audit.attacks import PLACES, Attack, claimed_epsilon, write_attack
@@ -67,7 +67,8 @@ def attack_run(
         progress: Called after each of them with how many are done, of how many.
 
     Raises:
-        ConfigError: There is no such site, too few canaries, or the run claims no differential privacy of training.
+        ConfigError: There is no such site, too few canaries, no such device, or the run claims no
+            differential privacy of training.
         AuditError: There is no such run, or its logs do not hold.
         StorageError: The result cannot be written.
     """
@@ -87,6 +88,7 @@ def attack_run(
     if not FEWEST <= canaries <= MOST:
         raise ConfigError(f"{canaries:,} are too few to show anything, or too many to evaluate", where="--canaries",
                           hint=f"{FEWEST} to {MOST:,}")  # fmt: skip
+    require_device(device, "--device")
     guesses, correct = _Attack(manifest, site, device).execute(canaries, progress)
     shown = epsilon_shown(canaries, guesses, correct, manifest.privacy.delta)
     return write_attack(folder, evidence, AttackResult(

@@ -11,6 +11,7 @@ Invariants, per step:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -26,10 +27,11 @@ from confide.clients.data.records import Batch, SiteRecords
 from confide.clients.training.models import flatten, load_flat
 from confide.clients.training.plan import TrainingPlan
 from confide.clients.training.stacked import Chain, Work, train_stacked
+from confide.errors import ConfigError
 from confide.privacy.dp import SecureRandom
 from confide.privacy.dp.metrics import Task, contributions
 
-__all__ = ["TRAIN", "LocalTrainer", "TrainingPlan", "choose_device"]
+__all__ = ["TRAIN", "LocalTrainer", "TrainingPlan", "choose_device", "require_device"]
 
 Vector = NDArray[np.float32]
 Floats = NDArray[np.float64]
@@ -50,6 +52,20 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
+
+
+def require_device(name: str, where: str) -> torch.device:
+    """The device of a name that somebody has given.
+
+    Raises:
+        ConfigError: It is no device's name, or it is not there.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise ConfigError(f"{name[:40]!r} is no device", where=where, hint="auto, cpu or cuda:N")
+    chosen = choose_device(name)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"{name} is not there", where=where, hint="auto takes what is there")
+    return chosen
 
 
 class _PersonOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped

@@ -178,6 +178,10 @@ def test_what_cannot_be_attacked_is_said(clean: Path, tmp_path: Path) -> None:
         attack.attack_run(clean, site="nowhere")
     with pytest.raises(ConfigError, match="too few"):
         attack.attack_run(clean, canaries=attack.FEWEST - 1)
+    with pytest.raises(ConfigError, match="'nonsense' is no device"):
+        attack.attack_run(clean, device="nonsense")
+    with pytest.raises(ConfigError, match="cuda:99 is not there"):
+        attack.attack_run(clean, device="cuda:99")
     with pytest.raises(AuditError, match="no run"):
         attack.attack_run(clean, run="another")
     with pytest.raises(AuditError, match="no coordinator"):
