@@ -86,7 +86,7 @@ class World:
         self._pseudonyms: dict[str, dict[str, bytes]] = {}
         self._run_folder, self._ledger_folder = run_folder, ledger_folder
         run_folder.mkdir(parents=True, exist_ok=True)
-        self._begun, self._round = set[str](), 0
+        self._begun, self._round, self._ending = set[str](), 0, False
         #: What the ledgers of sites that were closed hold: (ε of the more exposed role, limit).
         self._spent: dict[str, tuple[float, float]] = {}
         drawn = self.experiment.sites.per_round
@@ -170,7 +170,8 @@ class World:
         return self._spent | {name: _spent(site) for name, site in self.sites.open.items()}
 
     def close(self) -> None:
-        """Release all files."""
+        """Release all files; what of them is wanted elsewhere was exported before."""
+        self._ending = True
         if hasattr(self, "log"):
             self.log.close()
         self.sites.close()
@@ -180,7 +181,7 @@ class World:
         site.local_log.export(self._run_folder / site.name / "local.log")
 
     def _close_site(self, site: Site) -> None:
-        if self.experiment.sites.per_round is not None:
+        if not self._ending and self.experiment.sites.per_round is not None:
             self._spent[site.name] = _spent(site)
             self._export(site)
         site.close()
