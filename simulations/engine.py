@@ -114,8 +114,10 @@ def engine_of(place: Place, asked: str | None, ray_address: str | None) -> Engin
         ConfigError: Another one was asked for.
     """
     if asked not in (None, place.engine):
-        raise ConfigError(f"this run was begun with --engine {place.engine}",
-                          where=f"--engine {asked}", hint="leave it out: a run goes on with its own engine")  # fmt: skip
+        raise ConfigError(
+            f"this run was begun with --engine {place.engine}", where=f"--engine {asked}",
+            hint="leave the option out: a run goes on with its own engine",
+        )  # fmt: skip
     engine = find_engine(place.engine, ray_address)
     use_engine(place, engine)
     return engine
