@@ -18,6 +18,7 @@ from confide.config import Experiment
 from confide.errors import ConfigError
 from confide.server.app import make_server_app
 from confide.server.coordinator import Coordinator, Released, RoundOutcome
+from confide.simulations.grouping import Grouping
 from confide.simulations.keeping import Keeping
 from confide.simulations.place import LOCAL, Place
 from confide.simulations.scenario import Unreachable
@@ -43,6 +44,7 @@ class Drive:
         recall: Told of the rounds of earlier processes, before the first one.
         after_round: Told of each round, in its order.
         unreachable: Says of a message that its site cannot be reached.
+        grouping: Which sites train at once.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class Drive:
     recall: Callable[[Iterable[RoundOutcome]], None]
     after_round: Callable[[RoundOutcome], None]
     unreachable: Unreachable
+    grouping: Grouping
 
 
 class Engine(Protocol):

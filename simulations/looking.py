@@ -21,6 +21,8 @@ def model_now(world: World, name: str, *, apart: bool) -> tuple[float, NDArray[n
         name: The site.
         apart: Are the sites open in other processes?
     """
+    if world.elsewhere is not None:
+        return world.elsewhere.look(name)
     if not apart:
         model = world.sites[name].current_model(world.manifest.run)
         return model.saturated, model.weights
@@ -30,6 +32,8 @@ def model_now(world: World, name: str, *, apart: bool) -> tuple[float, NDArray[n
 
 def held_out_now(world: World) -> Mapping[str, NDArray[np.bool_]]:
     """By site, whose metrics may be asked for; public data only."""
+    if world.elsewhere is not None:
+        return world.elsewhere.held_out()
     if world.sites.open:
         return {site.name: site.participants(world.manifest).held_out for site in world.sites.open.values()}
     shown = {name: read_seen(world.folder, name) for name in world.sites}

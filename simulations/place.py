@@ -44,6 +44,8 @@ class Place:
     ) -> None:
         self.folder, self.ledgers, self.keeping, self.earlier = folder, ledgers, keeping, earlier
         self.engine = engine
+        #: Processes that have the sites, where the engine is the local one; None: as many as are of use.
+        self.workers: int | None = 1
         #: Called before a world that is kept is made.
         self.prepare: Callable[[Keeping, Sources], None] = lambda _keeping, _sources: None
         self._made_from: tuple[Experiment, Path] | None = None

@@ -6,6 +6,7 @@ everything charged stays charged, and the run can be resumed from there: a new r
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,14 +23,14 @@ from confide.clients.app import make_client_app
 from confide.clients.data.preprocess import encoded_width
 from confide.clients.training.artifact import save_model
 from confide.clients.training.models import build_model
-from confide.errors import ConfideError, PeerError, StorageError
+from confide.errors import ConfideError, ConfigError, PeerError, StorageError
 from confide.privacy.dp import RUN_LABEL, Role
 from confide.privacy.dp import metrics as dp_metrics
-from confide.privacy.flushing import GroupCommit, flush_commits
+from confide.privacy.flushing import GroupCommit
 from confide.privacy.sealing import make_profile
 from confide.server.coordinator import Coordinator, Released, RoundOutcome
 from confide.server.runs import RunStore
-from confide.simulations import together as joint
+from confide.simulations import grouping as stacks
 from confide.simulations.earlier import earlier_run, ledgers_of, retraining
 from confide.simulations.engine import Drive, Engine, engine_of, find_engine, run_over, use_engine
 from confide.simulations.evaluation import ExactEvaluator
@@ -53,6 +54,7 @@ from confide.simulations.result import (
 from confide.simulations.scenario import Unreachable, honest
 from confide.simulations.sources import load_sources
 from confide.simulations.statistics import STATISTICS, learn_bounds, read_learned
+from confide.simulations.workers import WorkersEngine
 from confide.simulations.world import World
 
 __all__ = ["simulate"]
@@ -71,6 +73,7 @@ def simulate(
     retrain_after: str | Path | None = None,
     engine: str | None = None,
     ray_address: str | None = None,
+    workers: int | None = 1,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Result:
     """Run an experiment.
@@ -87,14 +90,19 @@ def simulate(
         engine: Where the sites run: `local` (this process), `ray` (Flower's simulation engine), or `deployment` (real
             processes over TLS on this machine). Default: `local`; a resumed run stays with its own.
         ray_address: Of a Ray cluster, for `ray`; default: processes of this machine.
+        workers: With the engine `local`: processes that have the sites between them; None: as many as cores, where
+            there are more than a few sites. It changes nothing but the time that a run takes.
         progress: Called as each round ends.
 
     Raises:
         ConfideError: Wrong input (nothing was written), or the run could not go on.
     """
     started = time.perf_counter()
+    if workers is not None and workers < 1:
+        raise ConfigError(f"{workers} is no number of processes", where="--workers", hint="1 or more")
     if resume:
         with GroupCommit(), resumed_place(experiment, list(overrides), out, ledger) as place, _one_thread():
+            place.workers = workers
             return _execute(place, engine_of(place, engine, ray_address), progress, started)
     apart = find_engine(engine or LOCAL, ray_address)
     earlier = Path(retrain_after) if retrain_after is not None else None
@@ -113,6 +121,7 @@ def simulate(
         new_place(folder, ledgers, earlier) as place,
     ):
         use_engine(place, apart)
+        place.workers = workers
         # Where bounds are learned first, this world is only asked whether the run may be.
         world = place.world(sources, kept=not sources.learned)
         with _told(folder, world):
@@ -220,8 +229,14 @@ class _Run:
 
     def execute(self) -> Result:
         world = self._world
-        alone = len(world.sites) <= _FEW_SITES or world.experiment.scenario.poisoned  # a liar has a program of its own
-        together = 1 if alone else joint.TOGETHER
+        alone = len(world.sites) <= _FEW_SITES or bool(
+            world.experiment.scenario.poisoned
+        )  # a liar has a program of its own
+        grouping = stacks.Grouping.of_cohort(
+            world.experiment.sites.per_round or len(world.sites), 1 if alone else stacks.TOGETHER
+        )
+        if self._engine is None and (count := self._count(grouping, alone=alone)) > 1:
+            self._engine = WorkersEngine(count)
         sites = make_client_app(self._site_of)
 
         def start(flower_grid: Grid) -> Coordinator:
@@ -239,13 +254,19 @@ class _Run:
             return coordinator
 
         if self._engine is None:
-            grid = LocalGrid(sites, world.sites, drop=self._unreachable, together=together)
+            grid = LocalGrid(sites, world.sites, drop=self._unreachable, grouping=grouping)
             return self._finish(run_over(grid, start))
         drive = Drive(
             folder=self._folder, keeping=self._place.keeping, world=world, start=start, recall=self._recall,
-            after_round=self._after_round, unreachable=self._unreachable,
+            after_round=self._after_round, unreachable=self._unreachable, grouping=grouping,
         )  # fmt: skip
         return self._finish(self._engine.drive(drive))
+
+    def _count(self, grouping: stacks.Grouping, *, alone: bool) -> int:
+        """How many processes have the sites."""
+        if self._place.workers is not None:
+            return min(self._place.workers, grouping.groups)
+        return 1 if alone else min(len(os.sched_getaffinity(0)), grouping.groups)
 
     def _before_round(self, round_: int) -> None:
         self._unreachable.begin(round_)
@@ -265,7 +286,7 @@ class _Run:
                 self._released_intervals = intervals_from_json(tree["released_intervals"])
 
     def _after_round(self, outcome: RoundOutcome) -> None:
-        flush_commits()  # before anything of the round is shown
+        self._world.flush()  # before anything of the round is shown
         manifest = self._world.manifest
         if outcome.round <= len(self._lines):
             return  # an earlier process wrote it down
@@ -329,7 +350,7 @@ class _Run:
         if released.metrics_round is not None:
             self._lines.release(released.metrics_round - 1, metrics, intervals)
         epsilon = self._epsilon_after(manifest.rounds)
-        flush_commits()
+        world.flush()
         result = Result(
             run_id=manifest.run,
             rounds=manifest.rounds,

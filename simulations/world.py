@@ -5,7 +5,12 @@ What is simulated: where the sites run, who consents (unless a file says), and t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from confide.clients.data.preprocess import encoded_width
 from confide.clients.membership import Membership, SiteKeys
@@ -15,6 +20,7 @@ from confide.privacy.audit.log import Log
 from confide.privacy.dp import PrivacyEvent, Role
 from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.dp.statistics import RELEASES
+from confide.privacy.flushing import flush_commits
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
 from confide.protocol.roster import (
@@ -33,10 +39,26 @@ from confide.simulations.making import FEDERATION, SiteMaker
 from confide.simulations.sites import Sites
 from confide.simulations.sources import Sources
 
-__all__ = ["COORDINATOR", "FEDERATION", "World"]
+__all__ = ["COORDINATOR", "FEDERATION", "Elsewhere", "World"]
 
 #: Sites that stay open where rounds are drawn for some of them; each holds files and a registry open.
 _OPEN = 200
+
+
+class Elsewhere(Protocol):
+    """Processes that have the sites, for the one that simulates."""
+
+    def look(self, name: str) -> tuple[float, NDArray[np.float32] | None]:
+        """The share of the latest sum that was clipped, and the weights, at one site."""
+
+    def held_out(self) -> Mapping[str, NDArray[np.bool_]]:
+        """By site, whose metrics may be asked for."""
+
+    def before_round(self, round_: int) -> None:
+        """The officers record what the round brings."""
+
+    def flush(self) -> None:
+        """What was committed is on the disk."""
 
 
 class World:
@@ -72,6 +94,8 @@ class World:
         self._run_folder, self._round = run_folder, 0
         run_folder.mkdir(parents=True, exist_ok=True)
         self._ending = False
+        #: Other processes of this simulation that have the sites.
+        self.elsewhere: Elsewhere | None = None
         self._maker = SiteMaker(
             sources, run_folder, ledger_folder, coordinator=self.coordinator.public_key, identity=self._identity,
             member=lambda name: self._members[name],
@@ -137,6 +161,8 @@ class World:
     def before_round(self, round_: int) -> None:
         """The simulated officers record this round's withdrawals."""
         self._round = round_
+        if self.elsewhere is not None:
+            self.elsewhere.before_round(round_)
         for name in self.sites.open:
             self._maker.withdraw_until(name, round_, since=round_ - 1)
             self._maker.churn(name, round_)
@@ -148,12 +174,34 @@ class World:
             StorageError: It cannot be written.
         """
         self.log.export(self._logs / f"{COORDINATOR}.log")
+        self.export_sites()
+
+    def export_sites(self) -> None:
+        """The same for the sites that are open.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
         for site in self.sites.open.values():
             self._export(site)
 
     def spent(self) -> dict[str, tuple[float, float]]:
         """Of every site that took part: ε of its ledger's more exposed role, and the ledger's limit."""
         return self._spent | {name: _spent(site) for name, site in self.sites.open.items()}
+
+    def note_spent(self, spent: Mapping[str, tuple[float, float]]) -> None:
+        """What ledgers hold that others have closed."""
+        self._spent |= spent
+
+    def flush(self) -> None:
+        """What was committed so far is on the disk.
+
+        Raises:
+            OSError: The disk does not take it.
+        """
+        if self.elsewhere is not None:
+            self.elsewhere.flush()
+        flush_commits()
 
     def let_go(self) -> None:
         """Others have the sites and the coordinator's log open from here on."""
@@ -163,6 +211,10 @@ class World:
     def take_back(self) -> None:
         """Nobody else has them open any more: those that have taken part are open again, as far as they all may be."""
         self.log = self._open_log()
+        self.open_again()
+
+    def open_again(self) -> None:
+        """Open the sites that have taken part, as far as they all may be open."""
         for name in self.sites:
             if (self._run_folder / name / "state.db").is_file():
                 self.sites[name]
@@ -174,9 +226,13 @@ class World:
 
     def close(self) -> None:
         """Release all files; what of them is wanted elsewhere was exported before."""
-        self._ending = True
         if hasattr(self, "log"):
             self.log.close()
+        self.close_sites()
+
+    def close_sites(self) -> None:
+        """Release the sites' files; what of them is wanted elsewhere was exported before."""
+        self._ending = True
         self.sites.close()
 
     def _open_log(self) -> Log:

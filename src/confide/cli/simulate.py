@@ -62,6 +62,15 @@ def simulate(
             help="For --engine ray: a Ray cluster; on one of its machines, auto.",
         ),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="For --engine local: processes that have the sites between them. Left out: one for each core, where "
+            "there are more than a dozen sites. The result does not depend on it.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, wherever it was interrupted.")
     ] = False,
@@ -116,6 +125,7 @@ def simulate(
                 retrain_after=retrain_after,
                 engine=None if engine is None else engine.value,
                 ray_address=ray_address,
+                workers=workers,
                 progress=display.update,
             )
         tracker.run(result)
