@@ -5,6 +5,9 @@ Flower's engine over Ray, one after the other, each in a process of its own and 
 The work is the same for all: clients x samples of 784 features, an MLP 784-128-10 without noise, one local pass in
 batches of ten by SGD; ours draws each batch (Poisson), clips each record and runs the whole protocol under profile
 `open`: signed messages in Flower's wire form, digests, consent snapshots, durable logs and ledgers.
+
+All have one thread and one process first; then, under `all_cores`, ours has as many processes as there are cores, and
+Flower's engine what it takes.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ FEATURES, CLASSES, HIDDEN, BATCH, RATE = 784, 10, 128, 10, 0.1
 CONTENDERS = ("confide", "confide_vectorised", "plain_loop", "flower_ray", "pfl")
 _HERE = Path(__file__).resolve().parent
 _PEERS = {"flower_ray": ("flower", "flower_ray.py"), "pfl": ("pfl", "pfl_fedavg.py")}
+#: Those that can have several processes.
+_ALL_CORES = ("confide", "confide_vectorised", "flower_ray")
 #: Rounds before the engine is warm.
 _WARM = 2
 
@@ -78,14 +83,16 @@ def experiment(folder: Path, samples: int, rounds: int, cohort: int) -> dict[str
     }  # fmt: skip
 
 
-def run_confide(folder: Path, samples: int, rounds: int, cohort: int, at_once: int) -> dict[str, Any]:
-    """Our engine, in this process."""
+def run_confide(
+    folder: Path, samples: int, rounds: int, cohort: int, at_once: int, workers: int | None
+) -> dict[str, Any]:
+    """Our engine, in this process and, where it may, in others."""
     grouping.TOGETHER = at_once
     marks = [(time.perf_counter(), time.process_time())]
     with tempfile.TemporaryDirectory() as scratch:
         simulate(
             experiment(folder, samples, rounds, cohort), out=Path(scratch) / "out",
-            progress=lambda _: marks.append((time.perf_counter(), time.process_time())),
+            workers=workers, progress=lambda _: marks.append((time.perf_counter(), time.process_time())),
         )  # fmt: skip
     walls, cpus = (np.array(part) for part in zip(*marks, strict=True))
     # What is told after a round is told before the next one trains: the first difference is start-up and first round.
@@ -180,6 +187,8 @@ def contend(name: str, folder: Path, args: argparse.Namespace, threads: int | No
         command = [sys.executable, "-m", "benchmarks.simulation", "--one", name, "--folder", str(folder), "--rounds",
                    rounds, "--cohort", cohort, "--samples", str(args.samples)]  # fmt: skip
     limits = {} if threads is None else {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    if threads is None and name not in _PEERS:
+        command.append("--all-cores")
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, env={**os.environ, **limits}, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -195,11 +204,29 @@ def contend(name: str, folder: Path, args: argparse.Namespace, threads: int | No
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything; ratios are of medians within this run."""
-    names = [n for n in CONTENDERS if n not in args.without]
+    names, load = [n for n in CONTENDERS if n not in args.without], os.getloadavg()[0]
+    alone, cores = [n for n in names if n != "flower_ray"], [n for n in names if n in _ALL_CORES]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_data(folder, args.clients, args.samples)
-        runs = {n: contend(n, folder, args, args.threads) for n in names}
+        one = _figures({n: contend(n, folder, args, 1) for n in alone})
+        all_ = _figures({n: contend(n, folder, args, None) for n in cores})
+    seconds, faster = one["seconds_per_round"], all_["seconds_per_round"]
+    return {
+        "clients": args.clients, "samples": args.samples, "cohort": args.cohort, "rounds": args.rounds,
+        "cores": os.cpu_count(), "load": load, **one, "all_cores": all_,
+        "training_only": training_only(args.cohort, args.samples),
+        "ratios": {
+            "confide_over_pfl": _over(seconds, "confide", "pfl"),
+            "confide_vectorised_over_pfl": _over(seconds, "confide_vectorised", "pfl"),
+            "flower_over_confide_steady": _over(faster, "flower_ray", "confide_vectorised"),
+            "flower_over_confide_whole": _over(all_["whole_seconds"], "flower_ray", "confide_vectorised"),
+        },
+    }  # fmt: skip
+
+
+def _figures(runs: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, float | None]]:
+    """Medians of the rounds after the first two, and what the whole command took, by contender."""
 
     def each(key: str) -> dict[str, float | None]:
         return {n: None if r is None or key not in r else round(float(r[key]), 3) for n, r in runs.items()}
@@ -210,19 +237,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             for n, r in runs.items()
         }
 
-    seconds, whole = steady("rounds"), each("whole")
     return {
-        "clients": args.clients, "samples": args.samples, "cohort": args.cohort, "rounds": args.rounds,
-        "threads": args.threads, "cores": os.cpu_count(), "load": os.getloadavg()[0],
-        "seconds_per_round": seconds, "cpu_seconds_per_round": steady("cpu"), "startup_seconds": each("startup"),
-        "whole_seconds": whole, "whole_cpu_seconds": each("whole_cpu"), "peak_mib": each("peak_mib"),
-        "training_only": training_only(args.cohort, args.samples),
-        "ratios": {
-            "confide_over_pfl": _over(seconds, "confide", "pfl"),
-            "confide_vectorised_over_pfl": _over(seconds, "confide_vectorised", "pfl"),
-            "flower_over_confide_steady": _over(seconds, "flower_ray", "confide_vectorised"),
-            "flower_over_confide_whole": _over(whole, "flower_ray", "confide_vectorised"),
-        },
+        "seconds_per_round": steady("rounds"), "cpu_seconds_per_round": steady("cpu"), "startup_seconds":
+        each("startup"), "whole_seconds": each("whole"), "whole_cpu_seconds": each("whole_cpu"),
+        "peak_mib": each("peak_mib"),
     }  # fmt: skip
 
 
@@ -237,7 +255,9 @@ def _model() -> nn.Module:
 
 
 def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Of the largest process of this run, with what it shares with the others."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(kind).ru_maxrss for kind in kinds) / 1024
 
 
 def main() -> None:
@@ -248,16 +268,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--cohort", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, help="of each contender; left out: as many as it likes")
     parser.add_argument("--without", nargs="*", default=[], choices=CONTENDERS)
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--all-cores", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one == "plain_loop":
         print(json.dumps(run_loop(args.folder, args.rounds, args.cohort)))
     elif args.one:
-        at_once = 50 if args.one == "confide_vectorised" else 1
-        print(json.dumps(run_confide(args.folder, args.samples, args.rounds, args.cohort, at_once)))
+        at_once, workers = 8 if args.one == "confide_vectorised" else 1, None if args.all_cores else 1
+        print(json.dumps(run_confide(args.folder, args.samples, args.rounds, args.cohort, at_once, workers)))
     else:
         print(json.dumps(measure(args)))
 

@@ -41,13 +41,14 @@ def write_figures(result: Result, folder: Path) -> list[Path]:
 
 def _quality(result: Result, path: Path) -> Path:
     figure, axes = _axes()
-    shown = [name for name in ("auc", "accuracy", "mean_absolute_error_scaled") if name in result.curve[0]]
+    known = ("auc", "accuracy", "mean_absolute_error_scaled")
+    shown = [name for name in known if any(name in point for point in result.curve)]
     for name, colour in zip(shown, (_ACCENT, _SECOND), strict=False):
-        values = [point[name] for point in result.curve]
-        axes.plot(range(len(values)), values, color=colour, marker="o", markersize=3.5, label=NAMES[name])
+        rounds, values = zip(*((i, p[name]) for i, p in enumerate(result.curve) if name in p), strict=True)
+        axes.plot(rounds, values, color=colour, marker="o", markersize=3.5, label=NAMES[name])
         axes.annotate(
             f"{values[-1]:.3f}",
-            (len(values) - 1, values[-1]),
+            (rounds[-1], values[-1]),
             textcoords="offset points",
             xytext=(6, -3),
             color=colour,

@@ -21,8 +21,10 @@ def write_index(result: Result, path: Path) -> None:
     quality = loss = ""
     if result.curve:
         series = [
-            Series(NAMES.get(name, name), [(float(i), point[name]) for i, point in enumerate(result.curve)])
-            for name in list(result.curve[0])[:2]
+            Series(NAMES.get(n, n), [(float(i), point[n]) for i, point in enumerate(result.curve) if n in point])
+            for n in max((list(point) for point in result.curve), key=len)[
+                :2
+            ]  # a metric may have no value where few are held out
         ]
         quality = line_chart("quality", "Quality by round", "rounds trained", "exact, on held-out persons", series)
     if private:

@@ -333,7 +333,7 @@ class _Run:
     def _exact(self, weights: Any) -> dict[str, float] | None:
         if self._evaluator is None or weights is None:
             return None
-        return self._evaluator.evaluate(weights, held_out_now(self._world))
+        return self._evaluator.evaluate(weights, held_out_now(self._world)) or None  # of nobody there is none
 
     def _epsilon_after(self, rounds: int) -> float:
         if not self._world.manifest.privacy.protects:

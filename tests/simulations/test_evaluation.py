@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import log_loss, r2_score, roc_auc_score
 
+from confide import simulate
 from confide.clients.data.records import SiteRecords
 from confide.clients.training.models import build_model, flatten
 from confide.clients.training.trainer import LocalTrainer, TrainingPlan, predict
@@ -16,6 +19,7 @@ from confide.config import ModelConfig, TrainingConfig
 from confide.privacy.dp import SecureRandom
 from confide.privacy.dp.metrics import PROBABILITY_LIMITS, Task, read
 from confide.simulations.evaluation import ExactEvaluator
+from tests.support import experiment_tree, write_people
 
 INPUTS, PEOPLE = 3, 600
 CPU = torch.device("cpu")
@@ -95,3 +99,15 @@ def test_where_all_labels_are_alike_there_is_no_auc() -> None:
     found = ExactEvaluator(model, "binary", {"one": records}).evaluate(flatten(model), {"one": positive})
     assert list(found) == ["accuracy", "ece", "clipped_loss"]
     assert ExactEvaluator(model, "binary", {"one": records}).evaluate(flatten(model), {"one": ~positive | True})["auc"]
+
+
+def test_where_nobody_is_held_out_a_run_ends_without_exact_metrics(tmp_path: Path) -> None:
+    tree = experiment_tree(str(write_people(tmp_path)), run={"rounds": 1}, privacy={"epsilon": float("inf")})
+    tree["data"]["held_out"] = 1e-9
+    result = simulate(tree, out=tmp_path / "out")
+    assert result.metrics is None
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["metrics"] is None
+    assert "Quality by round" not in (tmp_path / "out" / "index.html").read_text()
+    tree["data"]["held_out"] = 0.3  # control
+    assert simulate(tree, out=tmp_path / "control").metrics
+    assert "Quality by round" in (tmp_path / "control" / "index.html").read_text()
