@@ -80,6 +80,7 @@ class Coordinator:
         after_round: Called with each round's outcome; a resumed run tells the latest one again.
         timeout: Seconds to wait for replies; None waits for ever.
         store: Where the run lies, from which another process goes on; None: in this one's memory only.
+        between: Called again and again while replies are waited for; what it raises ends `run`, as a kill would.
 
     Raises:
         ConfigError: The store holds this run with another manifest.
@@ -98,6 +99,7 @@ class Coordinator:
         after_round: Callable[[RoundOutcome], None] = lambda _: None,
         timeout: float | None = None,
         store: RunStore | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
         self.manifest = manifest
         self._before_round, self._after_round = before_round, after_round
@@ -106,7 +108,7 @@ class Coordinator:
         self.log = log
         first = initial_model.astype("<f4").tobytes()
         self._journal: Journal = (store or RunStore()).open(manifest.run, manifest.to_bytes(), first, log)
-        self._exchange = Exchange(grid, identity, manifest, log, self._journal, timeout)
+        self._exchange = Exchange(grid, identity, manifest, log, self._journal, timeout, between)
         self._catch_up = CatchUp(self._exchange, self._journal, manifest)
         self._members = Members(grid, self._exchange, self._journal, manifest, initial_model)
 
