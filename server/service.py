@@ -74,13 +74,17 @@ class Service:
         self._name = federation.state.name
         self._warn_at = 0.0
 
-    def run(self) -> None:
+    def run(self, end: threading.Event | None = None) -> None:
         """Serve until the process is told to end.
+
+        Args:
+            end: Set by whoever wants the service to end; else it is for ever. No run ends with it.
 
         Raises:
             ConfigError: The link cannot listen.
             StorageError: The disk or the store does not take what must be durable.
         """
+        end = end or threading.Event()
         with self._alone(), log_file(self._folder / "server.log"):
             store = RunStore(self._config.store)
             try:
@@ -88,16 +92,16 @@ class Service:
                 endings = Endings(self._identity, store, self._open_log)
                 if self._roster() is None:
                     self._config.tell("waiting for a complete roster: confide federation show says who is missing")
-                while True:
+                while not end.is_set():
                     roster = self._roster()
                     if roster is None:
-                        time.sleep(_IDLE_SECONDS)
+                        end.wait(_IDLE_SECONDS)
                     else:
-                        self._serve(roster, store, endings)
+                        self._serve(roster, store, endings, end)
             finally:
                 store.close()
 
-    def _serve(self, roster: Roster, store: RunStore, endings: Endings) -> None:
+    def _serve(self, roster: Roster, store: RunStore, endings: Endings, end: threading.Event) -> None:
         """As long as roster and certificate are the newest; then until no run is under way."""
         ending, shown = threading.Event(), self._certificate()
         with Link(self._link(roster)) as link:
@@ -108,20 +112,19 @@ class Service:
             telling = Worker("endings", partial(endings.serve, link, ending))
             going: dict[str, Worker] = {}
             try:
-                self._take_runs(
-                    shared, telling, going, lambda: (self._roster(), self._certificate()) == (roster, shown)
-                )
+                self._take_runs(shared, telling, going, end, lambda: self._shows(roster, shown))
             finally:
                 ending.set()
                 for worker in (telling, *going.values()):
                     worker.join(_PATIENCE)
 
     def _take_runs(
-        self, shared: Shared, telling: Worker, going: dict[str, Worker], unchanged: Callable[[], bool]
-    ) -> None:
+        self, shared: Shared, telling: Worker, going: dict[str, Worker], end: threading.Event,
+        unchanged: Callable[[], bool],
+    ) -> None:  # fmt: skip
         """Until the link is out of date and nobody uses it. What ends a worker ends this, too."""
         waiting, current = Waiting(self._folder, shared.store, self._config.wait_for_all), True
-        while current or going:
+        while (current or going) and not end.is_set():
             over = [run for run, worker in going.items() if not worker.alive]
             for worker in (telling, *going.values()):
                 if worker.error is not None:
@@ -137,12 +140,16 @@ class Service:
                 self._warn()
             while (found := self._next(shared, waiting, going, current)) is not None:
                 going[found] = Worker(f"run {found}", TakenRun(shared, found).drive)
-            time.sleep(_IDLE_SECONDS)
+            end.wait(_IDLE_SECONDS)
 
     def _next(self, shared: Shared, waiting: Waiting, going: dict[str, Worker], current: bool) -> str | None:
         link = shared.link
         there = {link.sites[node] for node in link.online() if node in link.sites}
         return waiting.next(going, there, room=current and len(going) < self._config.at_once)
+
+    def _shows(self, roster: Roster, certificate: bytes) -> bool:
+        """Are these still the newest?"""
+        return (self._roster(), self._certificate()) == (roster, certificate)
 
     def _open_log(self) -> Log:
         return self._identity.open_log(self._folder / LOGS, "coordinator", self._name)

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import signal
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,11 +68,11 @@ def run(
         wait_for_all=wait_for_all, tell=tell,
     )  # fmt: skip
     service = Service(config, passphrase_from(passphrase_file))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        service.run()
-    except KeyboardInterrupt:
-        tell("ended; what was durable is kept")
+    end = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: end.set())
+    with suppress(KeyboardInterrupt):
+        service.run(end)
+    tell("ended; what was durable is kept")
 
 
 def write_model(folder: Path, manifest: Manifest, released: Released) -> None:
