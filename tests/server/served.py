@@ -24,6 +24,7 @@ from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import stored_entries
 from confide.protocol.flower import from_records, to_records
 from confide.protocol.keyfiles import read_key
+from confide.server.federation import FederationFolder
 from confide.server.runs import RunStore
 from confide.server.service import Service, ServiceConfig, run_store
 from tests.attacks.federation import header_of
@@ -149,7 +150,7 @@ class Served:
 
     def come(self, *sites: str) -> None:
         """These sites are there."""
-        port = int((self.fed / "server.port").read_text())
+        port = int(FederationFolder(self.fed).state.endpoint.rpartition(":")[2])
         self.sites |= {name: PlayedSite(self.made.sites[name], port, self._before) for name in sites}
 
     def _before(self, site: str, run: str, step: str, round_: int) -> None:
