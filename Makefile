@@ -43,7 +43,7 @@ test-long: $(STAMP) ## tests that take long to say what a shorter one says nearl
 test-chaos: $(STAMP) ## kill every process in every phase, cut networks, fill disks, 200 rounds: tens of minutes
 	@CONFIDE_CHAOS=1 $(BIN)/python -m pytest -q -n 0 tests/server/test_killed.py tests/simulations/test_resume.py \
 		tests/integration/test_deployment.py tests/integration/test_nothing_is_lost.py tests/integration/test_sites_away.py \
-		tests/integration/test_coordinator_memory.py
+		tests/integration/test_coordinator_memory.py tests/integration/test_runs_at_once.py
 
 lint: $(STAMP) ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }

@@ -162,7 +162,7 @@ class Demo:
         tree["privacy"] = {**tree["privacy"], "epsilon": 4.0}
         tree["data"] = {"label": _EXAMPLE["data"]["label"], "held_out": 0.2}
         for section, values in sections.items():
-            tree[section] = {**tree[section], **values}
+            tree[section] = {**tree.get(section, {}), **values}
         (self.folder / f"{name}.toml").write_text(to_toml(tree))
         done = ok("run", "start", self.folder / f"{name}.toml", "--federation", self.fed, "--json").last_line
         return str(done["run"])

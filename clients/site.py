@@ -28,6 +28,7 @@ from confide.clients.ending import OVER, Endings
 from confide.clients.membership import Membership
 from confide.clients.participants import Participants, ParticipantSource
 from confide.clients.policy import SitePolicy
+from confide.clients.promised import check_beside_others
 from confide.clients.rounds import NOT_AUTHENTIC, Answer, RoundSteps
 from confide.clients.run import SiteRun, model_digest
 from confide.clients.snapshots import SnapshotStore
@@ -141,6 +142,7 @@ class Site:
         run = self._run(manifest)
         if manifest.privacy.is_private:
             self.ledger.check(manifest.all_charges())
+            check_beside_others(manifest, self.ledger, self._store)
         if not self.records.persons:
             raise DataError("holds no records", where=f"site {self.name}", hint="check data.site, or drop the site")
         present = self.participants(run.manifest)

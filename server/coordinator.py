@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -31,12 +30,13 @@ from confide.protocol import messages as m
 from confide.protocol.envelope import Address, Envelope, Header
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
+from confide.server.catchup import CatchUp
 from confide.server.exchange import Exchange
 from confide.server.joining import Members
-from confide.server.journal import Journal, RoundOutcome, Total
+from confide.server.journal import Journal
 from confide.server.keys import distribute_keys
 from confide.server.runs import RunStore
-from confide.strategies import make_strategy
+from confide.server.totals import RoundOutcome, Total
 
 __all__ = ["Coordinator", "Released", "RoundOutcome"]
 
@@ -80,6 +80,7 @@ class Coordinator:
         after_round: Called with each round's outcome; a resumed run tells the latest one again.
         timeout: Seconds to wait for replies; None waits for ever.
         store: Where the run lies, from which another process goes on; None: in this one's memory only.
+        between: Called again and again while replies are waited for; what it raises ends `run`, as a kill would.
 
     Raises:
         ConfigError: The store holds this run with another manifest.
@@ -98,6 +99,7 @@ class Coordinator:
         after_round: Callable[[RoundOutcome], None] = lambda _: None,
         timeout: float | None = None,
         store: RunStore | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
         self.manifest = manifest
         self._before_round, self._after_round = before_round, after_round
@@ -106,7 +108,8 @@ class Coordinator:
         self.log = log
         first = initial_model.astype("<f4").tobytes()
         self._journal: Journal = (store or RunStore()).open(manifest.run, manifest.to_bytes(), first, log)
-        self._exchange = Exchange(grid, identity, manifest, log, self._journal, timeout)
+        self._exchange = Exchange(grid, identity, manifest, log, self._journal, timeout, between)
+        self._catch_up = CatchUp(self._exchange, self._journal, manifest)
         self._members = Members(grid, self._exchange, self._journal, manifest, initial_model)
 
     @property
@@ -153,21 +156,16 @@ class Coordinator:
 
     # --- steps -------------------------------------------------------------------------------------------------
 
-    @property
-    def _drawn(self) -> bool:
-        """Are rounds for some of the sites only? Those then join when they are drawn for the first time."""
-        return self.manifest.sites_per_round is not None
-
     def _join(self) -> None:
-        only = self.manifest.drawn(self._journal.position().next) if self._drawn else None
+        only = self.manifest.drawn(self._journal.position().next) if self._catch_up.drawn else None
         if self._members.invite(only) < self.manifest.min_sites:
             raise self._too_few("joined")
-        if not self._drawn:
+        if not self._catch_up.drawn:
             self._members.close()
 
     def _find(self, round_: int) -> None:
         """The members that the round is for."""
-        if not self._drawn:
+        if not self._catch_up.drawn:
             self._members.find()
             return
         self._members.find(self.manifest.drawn(round_))
@@ -175,7 +173,7 @@ class Coordinator:
 
     def _vouching(self, round_: int) -> int | None:
         """The latest round whose cohort can vouch for the model that it began with."""
-        if not self._drawn:
+        if not self._catch_up.drawn:
             return None
         return round_ if len(self._progress.last) >= self.manifest.min_sites else self._journal.vouched(round_)[0]
 
@@ -204,7 +202,7 @@ class Coordinator:
 
     def _train(self, round_: int) -> dict[str, Envelope]:
         place = self._exchange.address("train", round_)
-        replies = self._exchange.ask(place, partial(self._with_sums, place, m.TrainRequest), m.TrainReply)
+        replies = self._exchange.ask(place, partial(self._catch_up.requests, place, m.TrainRequest), m.TrainReply)
         models = {(reply.model, reply.state) for _, reply in replies.values()}
         if len(models) > 1:
             raise SealingError(
@@ -216,70 +214,6 @@ class Coordinator:
             self._progress.model = next(iter(models))[0]
         self._progress.last = {site: envelope for site, (envelope, _) in replies.items()}
         return {site: envelope for site, (envelope, reply) in replies.items() if reply.commitment != m.NO_UPDATE}
-
-    def _with_sums(
-        self, place: Address, kind: Callable[..., m.TrainRequest | m.ReleaseRequest], **fields: Any
-    ) -> dict[str, Envelope]:
-        """A request to every member that is there, with the sums that it has not applied yet."""
-        applied = {s: round_ for s, round_ in self._journal.applied().items() if s in self._exchange.nodes}
-        if self._drawn:
-            return self._with_handover(place, kind, applied, **fields)
-        totals = self._journal.totals(min(applied.values(), default=0) + 1, place.round - 1)
-        requests = {}
-        for site in sorted(applied):
-            missing = [s for s in totals if s.round > applied[site]]
-            body = kind(sums=tuple(s.reference for s in missing), **fields)
-            requests[site] = self._exchange.sign(place, site, body, tuple(c for s in missing for c in s.chunks))
-        return requests
-
-    def _with_handover(
-        self,
-        place: Address,
-        kind: Callable[..., m.TrainRequest | m.ReleaseRequest],
-        applied: Mapping[str, int],
-        **fields: Any,
-    ) -> dict[str, Envelope]:
-        """The same where rounds are drawn: to those that this one is for; who has missed more than the sums that are
-        kept is handed the model. The release is for those who were at the end."""
-        drawn = self.manifest.drawn(min(place.round, self.manifest.rounds + 1))
-        handover, model = self._handover(place.round) if place.step == "train" else (None, ())
-        since = 0 if handover is None else handover.applied
-        totals, requests = self._journal.totals(1, place.round - 1), dict[str, Envelope]()
-        made = {o.round for o in self._journal.outcomes() if not o.abandoned}
-        for site in sorted(set(drawn) & applied.keys()):
-            late = handover is not None and applied[site] < since
-            behind = since if late else applied[site]
-            missing = [s for s in totals if s.round > behind]
-            if not {r for r in made if r > behind} <= {s.round for s in missing}:
-                continue  # nobody can bring it up to date
-            sums, chunks = tuple(s.reference for s in missing), tuple(c for s in missing for c in s.chunks)
-            if late and handover is not None:
-                body: m.Message = m.LateTrainRequest(handover=handover, sums=sums)
-                requests[site] = self._exchange.sign(place, site, body, (*model, *chunks))
-            else:
-                requests[site] = self._exchange.sign(place, site, kind(sums=sums, **fields), chunks)
-        return requests
-
-    def _handover(self, before: int) -> tuple[m.Handover | None, tuple[bytes, ...]]:
-        """The model that the latest cohort began its round with, which all of it has signed, and its chunks."""
-        round_, replies = self._journal.vouched(before)
-        for site, envelope in sorted(replies.items()):
-            if model := envelope.chunks[len(self._metrics(site, envelope, round_)) :]:
-                statements = tuple(m.Statement.of(s, e) for s, e in sorted(replies.items()))
-                applied = max((o.round for o in self._journal.outcomes() if o.round < round_ and not o.abandoned),
-                              default=0)  # fmt: skip
-                handover = m.Handover(
-                    round=round_, applied=applied, trained=applied, statements=statements, chunks=len(model)
-                )  # the round that only evaluates is the last: every sum before it was trained
-                return handover, model
-        return None, ()
-
-    def _metrics(self, site: str, envelope: Envelope, round_: int) -> tuple[bytes, ...]:
-        """The chunks of a `train` reply without the model that the first ones of a drawn round add."""
-        if not self._drawn or site not in self.manifest.drawn(round_)[: m.HANDING_OVER]:
-            return envelope.chunks
-        parts = 1 + len(make_strategy(self.manifest.strategy).initial_state(self.manifest.layout.size))
-        return envelope.chunks[: max(0, len(envelope.chunks) - parts)]
 
     def _sum(self, round_: int, replies: Mapping[str, Envelope]) -> Total | None:
         """The sum over everybody who trained; where the run retries, without those who then did not seal."""
@@ -367,7 +301,7 @@ class Coordinator:
         place, journal = self._exchange.address("release", self.manifest.rounds + 2), self._journal
         last = journal.replies(self._exchange.address("train", self.manifest.rounds + 1))
         statements = tuple(m.Statement.of(s, e) for s, e in sorted(last.items()))
-        asking = partial(self._with_sums, place, m.ReleaseRequest, statements=statements)
+        asking = partial(self._catch_up.requests, place, m.ReleaseRequest, statements=statements)
         replies = self._exchange.ask(place, asking, m.ReleaseReply)
         if not replies:
             raise self._too_few("released the model")
@@ -415,8 +349,8 @@ class Coordinator:
         latest, cohort = self._journal.latest(before)
         if latest not in self.manifest.metric_rounds or not replies:
             return None, None
-        opened = {(e.chunks if skip else self._metrics(s, e, before))[skip:] for s, e in replies.items()}
-        if self._drawn and len(opened) > 1:
+        opened = {(e.chunks if skip else self._catch_up.metrics(s, e, before))[skip:] for s, e in replies.items()}
+        if self._catch_up.drawn and len(opened) > 1:
             opened.discard(())  # of those that took the model over: they have not opened that sum themselves
         if len(opened) != 1 or len(next(iter(opened))) != 1:
             raise SealingError("the sites report different metrics", where=f"round {latest}")

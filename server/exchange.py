@@ -34,7 +34,7 @@ from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
 from confide.server.journal import Journal
 
-__all__ = ["Exchange"]
+__all__ = ["Exchange", "Interrupted"]
 
 #: What came for a request: an unverified envelope, or why there is none.
 _Arrived = Envelope | SealingError | PeerError
@@ -54,6 +54,10 @@ _MESSAGE_TYPES = {
 }
 
 
+class Interrupted(Exception):
+    """Whoever waits is to end now, and nothing is wrong: the run is as it would be after a kill."""
+
+
 class Exchange:
     """One run's messages.
 
@@ -64,6 +68,8 @@ class Exchange:
         log: The coordinator's log; its state stands in every request, and refusals are noted in it.
         journal: The run in the coordinator's store.
         timeout: Seconds to wait for replies; None waits for ever.
+        between: Called again and again while replies are waited for; what it raises ends the waiting. What has come by
+            then is kept.
     """
 
     def __init__(
@@ -74,7 +80,9 @@ class Exchange:
         log: Log,
         journal: Journal,
         timeout: float | None,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
+        self._between = between
         self._grid, self._identity, self._manifest, self.log, self._timeout = grid, identity, manifest, log, timeout
         self.journal, self.refusals = journal, journal.refusals()
         #: Which node each participating site lives on.
@@ -205,6 +213,7 @@ class Exchange:
         }
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
         while waiting:
+            self._between()
             for identifier, node in list(waiting.items()):
                 replies = list(self._grid.pull_messages([identifier]))
                 if replies:

@@ -26,7 +26,7 @@ _NOT_ITS_OWN = 202  # beside the codes of the sites' own error replies
 
 
 class LinkGrid(Grid):
-    """Opens a run of its own on the link.
+    """Opens a run of its own on the link, beside those of others.
 
     Args:
         link: Already listening.
@@ -50,7 +50,11 @@ class LinkGrid(Grid):
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
         """Flower's interface."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+        return self._link.message(self._run, content, message_type, dst_node_id, group_id, ttl)
+
+    def close(self) -> None:
+        """The run is over, or nobody waits for its replies any more."""
+        self._link.close_run(self._run)
 
     def get_node_ids(self) -> list[int]:
         """Nodes that are there now."""

@@ -11,11 +11,10 @@ Invariants:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,65 +24,19 @@ from sqlalchemy import Connection, Table, and_, delete, func, insert, select, up
 from confide.errors import LeftError, StorageError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
-from confide.privacy.sealing import Payload
 from confide.protocol import messages as m
 from confide.protocol.envelope import Address, Envelope
 from confide.server import tables as t
+from confide.server.bulk import Bulk, slices
+from confide.server.totals import RoundOutcome, Total, total_of
 
-__all__ = ["Journal", "Position", "RoundOutcome", "Total"]
+__all__ = ["Journal", "Position"]
 
 Floats = NDArray[np.float64]
-_AT_ONCE = 400
 #: Entries of the coordinator's own doing, of which there is one each.
 _ONCE = (
     audit.RunCreated, audit.Cohort, audit.RoundAbandoned, audit.MetricsReleased, audit.ModelReleased, audit.RunEnded,
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class RoundOutcome:
-    """What the coordinator knows after a round; `metrics` are those opened from an earlier round's sum."""
-
-    round: int
-    cohort: tuple[str, ...]
-    abandoned: bool
-    uplink_bytes: int
-    metrics_round: int | None = None
-    metrics: Floats | None = None
-    #: Bytes a parameter that each site sent; None where nothing was trained.
-    update_bytes: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Total:
-    """A round's sum, kept for sites that still have to apply it."""
-
-    round: int
-    cohort: tuple[str, ...]
-    statements: tuple[str, ...]
-    transcript: str
-    attempt: int
-    payload: Payload
-    unlocked: tuple[m.Statement, ...] = ()
-    uplink: int = 0
-    #: Each member's signed `seal` reply, without its bulk.
-    sealed: Mapping[str, Envelope] = field(default_factory=dict)
-    #: Where single updates are passed on: who signed which chunks, in their order.
-    signed: tuple[m.Statement, ...] = ()
-
-    @property
-    def chunks(self) -> tuple[bytes, ...]:
-        """Its bulk."""
-        return self.payload.chunks
-
-    @property
-    def reference(self) -> m.SumReference:
-        """What a request says of it."""
-        return m.SumReference(
-            round=self.round, cohort=self.cohort, statements=self.statements, transcript=self.transcript,
-            attempt=self.attempt, chunks=len(self.chunks), tags=tuple(f"{tag:016x}" for tag in self.payload.tags),
-            unlocked=self.unlocked, sealed=self.signed,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +65,7 @@ class Journal:
         self, transaction: Callable[[], AbstractContextManager[Connection]], run: str, owner: str, log: Log
     ) -> None:
         self._transaction, self._run, self._owner, self._log = transaction, run, owner, log
+        self._bulk = Bulk(run)
         at, latest = self.position(), self.latest()[0]
         since = min(at.next, latest) if latest else 0
         #: What the log holds already of what a resumed process comes by again.
@@ -193,12 +147,12 @@ class Journal:
             passing = t.message.c.step.in_(("secret", "keys"))
             db.execute(delete(t.message).where(t.message.c.run == self._run, passing))
             db.execute(insert(t.applied), [{"run": self._run, "site": s, "round": 0, "gone": 0} for s in members])
-            self._forget_bulk(db)
+            self._bulk.forget(db)
 
     def put_total(self, total: Total) -> None:
         """Keep a round's sum."""
         with self._write() as db:
-            (chunks,) = self._put_chunks(db, [total.chunks])
+            (chunks,) = self._bulk.put(db, [total.chunks])
             reference = total.reference.model_dump_json()
             sealed = json.dumps([m.Statement.of(s, e).model_dump() for s, e in total.sealed.items()])
             values = {"reference": reference, "chunks": chunks, "sealed": sealed, "uplink": total.uplink}
@@ -210,8 +164,8 @@ class Journal:
         here = and_(t.total.c.run == self._run, t.total.c.round >= first, t.total.c.round <= last)
         with self._transaction() as db:
             rows = db.execute(select(t.total).where(here).order_by(t.total.c.round)).all()
-            bulk = self._bulk(db, [row.chunks for row in rows])
-        return [_total(row, chunks) for row, chunks in zip(rows, bulk, strict=True)]
+            bulk = self._bulk.get(db, [row.chunks for row in rows])
+        return [total_of(row, chunks) for row, chunks in zip(rows, bulk, strict=True)]
 
     def latest(self, before: int | None = None) -> tuple[int, tuple[str, ...]]:
         """(round, cohort) of the latest sum, or of the latest before a round; (0, ()) where there is none."""
@@ -246,7 +200,7 @@ class Journal:
             if row is None:
                 return 0, {}
             rows = db.execute(select(t.message).where(here, of.round == row.round)).all()
-            bulk = self._bulk(db, [found.chunks for found in rows])
+            bulk = self._bulk.get(db, [found.chunks for found in rows])
         return row.round, {
             found.site: Envelope(found.header, found.signature, found.body, chunks)
             for found, chunks in zip(rows, bulk, strict=True)
@@ -273,7 +227,7 @@ class Journal:
                     metrics_round=outcome.metrics_round, metrics=metrics,
                 )
             )  # fmt: skip
-            members = [t.applied.c.site.in_(part) for part in _slices(list(present))]
+            members = [t.applied.c.site.in_(part) for part in slices(list(present))]
             for some in members:
                 db.execute(update(t.applied).where(t.applied.c.run == run, some).values(round=before))
             if outcome.abandoned:
@@ -305,7 +259,7 @@ class Journal:
             released = and_(t.message.c.step == "release", t.message.c.kind == "reply")
             db.execute(delete(t.message).where(t.message.c.run == run, ~released))
             db.execute(update(t.run).where(t.run.c.run == run).values(initial=""))
-            self._forget_bulk(db)
+            self._bulk.forget(db)
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
@@ -339,19 +293,10 @@ class Journal:
         if least is not None and latest is not None:  # the latest one also says whose metrics come next
             old = and_(t.total.c.run == run, t.total.c.round <= least, t.total.c.round < latest)
             db.execute(delete(t.total).where(old))
-        self._forget_bulk(db)
-
-    def _forget_bulk(self, db: Connection) -> None:
-        named = {db.scalar(select(t.run.c.initial).where(t.run.c.run == self._run))}
-        for table in (t.message, t.total):
-            for (text,) in db.execute(select(table.c.chunks).where(table.c.run == self._run)):
-                named.update(json.loads(text))
-        held = db.scalars(select(t.blob.c.digest).where(t.blob.c.run == self._run)).all()
-        for part in _slices([digest for digest in held if digest not in named]):
-            db.execute(delete(t.blob).where(t.blob.c.run == self._run, t.blob.c.digest.in_(part)))
+        self._bulk.forget(db)
 
     def _put_messages(self, db: Connection, place: Address, kind: str, messages: Mapping[str, Envelope]) -> None:
-        bulk = self._put_chunks(db, [e.chunks for e in messages.values()])
+        bulk = self._bulk.put(db, [e.chunks for e in messages.values()])
         rows = [
             {**_columns(place), "site": site, "kind": kind, "header": e.header, "signature": e.signature,
              "body": e.body, "chunks": chunks}
@@ -364,43 +309,11 @@ class Journal:
         query = select(t.message).where(_at(t.message, place), t.message.c.kind == kind)
         with self._transaction() as db:
             rows = db.execute(query).all()
-            bulk = self._bulk(db, [row.chunks for row in rows])
+            bulk = self._bulk.get(db, [row.chunks for row in rows])
         return {
             row.site: Envelope(row.header, row.signature, row.body, chunks)
             for row, chunks in zip(rows, bulk, strict=True)
         }
-
-    def _put_chunks(self, db: Connection, many: Sequence[tuple[bytes, ...]]) -> list[str]:
-        """Names of the chunks of each message, in JSON; what several carry is hashed and stored once."""
-        data = {id(chunk): chunk for chunks in many for chunk in chunks}
-        names = {place: hashlib.sha256(chunk).hexdigest() for place, chunk in data.items()}
-        new = {names[place]: chunk for place, chunk in data.items()}
-        for part in _slices(list(new)):
-            known = select(t.blob.c.digest).where(t.blob.c.run == self._run, t.blob.c.digest.in_(part))
-            for digest in db.scalars(known).all():
-                del new[digest]
-        for digest, chunk in new.items():
-            db.execute(insert(t.blob).values(run=self._run, digest=digest, data=chunk))
-        return [json.dumps([names[id(chunk)] for chunk in chunks]) for chunks in many]
-
-    def _bulk(self, db: Connection, many: Sequence[str]) -> list[tuple[bytes, ...]]:
-        """The chunks that these lists name, each in memory once."""
-        lists = [json.loads(text) for text in many]
-        found: dict[str, bytes] = {}
-        for part in _slices(sorted({digest for names in lists for digest in names})):
-            here = and_(t.blob.c.run == self._run, t.blob.c.digest.in_(part))
-            found.update((row.digest, row.data) for row in db.execute(select(t.blob).where(here)))
-        return [tuple(found[digest] for digest in names) for names in lists]
-
-
-def _total(row: Any, chunks: tuple[bytes, ...]) -> Total:
-    of = m.SumReference.model_validate_json(row.reference)
-    sealed = (m.Statement.model_validate(tree) for tree in json.loads(row.sealed))
-    return Total(
-        of.round, of.cohort, of.statements, of.transcript, of.attempt,
-        Payload(chunks, tuple(int(tag, 16) for tag in of.tags)), of.unlocked, row.uplink,
-        {statement.site: statement.envelope() for statement in sealed}, of.sealed,
-    )  # fmt: skip
 
 
 def _columns(place: Address) -> dict[str, Any]:
@@ -418,7 +331,3 @@ def _key(record: audit.Record) -> tuple[str, int, int] | None:
     if not isinstance(record, _ONCE):
         return None
     return record.KIND, getattr(record, "round", 1 << 30), getattr(record, "attempt", 0)
-
-
-def _slices(items: list[str]) -> Iterator[list[str]]:
-    return (items[i : i + _AT_ONCE] for i in range(0, len(items), _AT_ONCE))

@@ -33,7 +33,7 @@ from typing import Any
 import anyio.to_thread
 import uvicorn
 from fastapi import FastAPI
-from flwr.app import Error, Message
+from flwr.app import DEFAULT_TTL, Error, Message, Metadata, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.cli.config_utils import get_fab_metadata
 from flwr.common.constant import (
@@ -49,6 +49,7 @@ from flwr.supercore.constant import (
     NodeStatus,
     TaskType,
 )
+from flwr.supercore.date import now
 from flwr.supercore.error import http_error_translator
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import (
@@ -61,7 +62,6 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet_router
@@ -118,8 +118,10 @@ class Link:
         self._store = self._state.object_store
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
-        self._run: Run | None = None
-        self._task = 0
+        #: Runs that are open, by number, and the task that stands for this process in each.
+        self._tasks: dict[int, int] = {}
+        #: What a message is made of is kept once, also where several runs send it: it comes and goes under this lock.
+        self._lock = self._state.lock
         #: Messages without a reply yet, to hand out again: (message without content, tree, objects).
         self._outstanding: dict[str, tuple[Message, Any, dict[str, bytes]]] = {}
         self._fence = Fence(
@@ -172,7 +174,7 @@ class Link:
     # --- runs and messages --------------------------------------------------------------------------------------
 
     def open_run(self, bundle: bytes | None = None) -> Run:
-        """A Flower run for this process's coordinator, and this process's identity in it.
+        """A Flower run of a coordinator in this process; there may be several at once.
 
         Args:
             bundle: What Flower hands to nodes as the run's app; default: one without code.
@@ -181,29 +183,43 @@ class Link:
         fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
         name, version = get_fab_metadata(content)
         state = self._state
-        state.store_fab(fab)
-        run_id = state.create_run(
-            name, version, fab.hash_str, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
-        )
-        self._task = state.get_run_info(run_ids=[run_id])[0].primary_task_id or 0
-        if not (state.claim_task(self._task) and state.activate_task(self._task)):
-            raise PeerError("a run could not be opened", where="link")
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, SUPERLINK_NODE_ID, self._task
-        self._run = state.get_run_info(run_ids=[run_id])[0]
-        return self._run
+        with self._lock:
+            state.store_fab(fab)
+            run_id = state.create_run(
+                name, version, fab.hash_str, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+            )
+            task = state.get_run_info(run_ids=[run_id])[0].primary_task_id or 0
+            if not (state.claim_task(task) and state.activate_task(task)):
+                raise PeerError("a run could not be opened", where="link")
+            self._tasks[run_id] = task
+            found: Run = state.get_run_info(run_ids=[run_id])[0]
+            return found
 
-    def close_run(self) -> None:
-        """End the run: nodes drop what they still hold of it."""
-        if self._run is not None:
-            self._state.finish_task(self._task, SubStatus.COMPLETED, "")
+    def close_run(self, run: Run) -> None:
+        """End a run: nobody is handed what it still asks for, and nodes drop what they hold of it."""
+        with self._lock:
+            for name in [n for n, (bare, *_) in self._outstanding.items() if bare.metadata.run_id == run.run_id]:
+                self._drop(name)
+            if (task := self._tasks.pop(run.run_id, None)) is not None:
+                self._state.finish_task(task, SubStatus.COMPLETED, "")
+
+    def message(self, run: Run, content: RecordDict, kind: str, node: int, group: str, ttl: float | None) -> Message:
+        """A message of a run. Flower's own way to make one asks the process which run it is in: here are several."""
+        metadata = Metadata(
+            run_id=run.run_id, message_id="", src_node_id=SUPERLINK_NODE_ID, dst_node_id=node, reply_to_message_id="",
+            group_id=group, created_at=now().timestamp(), ttl=ttl or DEFAULT_TTL, message_type=kind,
+            src_task_id=self._tasks.get(run.run_id, 0),
+        )  # fmt: skip
+        made: Message = Message(content=content, metadata=metadata)  # type: ignore[call-overload]  # not declared
+        return made
 
     def online(self) -> list[int]:
         """Nodes that are there now."""
         return sorted(node.node_id for node in self._state.get_node_info(statuses=[NodeStatus.ONLINE]))
 
     def push(self, message: Message) -> str:
-        """Hand a message over for its node; what it is called. It replaces one that the node has not answered: who
-        sends another has stopped waiting for that, and nobody should work on it later.
+        """Hand a message over for its node; what it is called. It replaces one of the same run that the node has not
+        answered: who sends another has stopped waiting for that, and nobody should work on it later.
 
         Raises:
             PeerError: There is no such node.
@@ -213,54 +229,64 @@ class Link:
             message.metadata.__dict__["_message_id"] = identifier  # as Flower's grids do
             tree = get_object_tree(message)
             objects = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
-        node = message.metadata.dst_node_id
-        for older in [name for name, (bare, *_) in self._outstanding.items() if bare.metadata.dst_node_id == node]:
-            self._drop(older)
         # Objects first: a node that waits takes the message at once.
         bare = remove_content_from_message(message)
-        self._outstanding[identifier] = (bare, tree, objects)
-        self._put(identifier)
-        if self._state.store_message_ins(bare) is None:
-            self._drop(identifier)
-            raise PeerError("is not known to the link", where=f"node {node}")
+        with self._lock:
+            for older in [n for n, (held, *_) in self._outstanding.items() if _same_place(held, bare)]:
+                self._drop(older)
+            self._outstanding[identifier] = (bare, tree, objects)
+            self._put(identifier)
+            if self._state.store_message_ins(bare) is None:
+                self._drop(identifier)
+                raise PeerError("is not known to the link", where=f"node {bare.metadata.dst_node_id}")
         return identifier
 
     def pull(self, identifier: str) -> Message | None:
         """The reply to a message once it is there in full; then both are forgotten. Flower's own error reply where the
         node has been silent for a minute, or where what it sent is none. A message that a node lost by dying is handed
         out again."""
-        if self._run is None or identifier not in self._outstanding:
-            return None
-        name = self._state.reply_to(identifier)
+        with self._lock:
+            if identifier not in self._outstanding:
+                return None
+            bare = self._outstanding[identifier][0]
         try:
+            found = self._whole_reply(identifier, bare.metadata.run_id)
+            if found is None:
+                return None
+            reply = self._inflate(*found)
+        except Exception as error:  # whatever a node's bytes do to Flower's parser, they end no run
+            _log.warning("a reply cannot be read: %s", type(error).__name__)
+            reply = Message(Error(code=_UNREADABLE, reason="unreadable"), reply_to=bare)
+        with self._lock:
+            self._drop(identifier)
+        return reply
+
+    def _whole_reply(self, identifier: str, run: int) -> tuple[str, dict[str, bytes]] | None:
+        """(name, parts) of a reply that is there in full."""
+        with self._lock:
+            name = self._state.reply_to(identifier)
             whole = name is None or all(self._store.get(part) for part in self._parts(name))
-            found = self._state.get_message_res({identifier}, self._run.run_id) if whole else []
+            found = self._state.get_message_res({identifier}, run) if whole else []
             if not found:
                 if self._state.lost(identifier):
                     self._put(identifier)
                     self._state.hand_out_again(identifier)
                 return None
-            reply = self._inflate(found[0].metadata.message_id)
-        except Exception as error:  # whatever a node's bytes do to Flower's parser, they end no run
-            _log.warning("a reply cannot be read: %s", type(error).__name__)
-            reply = Message(Error(code=_UNREADABLE, reason="unreadable"), reply_to=self._outstanding[identifier][0])
-        self._drop(identifier)
-        return reply
+            named = str(found[0].metadata.message_id)
+            return named, {part: self._store.get(part) or b"" for part in self._parts(named)}
 
-    def _inflate(self, name: str) -> Message:
-        contents = {part: self._store.get(part) or b"" for part in self._parts(name)}
-        reply = inflate_object_from_contents(name, contents)
-        self._store.delete(name)
+    def _inflate(self, name: str, contents: Mapping[str, bytes]) -> Message:
+        reply = inflate_object_from_contents(name, dict(contents))
+        with self._lock:
+            self._store.delete(name)
         if not isinstance(reply, Message):
             raise TypeError("not a message")
         reply.metadata.__dict__["_message_id"] = name
         return reply
 
     def _put(self, identifier: str) -> None:
-        _, tree, objects = self._outstanding[identifier]
-        if self._run is None:
-            raise PeerError("has no run", where="link")
-        self._store.preregister(self._run.run_id, tree)
+        bare, tree, objects = self._outstanding[identifier]
+        self._store.preregister(bare.metadata.run_id, tree)
         for name, content in objects.items():
             self._store.put(name, content)
 
@@ -271,6 +297,12 @@ class Link:
 
     def _parts(self, name: str) -> list[str]:
         return [str(tree.object_id) for tree in iterate_object_tree(self._store.get_object_tree(name))]
+
+
+def _same_place(one: Message, other: Message) -> bool:
+    """Are they of one run, and for one node?"""
+    first, second = one.metadata, other.metadata
+    return bool((first.run_id, first.dst_node_id) == (second.run_id, second.dst_node_id))
 
 
 @cache

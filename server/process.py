@@ -63,11 +63,11 @@ def run_coordinator(config: CoordinatorConfig, start: Callable[[Grid], Coordinat
         config.listening(link.port)
         grid = LinkGrid(link)
         grid.wait_for_nodes(config.min_nodes, config.wait, all_within=config.wait_for_all)
-        return drive(link, grid, start)
+        return drive(grid, start)
 
 
-def drive(link: Link, grid: LinkGrid, start: Callable[[Grid], Coordinator]) -> Released:
-    """Drive one run to its end over a link that listens; one after the other.
+def drive(grid: LinkGrid, start: Callable[[Grid], Coordinator]) -> Released:
+    """Drive one run to its end over a link that listens; the grid is closed then.
 
     Raises:
         PeerError: Too few sites took part.
@@ -79,7 +79,7 @@ def drive(link: Link, grid: LinkGrid, start: Callable[[Grid], Coordinator]) -> R
         run = grid.run.run_id
         app(grid, Context(run_id=run, node_id=1, node_config={}, state=RecordDict(), run_config={}))
     finally:
-        link.close_run()
+        grid.close()
     return released[0]
 
 

@@ -91,7 +91,14 @@ class RunStore:
 
     def invited(self, run: str) -> bool:
         """Was any site asked to take part in a run? Only then its log tells of it."""
-        query = select(t.message.c.site).where(t.message.c.run == run, t.message.c.step == "join").limit(1)
+        return self._asked(run, "join")
+
+    def releasing(self, run: str) -> bool:
+        """Was any site asked for a run's model? From then on it is too late to stop it."""
+        return self._asked(run, "release")
+
+    def _asked(self, run: str, step: str) -> bool:
+        query = select(t.message.c.site).where(t.message.c.run == run, t.message.c.step == step).limit(1)
         with self._errors(), self._engine.connect() as db:
             return db.scalar(query) is not None
 

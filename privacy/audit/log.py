@@ -163,6 +163,18 @@ class Log:
             )  # fmt: skip
         return max(now, self._latest)
 
+    def refresh(self) -> None:
+        """Take in what others of this party have appended meanwhile; `append` does so by itself.
+
+        Raises:
+            StorageError: The file cannot be read.
+            AuditError: It does not hold what it should.
+        """
+        try:
+            self._load_new()
+        except sqlite3.Error as error:
+            raise self._unwritable(error) from None
+
     def entries(self) -> Iterator[Record]:
         """Every entry, oldest first."""
         return (decode(data)[0] for _, data in self._rows(0))

@@ -62,7 +62,7 @@ class Staged(Demo):
         self.names, self.people = sites, people
         self.sites = {name: folder / name for name in sites}
         self.strikes = folder / "strikes"
-        self.strikes.mkdir(parents=True)
+        self.strikes.mkdir(parents=True, exist_ok=True)
         #: How often a coordinator was started.
         self.starts = 0
 

@@ -19,6 +19,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -115,11 +116,13 @@ def watch_coordinator() -> None:
     from confide.server.journal import Journal
     from confide.server.linkstate import RosterState
 
-    at = ["", 0]  # what the coordinator waits for
+    at = ["", 0]  # what a coordinator waits for; where there are several runs, the one that asked last
+    here = threading.local()  # of several runs, each has a thread of its own
 
     def asked(real: Callable[..., None], journal: Journal, place: Any, requests: Any) -> None:
         real(journal, place, requests)
         at[:] = [place.step, place.round]
+        here.round = place.round
         reach("coordinator", f"asked {place.step} {place.round}")
 
     def kept(real: Callable[..., None], journal: Journal, place: Any, *rest: Any) -> None:
@@ -128,7 +131,7 @@ def watch_coordinator() -> None:
 
     def added(real: Callable[..., None], *rest: Any) -> None:
         real(*rest)
-        reach("coordinator", f"added {at[1]}")
+        reach("coordinator", f"added {getattr(here, 'round', at[1])}")
 
     def handed(real: Callable[..., Any], *args: Any, **options: Any) -> Any:
         note(asks=options["node_id"] if "node_id" in options else args[1])

@@ -138,10 +138,10 @@ def test_where_a_run_retries_an_executor_killed_while_it_seals_costs_nobody_else
 
 
 @chaos
-def test_two_runs_that_are_asked_for_at_once_both_end_though_the_coordinator_dies_in_the_first(
+def test_two_runs_that_are_asked_for_at_once_both_end_though_the_coordinator_dies(
     federation: Staged, kept: list[Staged]
 ) -> None:
-    """A deployed coordinator takes them one after the other (at once in one site: `tests/server/test_two_runs.py`)."""
+    """Both are under way when it dies: `test_runs_at_once.py` has them begin together."""
     federation.plan(COORDINATOR, "added 2")
     runs = [federation.start_run(name, **SECTIONS) for name in ("first", "second")]
     federation.result(runs[0])

@@ -99,7 +99,15 @@ class NodeClient:
 
     def pull(self, *, confirm: bool = True) -> Message:
         """Wait for a message, and take it with all that belongs to it."""
+        found = self.look(confirm=confirm)
+        assert found is not None, "nobody has sent anything"
+        return found
+
+    def look(self, *, confirm: bool = True) -> Message | None:
+        """The same, or nothing where none comes for as long as the link holds a request."""
         answer = self.client.PullMessages(PullMessagesRequest(node=self.node))
+        if not answer.messages_list:
+            return None
         wire, tree = answer.messages_list[0], answer.message_object_trees[0]
         contents = {}
         for part in iterate_object_tree(tree):

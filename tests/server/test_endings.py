@@ -12,6 +12,7 @@ from flwr.app import Message
 
 from confide.errors import ConfigError
 from confide.privacy.audit import records as audit
+from confide.privacy.audit.log import Log
 from confide.privacy.audit.report import write_report
 from confide.privacy.audit.verify import verify
 from confide.protocol import messages as m
@@ -152,14 +153,14 @@ def test_a_service_tells_who_is_online_and_the_others_when_they_come(
     world, run = stopped.world, stopped.manifest.run
     world.log.close()
     with listening(tmp_path / "link", **keys) as link, ThreadPoolExecutor(1) as service:
-        ends = service.submit(_endings, world, f"sqlite:///{tmp_path / 'runs.db'}").result()
-        service.submit(ends.note, run, "stopped").result()
-        service.submit(ends.tell, link).result()
+        ends, log = service.submit(_endings, world, f"sqlite:///{tmp_path / 'runs.db'}").result()
+        service.submit(log_end, run, "stopped", log, ends._store).result()
+        service.submit(ends.note, run).result()
+        service.submit(ends.tell, link, log).result()
         assert ends._untold[run].sites is None, "nobody is there, so nobody was asked"
         for names in (("ash", "cedar"), ("birch", "doum")):
             nodes = {s: NodeClient(link.port, tmp_path / "link" / "ca.pem", keys[s]).activate() for s in names}
-            ends._untold[run].due = 0.0
-            telling = service.submit(ends.tell, link)
+            telling = service.submit(ends.tell, link, log)
             for site, node in nodes.items():
                 message = node.pull()
                 answer = stopped.sites[site].handle("end", from_records(message.content))
@@ -168,14 +169,18 @@ def test_a_service_tells_who_is_online_and_the_others_when_they_come(
             assert {s for s in stopped.names if entries(stopped, audit.ToldEnded, s)} >= set(names)
         assert ends._untold == {}, "and then nobody is asked any more"
         assert store.untold() == []
-        service.submit(ends._log.close).result()
+        service.submit(log.close).result()
         service.submit(ends._store.close).result()
     world.log = world.coordinator.open_log(stopped.folder / "sites" / "coordinator.db", "coordinator", "simulation")
     world.export()
     assert verify(stopped.folder).findings == []
 
 
-def _endings(world: World, url: str) -> Endings:
+def _endings(world: World, url: str) -> tuple[Endings, Log]:
     """In the service's own thread: connections stay where they were made."""
-    log = world.coordinator.open_log(world._run_folder / "coordinator.db", "coordinator", "simulation")
-    return Endings(world.coordinator, RunStore(url), log)
+    place = world._run_folder / "coordinator.db"
+
+    def open_log() -> Log:
+        return world.coordinator.open_log(place, "coordinator", "simulation")
+
+    return Endings(world.coordinator, RunStore(url), open_log), open_log()

@@ -25,8 +25,9 @@ from confide.protocol.identity import Identity
 from confide.protocol.messages import Refusal
 from confide.server import tables as t
 from confide.server.coordinator import Coordinator
-from confide.server.journal import Journal, RoundOutcome, Total
+from confide.server.journal import Journal
 from confide.server.runs import RunStore
+from confide.server.totals import RoundOutcome, Total
 from tests.attacks.federation import Federation, open_federation
 from tests.privacy import postgres
 

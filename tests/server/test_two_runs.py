@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from flwr.app import Message as FlowerMessage
 
+from confide.errors import ConfideError
 from confide.privacy.audit import records as audit
 from confide.privacy.dp import Role, rdp_epsilon
 from confide.protocol.flower import from_records
@@ -64,14 +65,18 @@ def _coordinate(federation: Federation, manifest: Manifest, grid: LocalGrid, pat
     return run
 
 
-def _together(grids: list[TurnGrid], lives: list[Callable[[], Released]]) -> tuple[list[Released], list[str]]:
+def _together(
+    grids: list[TurnGrid], lives: list[Callable[[], Released]]
+) -> tuple[list[Released | ConfideError], list[str]]:
     """Everybody's result, and the runs' messages in the order in which they were answered."""
-    found: dict[int, Released] = {}
+    found: dict[int, Released | ConfideError] = {}
     order: list[str] = []
 
     def live(number: int) -> None:
         try:
             found[number] = lives[number]()
+        except ConfideError as error:
+            found[number] = error
         finally:
             grids[number].outbox.put(None)
 
@@ -112,6 +117,7 @@ def test_two_runs_at_once_end_as_each_would_alone(tmp_path: Path, profile: str) 
         turns = sum(a != b for a, b in pairwise(order))
         assert turns > len(order) * 0.9, "the control: they did take turns"
         for one in released:
+            assert isinstance(one, Released)
             assert np.array_equal(one.weights, expected)
             assert not any(o.abandoned for o in one.outcomes)
             assert {o.cohort for o in one.outcomes} == {federation.names}
@@ -133,3 +139,29 @@ def _check_ledgers(federation: Federation, manifests: tuple[Manifest, ...]) -> N
         assert refused == []
         once = [e for e in manifests[0].all_charges() if e.role is Role.TRAIN]
         assert site.ledger.epsilon(Role.TRAIN) > rdp_epsilon(once, manifests[0].privacy.delta), "two cost more than one"
+
+
+@pytest.mark.parametrize("limit", [2.5, 20.0])
+def test_of_two_runs_that_a_budget_holds_alone_and_not_together_one_is_refused_before_it_costs_anything(
+    tmp_path: Path, limit: float
+) -> None:
+    """Were they refused by the ledger alone, both would be paid for in part, and neither would end."""
+    fits = limit > 2 * 2.0
+    with open_federation(tmp_path / "f", privacy={"epsilon": 2.0, "site_epsilon_limit": limit}) as federation:
+        first = federation.manifest
+        second = first.model_copy(update={"run": first.run + "-2"})
+        grids = [_grid(federation), _grid(federation)]
+        lives = [
+            _coordinate(federation, manifest, grid, tmp_path / manifest.run)
+            for manifest, grid in zip((first, second), grids, strict=True)
+        ]
+        results, _ = _together(grids, lives)
+        assert isinstance(results[0], Released)
+        assert not any(o.abandoned for o in results[0].outcomes)
+        assert isinstance(results[1], Released) == fits, "the control: both, where the budget holds both"
+        for site in federation.sites.values():
+            assert site.ledger.epsilon(Role.TRAIN) <= limit
+            assert any(charge.startswith(f"{second.run}/") for charge in site.ledger.reservations()) == fits
+            why = [e.reason for e in site.log.entries() if isinstance(e, audit.Refused)]
+            assert bool(why) != fits
+            assert all("beside the runs" in reason for reason in why)

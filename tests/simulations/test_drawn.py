@@ -15,7 +15,7 @@ from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import stored_entries
 from confide.privacy.audit.verify import verify
 from confide.protocol import messages as m
-from confide.server.coordinator import Coordinator
+from confide.server.catchup import CatchUp
 from confide.simulations import grouping
 from tests.attacks.federation import Federation, refusal_of
 from tests.support import experiment_tree, write_people
@@ -90,9 +90,9 @@ def test_sites_that_were_closed_go_on_where_they_were(tmp_path: Path, monkeypatc
 def test_a_model_that_the_cohort_did_not_sign_is_not_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    honest = Coordinator._handover
+    honest = CatchUp._handover
 
-    def forged(self: Coordinator, before: int) -> tuple[m.Handover | None, tuple[bytes, ...]]:
+    def forged(self: CatchUp, before: int) -> tuple[m.Handover | None, tuple[bytes, ...]]:
         handover, chunks = honest(self, before)
         if handover is None or change == "none":
             return handover, chunks
@@ -100,7 +100,7 @@ def test_a_model_that_the_cohort_did_not_sign_is_not_taken_over(
             return handover.model_copy(update={"statements": handover.statements[:2]}), chunks
         return handover, (bytes(len(chunks[0])), *chunks[1:])
 
-    monkeypatch.setattr(Coordinator, "_handover", forged)
+    monkeypatch.setattr(CatchUp, "_handover", forged)
     out = tmp_path / "out"
     if change == "none":  # control
         simulate(tree(tmp_path), out=out)

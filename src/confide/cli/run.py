@@ -125,7 +125,8 @@ def stop(
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
-    """Stop a run before its next round. What was charged stays charged, and nothing of it is released."""
+    """Stop a run, within seconds where its coordinator runs. What was charged stays charged, and nothing of it is
+    released; one whose model the sites are handing over already is no longer stopped."""
     from confide.server.runs import RunStore
     from confide.server.service import run_store
 

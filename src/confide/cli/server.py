@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import signal
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,6 +44,9 @@ def run(
         str | None, typer.Option("--host", help="Address to bind; else the endpoint's host. The port is its own.")
     ] = None,
     store: Store = None,
+    at_once: Annotated[
+        int, typer.Option("--at-once", min=1, max=16, help="Runs that may be under way at once; more wait.")
+    ] = 4,
     wait_for_all: Annotated[
         float, typer.Option("--wait-for-all", min=0, help="Seconds to wait for all sites before fewer begin.")
     ] = 60.0,
@@ -50,7 +55,7 @@ def run(
 ) -> None:
     """Listen for the sites of the roster, and take runs from the store, until Ctrl-C or SIGTERM.
 
-    Whatever ends it costs nothing: started again, it goes on with the run that it was in.
+    Whatever ends it costs nothing: started again, it goes on with the runs that it was in.
     """
     from confide.protocol.keyfiles import passphrase_from
     from confide.server.service import Service, ServiceConfig, run_store
@@ -59,15 +64,15 @@ def run(
         show_json({"event": event}) if as_json else err.print(event, markup=False, soft_wrap=True)
 
     config = ServiceConfig(
-        folder=folder, store=run_store(folder, store), finish=write_model, host=host, wait_for_all=wait_for_all,
-        tell=tell,
+        folder=folder, store=run_store(folder, store), finish=write_model, host=host, at_once=at_once,
+        wait_for_all=wait_for_all, tell=tell,
     )  # fmt: skip
     service = Service(config, passphrase_from(passphrase_file))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        service.run()
-    except KeyboardInterrupt:
-        tell("ended; what was durable is kept")
+    end = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: end.set())
+    with suppress(KeyboardInterrupt):
+        service.run(end)
+    tell("ended; what was durable is kept")
 
 
 def write_model(folder: Path, manifest: Manifest, released: Released) -> None:
