@@ -70,11 +70,12 @@ class DeploymentEngine:
         logs = drive.keeping.folder / "federation"
         processes = _Processes(drive.folder.absolute(), logs)
         try:
-            return _follow(drive, processes)
+            released = _follow(drive, processes)
         finally:
             processes.end()
             world.take_back()
-            forget_seen(world.folder, world.sites)
+        forget_seen(world.folder, world.sites)
+        return released
 
 
 def _follow(drive: Drive, processes: _Processes) -> Released:

@@ -10,15 +10,16 @@ pinned version.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import flwr.server.superlink.fleet.vce.backend.raybackend as flower
 import ray
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import PARTITION_ID_KEY
 from flwr.simulation.ray_transport.ray_actor import ClientAppActor
@@ -58,15 +59,12 @@ class SitesApp:
         return sites.site(sites.names[int(context.node_config[PARTITION_ID_KEY])])
 
 
-def _closing(message: Message, context: Context) -> Message:
-    """Takes the place of an app: whoever runs it lets all its sites go."""
+def _end() -> None:
+    """Takes the place of what makes an app: the process lets its sites go and ends, at once and not when Ray comes to
+    it."""
     while _here:
         _here.popitem()[1].close()
-    return message
-
-
-def _closing_app() -> Callable[[Message, Context], Message]:
-    return _closing
+    os._exit(0)
 
 
 @contextmanager
@@ -128,9 +126,9 @@ class _Backend(flower.RayBackend):
         return reply, left
 
     def terminate(self) -> None:
-        """Let the sites go, then end the actors."""
-        nothing = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={})
-        closing = [actor.run.remote(_closing_app, None, "", nothing) for actor in self._actors]
-        with suppress(ray.exceptions.RayError):
-            ray.get(closing, timeout=_CLOSING_SECONDS)
+        """Have the sites closed and their processes ended, and wait for it: Ray would let them end later."""
+        ends = [actor.run.remote(_end, None, "", None) for actor in self._actors]
+        if ends:
+            ray.wait(ends, num_returns=len(ends), timeout=_CLOSING_SECONDS)
+        self._actors.clear()
         super().terminate()

@@ -70,11 +70,12 @@ class RayEngine:
         world.sites.close()
         try:
             with log_file(drive.folder / "ray.log"), self._ray(), _engine(drive) as grid:
-                return run_over(grid, drive.start)
+                released = run_over(grid, drive.start)
         finally:
             world.log.close()
             world.take_back()
-            forget_seen(world.folder, world.sites)
+        forget_seen(world.folder, world.sites)
+        return released
 
     @contextmanager
     def _ray(self) -> Iterator[None]:
