@@ -70,11 +70,12 @@ class DeploymentEngine:
         logs = drive.keeping.folder / "federation"
         processes = _Processes(drive.folder.absolute(), logs)
         try:
-            return _follow(drive, processes)
+            released = _follow(drive, processes)
         finally:
             processes.end()
             world.take_back()
-            forget_seen(world.folder, world.sites)
+        forget_seen(world.folder, world.sites)
+        return released
 
 
 def _follow(drive: Drive, processes: _Processes) -> Released:
@@ -133,19 +134,20 @@ class _Processes:
         self._agents[name] = self._start("agent", name, {"name": name, "port": port})
 
     def end(self) -> None:
-        """End them all: the sites first, so that each answers what it was asked last."""
-        running = [p for p in (*self._agents.values(), self._coordinator) if p is not None]
-        for process in running:
-            if process.stdin is not None:
-                with suppress(OSError):
-                    process.stdin.close()
-        deadline = time.monotonic() + _GRACE
-        for process in running:
-            try:
-                process.wait(timeout=max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()  # its own processes notice by their pipes
-                process.wait()
+        """End them all: the coordinator first, which would else give up a round for want of sites."""
+        coordinator = [self._coordinator] if self._coordinator is not None else []
+        for processes in (coordinator, list(self._agents.values())):
+            for process in processes:
+                if process.stdin is not None:
+                    with suppress(OSError):
+                        process.stdin.close()
+            deadline = time.monotonic() + _GRACE
+            for process in processes:
+                try:
+                    process.wait(timeout=max(0.1, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.kill()  # its own processes notice by their pipes
+                    process.wait()
         for process in self._agents.values():
             if process.stdout is not None:
                 process.stdout.close()

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -62,10 +63,12 @@ def _coordinator(order: dict[str, Any]) -> None:
     log = identity.open_log(folder / "sites" / "coordinator.db", "coordinator", FEDERATION)
     store = keeping.store()
 
+    lines: Queue[str] = Queue()
+    threading.Thread(target=_read, args=(lines,), daemon=True).start()
+
     def after(outcome: RoundOutcome) -> None:
         _tell({"round": _json(outcome)})
-        if not sys.stdin.readline():
-            os._exit(1)
+        lines.get()
 
     def start(grid: Grid) -> Coordinator:
         made = Coordinator(grid, identity, manifest, weights.astype(np.float32), log, after_round=after, store=store)
@@ -88,6 +91,13 @@ def _coordinator(order: dict[str, Any]) -> None:
         "model": released.model, "metrics_round": released.metrics_round, "metrics": _floats(released.metrics),
         "bytes_per_parameter": released.bytes_per_parameter, "rounds": [_json(o) for o in released.outcomes],
     }})  # fmt: skip
+
+
+def _read(lines: Queue[str]) -> None:
+    """As if killed when whoever reads along is gone: the run is resumed from the store, with nothing given up."""
+    for line in sys.stdin:
+        lines.put(line)
+    os._exit(1)
 
 
 def _tell(tree: dict[str, Any]) -> None:

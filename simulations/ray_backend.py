@@ -10,23 +10,26 @@ pinned version.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import flwr.server.superlink.fleet.vce.backend.raybackend as flower
+import flwr.server.superlink.fleet.vce.vce_api as engine
 import ray
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import PARTITION_ID_KEY
+from flwr.serverapp import Grid
 from flwr.simulation.ray_transport.ray_actor import ClientAppActor
+from flwr.supercore.run import Run
 
 from confide.clients.app import make_client_app
 from confide.simulations.apart import SitesApart
 
-__all__ = ["SitesApp", "sites_stay"]
+__all__ = ["PlacedGrid", "SitesApp", "sites_stay"]
 
 _log = logging.getLogger(__name__)
 _UNAVAILABLE = 5  # Flower's own code for a node that does not answer
@@ -58,32 +61,88 @@ class SitesApp:
         return sites.site(sites.names[int(context.node_config[PARTITION_ID_KEY])])
 
 
-def _closing(message: Message, context: Context) -> Message:
-    """Takes the place of an app: whoever runs it lets all its sites go."""
+def _let_go() -> Callable[..., None]:
+    """Takes the place of what makes an app: the process lets all its sites go."""
     while _here:
         _here.popitem()[1].close()
-    return message
+    return lambda **_: None
 
 
-def _closing_app() -> Callable[[Message, Context], Message]:
-    return _closing
+class PlacedGrid(Grid):
+    """Flower's grid, which knows besides where sites live: rounds that are drawn need not ask everybody.
+
+    Args:
+        grid: Flower's.
+        node_of: The node of a site.
+    """
+
+    def __init__(self, grid: Grid, node_of: Mapping[str, int]) -> None:
+        self._grid, self._node_of = grid, node_of
+
+    def node_of(self, site: str) -> int | None:
+        """Where a site lives."""
+        return self._node_of.get(site)
+
+    def set_run(self, run: Run) -> None:
+        """Flower's interface."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """Flower's interface."""
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Flower's interface."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Flower's interface."""
+        return list(self._grid.get_node_ids())
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Flower's interface."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Flower's interface."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Flower's interface."""
+        return self._grid.send_and_receive(messages, timeout=timeout)
 
 
 @contextmanager
-def sites_stay(folder: Path, names: Sequence[str], drop: Callable[[Message, str], bool]) -> Iterator[None]:
+def sites_stay(folder: Path, names: Sequence[str], drop: Callable[[Message, str], bool]) -> Iterator[Mapping[str, int]]:
     """Within it Flower's engine has each site's messages answered by that site's actor.
 
     Args:
         folder: The run's.
         names: The sites, in the order of Flower's partitions.
         drop: Says of a message that its site cannot be reached.
+
+    Yields:
+        The node of each site, once the engine has begun.
     """
-    real = flower.RayBackend
-    setattr(flower, "RayBackend", partial(_Backend, str(folder), tuple(names), drop))  # noqa: B010  # a constant to mypy
+    places: dict[str, int] = {}
+
+    def register(*arguments: Any, **options: Any) -> dict[int, int]:
+        made: dict[int, int] = register_nodes(*arguments, **options)
+        places.update({names[partition]: node for node, partition in made.items()})
+        return made
+
+    backend, register_nodes = flower.RayBackend, engine._register_nodes
+    changed = partial(_Backend, str(folder), tuple(names), drop)
+    setattr(flower, "RayBackend", changed)  # noqa: B010  # to type checkers a module's names are constants
+    setattr(engine, "_register_nodes", register)  # noqa: B010
     try:
-        yield
+        yield places
     finally:
-        setattr(flower, "RayBackend", real)  # noqa: B010
+        setattr(flower, "RayBackend", backend)  # noqa: B010
+        setattr(engine, "_register_nodes", register_nodes)  # noqa: B010
 
 
 class _Backend(flower.RayBackend):
@@ -127,10 +186,18 @@ class _Backend(flower.RayBackend):
             raise
         return reply, left
 
+    def _ask_all(self) -> None:
+        asked = [actor.run.remote(_let_go, None, "", None) for actor in self._actors]
+        if asked:
+            ray.wait(asked, num_returns=len(asked), timeout=_CLOSING_SECONDS)
+
     def terminate(self) -> None:
-        """Let the sites go, then end the actors."""
-        nothing = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={})
-        closing = [actor.run.remote(_closing_app, None, "", nothing) for actor in self._actors]
-        with suppress(ray.exceptions.RayError):
-            ray.get(closing, timeout=_CLOSING_SECONDS)
+        """Have the sites closed, then their processes ended, and wait for it: Ray would let them end later."""
+        self._ask_all()
+        for actor in self._actors:
+            ray.kill(actor)
+        self._ask_all()  # answered with an error, once they have ended
+        self._actors.clear()
+        if self.pool is not None:
+            self.pool.pool.clear()
         super().terminate()

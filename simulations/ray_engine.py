@@ -70,11 +70,12 @@ class RayEngine:
         world.sites.close()
         try:
             with log_file(drive.folder / "ray.log"), self._ray(), _engine(drive) as grid:
-                return run_over(grid, drive.start)
+                released = run_over(grid, drive.start)
         finally:
             world.log.close()
             world.take_back()
-            forget_seen(world.folder, world.sites)
+        forget_seen(world.folder, world.sites)
+        return released
 
     @contextmanager
     def _ray(self) -> Iterator[None]:
@@ -116,7 +117,7 @@ def _engine(drive: Drive) -> Iterator[Grid]:
     """Flower's engine in a thread of its own, for as long as its grid is used."""
     from flwr.simulation import run_simulation
 
-    from confide.simulations.ray_backend import SitesApp, sites_stay
+    from confide.simulations.ray_backend import PlacedGrid, SitesApp, sites_stay
 
     names, over, grids = tuple(drive.world.sites), threading.Event(), list[Grid]()
     server, failed = ServerApp(), list[BaseException]()
@@ -133,17 +134,17 @@ def _engine(drive: Drive) -> Iterator[Grid]:
             failed.append(error)
 
     folder = drive.folder.absolute()
-    with sites_stay(folder, names, drive.unreachable):
+    with sites_stay(folder, names, drive.unreachable) as places:
         thread = threading.Thread(target=run, name="flower", daemon=True)
         thread.start()
         try:
             deadline = time.monotonic() + _BEGIN_SECONDS
-            while not (grids and len(list(grids[0].get_node_ids())) == len(names)):
+            while not (grids and len(places) == len(names)):
                 if failed or not thread.is_alive() or time.monotonic() > deadline:
                     raise PeerError("did not begin", where="Flower's simulation engine",
                                     hint=f"see {drive.folder / 'ray.log'}") from next(iter(failed), None)  # fmt: skip
                 time.sleep(_LOOK_AGAIN)
-            yield grids[0]
+            yield PlacedGrid(grids[0], places)
         finally:
             over.set()
             thread.join(_END_SECONDS)

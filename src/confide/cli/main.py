@@ -52,7 +52,7 @@ def main() -> None:
     """Run a command; an error of ours becomes its text and its exit code."""
     as_json = "--json" in sys.argv[1:]
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="confide")
     except ConfideError as error:
         render.show_error(error, as_json=as_json)
         raise SystemExit(error.exit_code) from None
