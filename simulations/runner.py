@@ -23,7 +23,7 @@ from confide.clients.data.preprocess import encoded_width
 from confide.clients.training.artifact import save_model
 from confide.clients.training.models import build_model
 from confide.errors import ConfideError, PeerError, StorageError
-from confide.privacy.dp import RUN_LABEL, Role
+from confide.privacy.dp import Role, run_label
 from confide.privacy.dp import metrics as dp_metrics
 from confide.privacy.flushing import GroupCommit, flush_commits
 from confide.privacy.sealing import make_profile
@@ -299,14 +299,18 @@ class _Run:
         held_out = {s.name: s.participants(manifest).held_out for s in sites}
         return self._evaluator.evaluate(weights, held_out)
 
-    def _epsilon_after(self, rounds: int) -> float:
+    def _epsilon_after(self, rounds: int, *, one_site: bool = False) -> float:
+        """ε of this run so far, over all sites of a person or (what each adds to it) at one."""
         if not self._world.manifest.privacy.protects:
             return float("inf")
         # Metrics of the model after `rounds` rounds ride with the next one.
         manifest = self._world.manifest
         trained = [e for e in manifest.all_charges(rounds) if e.role is Role.TRAIN]
         evaluated = [e for e in manifest.all_charges(rounds + 1) if e.role is Role.HELD_OUT]
-        return schedule_epsilon([*self._world.statistics_charges, *trained, *evaluated], manifest.privacy.delta)
+        charges = [*self._world.statistics_charges, *trained, *evaluated]
+        if one_site:
+            charges = [replace(charge, sites=1) for charge in charges]
+        return schedule_epsilon(charges, manifest.privacy.delta)
 
     def _finish(self, released: Released) -> Result:
         world, manifest = self._world, self._world.manifest
@@ -323,7 +327,7 @@ class _Run:
             metrics=self._exact(released.weights),
             released_metrics=self._released_metrics,
             released_intervals=self._released_intervals,
-            epsilon=Epsilon(epsilon, dict.fromkeys(world.sites, epsilon)),
+            epsilon=Epsilon(epsilon, dict.fromkeys(world.sites, self._epsilon_after(manifest.rounds, one_site=True))),
             delta=manifest.privacy.delta,
             unit=manifest.privacy.unit,
             neighbours=NEIGHBOURS,
@@ -345,6 +349,7 @@ class _Run:
             learned={n: b for n in world.sources.learned if (b := manifest.bounds_of(n)) is not None},
             warnings=manifest.warnings,
             retrained_after=self._retrained_after,
+            composed_sites=manifest.privacy.composed_sites,
         )
         save_model(
             self._folder / "model.safetensors",
@@ -369,7 +374,7 @@ def _privacy_line(result: Result) -> str:
         return "No differential privacy (epsilon = infinity): baseline on public data."
     return (
         f"({result.epsilon.max:.4g}, {result.delta:g})-differentially private per {result.unit} "
-        f"({result.neighbours} {result.unit}). {RUN_LABEL}."
+        f"({result.neighbours} {result.unit}). {run_label(result.composed_sites)}."
     )
 
 

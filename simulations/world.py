@@ -129,6 +129,7 @@ class World:
             PrivacyEvent(
                 role=Role.HELD_OUT, unit=self.manifest.privacy.unit, sample_rate=1.0, steps=RELEASES,
                 noise_multiplier=self.manifest.metrics_noise_multiplier, max_grad_norm=SENSITIVITY,
+                sites=self.manifest.privacy.composed_sites,
             )
         ]  # fmt: skip
 
@@ -247,6 +248,7 @@ class World:
             min_sites=experiment.sites.min_sites,
             min_subjects=experiment.sites.min_subjects,
             population=self.sources.population[name],
+            max_sites_per_subject=privacy.max_sites_per_subject,
             epsilon_limit=privacy.site_epsilon_limit,
             delta=privacy.delta,
             release=True,

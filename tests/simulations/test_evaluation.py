@@ -95,3 +95,19 @@ def test_where_all_labels_are_alike_there_is_no_auc() -> None:
     found = ExactEvaluator(model, "binary", {"one": records}).evaluate(flatten(model), {"one": positive})
     assert list(found) == ["accuracy", "ece", "clipped_loss"]
     assert ExactEvaluator(model, "binary", {"one": records}).evaluate(flatten(model), {"one": ~positive | True})["auc"]
+
+
+def test_whom_another_site_trains_on_does_not_count_as_unseen() -> None:
+    """The same persons at two sites; half of them are held out at both."""
+    model, one = site("binary", 3)
+    other, strangers = site("binary", 4)[1], site("binary", 4)[1]
+    strangers.persons = [f"q{i}" for i in range(PEOPLE)]
+    everybody, half = np.ones(PEOPLE, dtype=bool), np.arange(PEOPLE) % 2 == 0
+    alone = {"one": one, "other": strangers}
+    found = ExactEvaluator(model, "binary", {"one": one, "other": other}).evaluate(
+        flatten(model), {"one": everybody, "other": half}
+    )
+    assert found == ExactEvaluator(model, "binary", alone).evaluate(flatten(model), {"one": half, "other": half})
+    # The control: people of whom nobody lies at both sites count wherever they are held out.
+    assert found != ExactEvaluator(model, "binary", alone).evaluate(flatten(model), {"one": everybody, "other": half})
+    assert everybody.all()

@@ -147,7 +147,7 @@ class _RoundDisplay(Display):
 
 
 def _show_plan(plan: Plan) -> None:
-    from confide.privacy.dp import LEDGER_LABEL, RUN_LABEL
+    from confide.privacy.dp import LEDGER_LABEL, run_label
 
     unit = f"per {plan.unit}, δ = {plan.delta:g}, neighbours: {plan.neighbours} {plan.unit}"
     rows = [
@@ -166,7 +166,7 @@ def _show_plan(plan: Plan) -> None:
             f"training round ({plan.uplink_bytes / plan.parameters:,.2f} bytes a parameter up; float32 is 4)"
             + _padding(plan),
         ),
-        ("ε of this run", f"{number(plan.epsilon, 2)} ({unit}; {RUN_LABEL})"),
+        ("ε of this run", f"{number(plan.epsilon, 2)} ({unit}; {run_label(plan.composed_sites)})"),
         (
             "noise multiplier σ",
             f"{plan.noise_multiplier:g} training, {plan.metrics_noise_multiplier:g} metrics",
@@ -212,7 +212,7 @@ def _padding(plan: Plan) -> str:
 
 def _show_result(result: Result) -> None:
     from confide import simulations
-    from confide.privacy.dp import LEDGER_LABEL, RUN_LABEL
+    from confide.privacy.dp import LEDGER_LABEL, run_label
 
     private = result.epsilon.max != float("inf")
     cost = f"{number(result.epsilon.max, 2)} per {result.unit}"
@@ -222,8 +222,8 @@ def _show_result(result: Result) -> None:
         ("profile", result.profile),
         ("rounds", f"{result.rounds}" + (f", {result.rounds_abandoned} abandoned" if result.rounds_abandoned else "")),
         ("consent", result.consent_source),
-        ("ε of this run", f"{cost} (δ = {result.delta:g}; neighbours: {result.neighbours} {result.unit}; {RUN_LABEL})"
-         if private else "∞: nobody is protected" if result.warnings
+        ("ε of this run", f"{cost} (δ = {result.delta:g}; neighbours: {result.neighbours} {result.unit}; "
+         f"{run_label(result.composed_sites)})" if private else "∞: nobody is protected" if result.warnings
          else "∞: a baseline on public data, nobody is protected"),
     ]  # fmt: skip
     if private:
