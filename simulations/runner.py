@@ -56,6 +56,8 @@ from confide.simulations.world import World
 
 __all__ = ["simulate"]
 
+_Told = Callable[[Progress], None]
+_Ending = Callable[[Result], None]
 #: So many gain nothing from training at once.
 _FEW_SITES = 12
 
@@ -69,6 +71,7 @@ def simulate(
     resume: bool = False,
     retrain_after: str | Path | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
+    ending: Callable[[Result], None] = lambda _: None,
 ) -> Result:
     """Run an experiment in this process.
 
@@ -82,6 +85,8 @@ def simulate(
         retrain_after: Output folder of a finished run: train anew from its initial model, with whom its registries hold
             now, charged to its ledgers. Without an experiment, with its own.
         progress: Called as each round ends.
+        ending: Called with the result when everything of it is written, before the folder says that the run is
+            finished: what it keeps is there whenever the run is.
 
     Raises:
         ConfideError: Wrong input (nothing was written), or the run could not go on.
@@ -89,7 +94,7 @@ def simulate(
     started = time.perf_counter()
     if resume:
         with GroupCommit(), resumed_place(experiment, list(overrides), out, ledger) as place, _one_thread():
-            return _execute(place, progress, started)
+            return _execute(place, progress, ending, started)
     earlier = Path(retrain_after) if retrain_after is not None else None
     if earlier is not None:
         ledger = ledgers_of(earlier, earlier_run(earlier), ledger)
@@ -110,11 +115,11 @@ def simulate(
             place.begin(loaded, base)
             write_json(folder / "status.json", {"status": "running", "run_id": world.manifest.run})
             if not sources.learned:
-                return _run(place, world, progress, started)
-        return _execute(place, progress, started)
+                return _run(place, world, progress, ending, started)
+        return _execute(place, progress, ending, started)
 
 
-def _execute(place: Place, progress: Callable[[Progress], None], started: float) -> Result:
+def _execute(place: Place, progress: _Told, ending: _Ending, started: float) -> Result:
     """Run what was begun in a place, from wherever it has come to."""
     sources = place.sources(any_bounds)
     if sources.learned:
@@ -122,13 +127,13 @@ def _execute(place: Place, progress: Callable[[Progress], None], started: float)
     world = place.world(sources)
     with _told(place.folder, world):
         write_json(place.folder / "status.json", {"status": "running", "run_id": world.manifest.run})
-        return _run(place, world, progress, started)
+        return _run(place, world, progress, ending, started)
 
 
-def _run(place: Place, world: World, progress: Callable[[Progress], None], started: float) -> Result:
+def _run(place: Place, world: World, progress: _Told, ending: _Ending, started: float) -> Result:
     with closing(place.keeping.store()) as store:
         after = earlier_run(place.earlier) if place.earlier is not None else None
-        result = _Run(world, place.folder, progress, started, store, after).execute()
+        result = _Run(world, place.folder, progress, ending, started, store, after).execute()
     place.keeping.destroy()
     return result
 
@@ -181,13 +186,15 @@ class _Run:
         self,
         world: World,
         folder: Path,
-        progress: Callable[[Progress], None],
+        progress: _Told,
+        ending: _Ending,
         started: float,
         store: RunStore,
         retrained_after: str | None = None,
     ) -> None:
         self._retrained_after = retrained_after
         self._world, self._folder, self._progress, self._started = world, folder, progress, started
+        self._ending = ending
         self._store = store
         manifest = world.manifest
         self._task = manifest.label.task
@@ -363,6 +370,7 @@ class _Run:
         write_index(result, self._folder / "index.html")
         world.export()  # before anything says that it is finished
         write_json(self._folder / "result.json", result.to_json())
+        self._ending(result)
         write_json(self._folder / "status.json", {"status": "finished", "run_id": manifest.run})
         return result
 
