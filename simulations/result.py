@@ -73,6 +73,8 @@ class Progress:
     abandoned: bool
     #: Share of the latest sum's coordinates that were clipped to the quantiser's range.
     saturated: float
+    #: Of the run: everything that may be said of its rounds so far lies there.
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -279,6 +279,7 @@ class _Run:
             released_round=None if outcome.metrics_round is None else outcome.metrics_round - 1,
             abandoned=outcome.abandoned,
             saturated=model.saturated,
+            folder=self._folder,
         )
         self._lines.add(progress)
         self._progress(progress)

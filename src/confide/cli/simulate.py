@@ -62,11 +62,11 @@ def simulate(
     ] = False,
     mlflow: Annotated[
         str | None,
-        typer.Option(metavar="URI|DIR", help="Log the finished run to MLflow (extra: mlflow)."),
+        typer.Option(metavar="URI|DIR", help="Log the run to MLflow, round by round (extra: mlflow)."),
     ] = None,
     tensorboard: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write event files of the finished run (extra: tensorboard)."),
+        typer.Option(metavar="DIR", help="Write event files of the run, round by round (extra: tensorboard)."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
@@ -91,6 +91,11 @@ def simulate(
     tracker = simulations.open_tracker(mlflow=mlflow, tensorboard=tensorboard)
     try:
         with _RoundDisplay() as display:
+
+            def update(progress: RoundProgress) -> None:
+                display.update(progress)
+                tracker.round(progress.folder)
+
             result = simulations.simulate(
                 experiment,
                 overrides=assignments or (),
@@ -98,7 +103,7 @@ def simulate(
                 ledger=ledger,
                 resume=resume,
                 retrain_after=retrain_after,
-                progress=display.update,
+                progress=update,
             )
         tracker.run(result)
     except KeyboardInterrupt:
@@ -111,6 +116,8 @@ def simulate(
         raise ConfigError(
             "may not be written", where=str(error.filename), hint="name a folder you may write to"
         ) from None
+    finally:
+        tracker.ended()
     if as_json:
         show_json(result.to_json())
     else:
