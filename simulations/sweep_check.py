@@ -102,8 +102,8 @@ def refuse_uncharged(found: SweepPlan) -> None:
         "is not true: on such data a sweep is a release of all its cells, and choosing among them costs a person more "
         "than the ε of any one",
         where="data.public",
-        hint="set data.public = true if anybody may see every row; otherwise name the sites' ledgers with --ledger DIR: "
-        "all cells are then charged to them, composed, as single experiments are by confide simulate --ledger DIR",
+        hint="set data.public = true if anybody may see every row; otherwise name the sites' ledgers: --ledger DIR. "
+        "All cells are then charged to them, composed, as single experiments are by confide simulate --ledger DIR",
     )
 
 
