@@ -17,6 +17,7 @@ from confide.privacy.dp import person_epsilon
 from confide.privacy.dp.events import merge_events
 from confide.privacy.sealing import make_profile
 from confide.protocol.manifest import Manifest
+from confide.simulations.planning import any_bounds
 from confide.simulations.result import json_number
 from confide.simulations.sources import load_sources
 from confide.simulations.sweep_axes import name_cell
@@ -129,7 +130,7 @@ def _check_all(found: SweepPlan, scratch: Path, told: Callable[[Job], None]) -> 
 def _check(job: Job, folder: Path, ledgers: Path) -> _Checked:
     """Everything that `simulate` would find wrong before it starts; what a round's sum takes, what the run costs."""
     try:
-        sources = load_sources(job.experiment.experiment, job.experiment.base)
+        sources = load_sources(job.experiment.experiment, job.experiment.base, bounds=any_bounds)
         world = World(sources, folder / "sites", ledgers, folder / "logs")
         try:
             world.check()

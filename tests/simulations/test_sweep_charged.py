@@ -259,6 +259,20 @@ def test_workers_beside_each_other_share_the_ledgers_and_spend_what_was_told(tmp
     assert len({(tmp_path / "ledgers" / s / "site.key").read_bytes() for s in found.cost.ledgers}) == 4
 
 
+def test_bounds_that_are_learned_first_are_part_of_the_total(tmp_path: Path) -> None:
+    tree = private_tree(tmp_path, epsilon=8.0, site_epsilon_limit=30.0)
+    tree["schema"] = {"bounds": "learn", "features": {"age": {"kind": "number"}}}
+    tree["sites"]["population"] = {"default": 40}
+    quote = confide.plan_sweep(tree, over=OVER, ledger=tmp_path / "ledgers")
+    found = confide.sweep(tree, over=OVER, out=tmp_path / "out", ledger=tmp_path / "ledgers")
+    assert found.cost == quote.cost
+    held = merge_events(charges_in(tmp_path / "ledgers").values())
+    assert {e.role: e.steps for e in held} == {Role.TRAIN: 2 * 2, Role.HELD_OUT: 2 * (2 + 1)}
+    assert quote.cost is not None
+    assert quote.cost.epsilon == person_epsilon(held, 1e-5)
+    assert len(runs_in(tmp_path / "ledgers")) == 4
+
+
 def test_the_command_shows_the_total_and_refuses_what_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
