@@ -18,7 +18,7 @@ from confide.clients.snapshots import SnapshotStore
 from confide.errors import ConsentError
 from confide.privacy.audit.page import write_page
 from confide.privacy.consent import ConsentEvent, Registry, canonical_subject, from_micros
-from confide.privacy.dp import LEDGER_LABEL, RUN_LABEL, Ledger, PrivacyEvent, Role, run_epsilon
+from confide.privacy.dp import LEDGER_LABEL, Ledger, PrivacyEvent, Role, person_epsilon, run_epsilon, run_label
 from confide.privacy.dp.events import merge_events
 from confide.privacy.dp.personal import PersonalLosses
 from confide.protocol.keyfiles import site_key
@@ -120,6 +120,7 @@ class PersonExposure:
         forgotten: That is not known any more either: ε is what she has lost at most, and no run is listed.
         epsilon: Her loss over all runs; infinity where one of them protected nobody.
         charged_epsilon: The part of it that the ledger accounts for.
+        sites: At how many sites a person may lie, as the runs assumed; each charge here counts that many times.
     """
 
     site: str
@@ -136,6 +137,7 @@ class PersonExposure:
     delta: float
     unit: str
     unnoted_charges: int
+    sites: int
     how_to_withdraw: str = HOW_TO_WITHDRAW
 
 
@@ -179,6 +181,7 @@ def describe_person(subject: str, files: SiteFiles) -> PersonExposure:
             decisions=_decisions(registry, person, history),
             runs=runs, epsilon=epsilon if protected else math.inf, charged_epsilon=epsilon,
             delta=ledger.budget.delta, unit=ledger.unit, unnoted_charges=unnoted,
+            sites=max((event.sites for event in charges.values()), default=1),
         )  # fmt: skip
     finally:
         registry.close()
@@ -191,7 +194,7 @@ def write_person(exposure: PersonExposure, path: Path) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    context = {"e": exposure, "ledger_label": LEDGER_LABEL, "run_label": RUN_LABEL}
+    context = {"e": exposure, "ledger_label": LEDGER_LABEL, "run_label": run_label(exposure.sites)}
     write_page(Path(__file__).with_name("exposure.html.j2"), context, path)
 
 
@@ -221,6 +224,8 @@ def _runs(
     for run, names in by_run.items():
         merged, manifest = merge_events(charges[name] for name in names), manifests.get(run)
         epsilon = run_epsilon(merged[0], delta) if len(merged) == 1 else None
+        if any(event.sites > 1 for event in merged):  # elsewhere she may hold the other role, in more rounds
+            epsilon = None if manifest is None else person_epsilon(manifest.all_charges(), delta)
         if manifest is not None and not manifest.privacy.protects:  # its noise comes from a seed that was told
             epsilon = math.inf
         rounds = sorted({int(name.split("/")[1]) for name in names})

@@ -18,8 +18,7 @@ from confide.clients.snapshots import SnapshotStore
 from confide.errors import ConsentError
 from confide.privacy.consent import EventType, Registry, canonical_subject, lineage
 from confide.privacy.consent.state import DENIALS
-from confide.privacy.dp import run_epsilon
-from confide.privacy.dp.events import merge_events
+from confide.privacy.dp import person_epsilon
 from confide.protocol.keyfiles import site_key
 from confide.protocol.manifest import Manifest
 
@@ -128,4 +127,4 @@ def _consenting_again(registry: Registry, manifests: Mapping[str, Manifest]) -> 
 def _epsilon(manifest: Manifest) -> float:
     if not manifest.privacy.protects:
         return math.inf
-    return max(run_epsilon(e, manifest.privacy.delta) for e in merge_events(manifest.all_charges()))
+    return person_epsilon(manifest.all_charges(), manifest.privacy.delta)

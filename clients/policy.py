@@ -10,7 +10,7 @@ from confide.clients.training.code import package_digest
 from confide.config import STRATEGY_OPTIONS
 from confide.config.site import SiteConfig
 from confide.errors import ConfigError, PolicyError
-from confide.privacy.dp import run_epsilon
+from confide.privacy.dp import person_epsilon
 from confide.protocol.manifest import Manifest
 from confide.protocol.roster import COORDINATOR
 
@@ -42,6 +42,7 @@ class SitePolicy:
         min_sites: Smallest sum this site's update may hide in.
         min_subjects: Fewest consenting persons with which this site takes part.
         population: Declared population: the public normaliser that a run must name.
+        max_sites_per_subject: At how many sites of a federation this site's persons may be; a run may assume no fewer.
         epsilon_limit: The most ε that a single run may ask for.
         delta: The ledger's δ.
         release: May this site hand out the trained model?
@@ -64,6 +65,7 @@ class SitePolicy:
     min_sites: int = 3
     min_subjects: int = 20
     population: int = 0
+    max_sites_per_subject: int = 1
     epsilon_limit: float = 0.0
     delta: float = 0.0
     release: bool = False
@@ -100,6 +102,7 @@ class SitePolicy:
             min_sites=asked.min_sites,
             min_subjects=asked.min_subjects,
             population=asked.population,
+            max_sites_per_subject=asked.max_sites_per_subject,
             epsilon_limit=asked.epsilon_limit,
             delta=asked.delta,
             release=asked.release,
@@ -156,13 +159,13 @@ class SitePolicy:
              "unsafe_noise_seed"),
             ("unsafe_noise", asked.unsafe_noise_seed is None or self.unsafe_noise, "noise that nobody knows",
              "unsafe_noise_seed, which is for simulations"),
+            ("max_sites_per_subject", asked.max_sites_per_subject >= self.max_sites_per_subject,
+             f">= {self.max_sites_per_subject}", asked.max_sites_per_subject),
             ("unit", asked.unit == "subject" or self.data_are_public, "subject", asked.unit),
         ]  # fmt: skip
         if asked.is_private:
             noisy = manifest.noise_multiplier > 0 and manifest.metrics_noise_multiplier > 0
-            cost = (
-                max((run_epsilon(e, asked.delta) for e in manifest.all_charges()), default=0.0) if noisy else math.inf
-            )
+            cost = person_epsilon(manifest.all_charges(), asked.delta) if noisy else math.inf
             within = max(cost, asked.epsilon) <= self.epsilon_limit and cost <= asked.epsilon * (1 + 1e-9)
             lines.append(("epsilon_limit", within, f"<= {self.epsilon_limit:g}",
                           f"{asked.epsilon:g} with noise for {cost:g}" if noisy else "no noise"))  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from confide.errors import DataError
-from confide.privacy.dp import metrics, run_epsilon
+from confide.privacy.dp import metrics, person_epsilon
 from confide.privacy.dp.statistics import RELEASES
 from confide.protocol.bounds import learned_bounds
 from confide.protocol.manifest import Manifest
@@ -20,7 +20,7 @@ def run_loss(manifest: Manifest) -> float | None:
     """ε of this run for the more exposed role, its parameters fixed beforehand; None: no protection (public data)."""
     if not manifest.privacy.protects:
         return None
-    return max((run_epsilon(e, manifest.privacy.delta) for e in manifest.all_charges()), default=0.0)
+    return person_epsilon(manifest.all_charges(), manifest.privacy.delta)
 
 
 def finished(manifest: Manifest, released: Released) -> dict[str, Any]:
@@ -79,5 +79,5 @@ def _head(manifest: Manifest, status: str) -> dict[str, Any]:
         "run_id": manifest.run, "status": status, "purpose": manifest.purpose, "rounds": manifest.rounds,
         "sites": [m.site for m in manifest.members], "min_sites": manifest.min_sites,
         "profile": manifest.sealing.profile, "epsilon": run_loss(manifest), "delta": manifest.privacy.delta,
-        "unit": manifest.privacy.unit,
+        "unit": manifest.privacy.unit, "max_sites_per_subject": manifest.privacy.max_sites_per_subject,
     }  # fmt: skip

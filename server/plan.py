@@ -12,7 +12,7 @@ from confide.config import Experiment, SchemaConfig
 from confide.config.run import DeployedRun
 from confide.errors import ConfigError
 from confide.privacy.digest import digest
-from confide.privacy.dp import PrivacyEvent, RenyiBudget, Role, calibrate
+from confide.privacy.dp import PrivacyEvent, RenyiBudget, Role, calibrate_run
 from confide.privacy.dp.metrics import SENSITIVITY
 from confide.privacy.dp.statistics import RELEASES
 from confide.privacy.sealing import make_profile
@@ -131,8 +131,9 @@ def _run_name(experiment: Experiment | DeployedRun, statistics: bool) -> str:
 
 
 def _noise(experiment: Experiment | DeployedRun) -> tuple[float, float]:
-    """σ of training and of metrics: each role pays the run's whole ε, because a person holds one role only. Learned
-    bounds are paid for like metrics, by the held-out persons at the same σ: they and the metrics together cost ε."""
+    """σ of training and of metrics: each role pays the run's whole ε, because a person holds one role only at a site;
+    at several she may hold both, and that must not cost more either. Learned bounds are paid for like metrics, by the
+    held-out persons at the same σ: they and the metrics together cost ε."""
     privacy = experiment.privacy
     if not privacy.is_private:
         return 0.0, 0.0
@@ -140,10 +141,11 @@ def _noise(experiment: Experiment | DeployedRun) -> tuple[float, float]:
     train = PrivacyEvent(
         role=Role.TRAIN, unit=privacy.unit, noise_multiplier=1.0, sample_rate=privacy.sample_rate,
         steps=experiment.run.rounds * experiment.training.local_steps, max_grad_norm=privacy.max_grad_norm,
+        sites=privacy.composed_sites,
     )  # fmt: skip
     metrics = PrivacyEvent(
         role=Role.HELD_OUT, unit=privacy.unit, noise_multiplier=1.0, sample_rate=1.0,
         steps=len(experiment.metric_rounds) + (RELEASES if experiment.schema_.unknown_bounds else 0),
-        max_grad_norm=SENSITIVITY,
+        max_grad_norm=SENSITIVITY, sites=privacy.composed_sites,
     )  # fmt: skip
-    return calibrate(train, privacy.epsilon, budget), calibrate(metrics, privacy.epsilon, budget)
+    return calibrate_run(train, metrics, privacy.epsilon, budget)

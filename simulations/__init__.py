@@ -4,7 +4,9 @@ from confide.simulations.place import finished_result
 from confide.simulations.planning import plan
 from confide.simulations.result import HONEST, Plan, Progress, Result
 from confide.simulations.runner import simulate
-from confide.simulations.sweep import SweepProgress, sweep
+from confide.simulations.sweep import SweepProgress, plan_sweep, sweep
+from confide.simulations.sweep_check import Quote
+from confide.simulations.sweep_cost import SweepCost
 from confide.simulations.sweep_place import finished_sweep
 from confide.simulations.sweep_result import Sweep
 from confide.simulations.tracking import Tracker, open_tracker
@@ -13,14 +15,17 @@ __all__ = [
     "HONEST",
     "Plan",
     "Progress",
+    "Quote",
     "Result",
     "Sweep",
+    "SweepCost",
     "SweepProgress",
     "Tracker",
     "finished_result",
     "finished_sweep",
     "open_tracker",
     "plan",
+    "plan_sweep",
     "simulate",
     "sweep",
 ]

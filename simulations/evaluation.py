@@ -23,7 +23,8 @@ Mask = NDArray[np.bool_]
 
 
 class ExactEvaluator:
-    """Evaluates a model on the consenting held-out persons of all sites, record by record.
+    """Evaluates a model on the consenting held-out persons of all sites, record by record. Who lies at several sites
+    counts where each of them holds her out: the others' models have seen her.
 
     Args:
         model: A module of the run's architecture.
@@ -40,6 +41,11 @@ class ExactEvaluator:
         false: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self._model, self._task, self._records, self._false = model.eval(), task, records, false
+        homes: dict[str, list[tuple[str, int]]] = {}
+        for site, found in records.items():
+            for place, person in enumerate(found.persons):
+                homes.setdefault(person, []).append((site, place))
+        self._several = [places for places in homes.values() if len(places) > 1]
 
     def evaluate(self, weights: NDArray[np.float32], held_out: Mapping[str, Mask]) -> dict[str, float]:
         """What `metrics.read` gives from sums, from records: with the probabilities themselves and not their bins'
@@ -48,6 +54,7 @@ class ExactEvaluator:
         With a poisoned site also `attack_success`: the share of records that get the label it teaches for them.
         """
         load_flat(self._model, weights)
+        held_out = self._everywhere(held_out)
         batches = [
             self._records[s].gather(self._records[s].units_of(mask))
             for s, mask in held_out.items()
@@ -68,6 +75,15 @@ class ExactEvaluator:
         found["accuracy"] = float(((prediction >= 0.5) == positive).mean())
         found |= _calibration(prediction, positive, np.where(positive, prediction, 1 - prediction))
         return found | self._success(prediction >= 0.5, y)
+
+    def _everywhere(self, held_out: Mapping[str, Mask]) -> dict[str, Mask]:
+        found = {site: mask.copy() for site, mask in held_out.items()} if self._several else dict(held_out)
+        for places in self._several:
+            if not all(site in held_out and held_out[site][place] for site, place in places):
+                for site, place in places:
+                    if site in found:
+                        found[site][place] = False
+        return found
 
     def _success(self, called: NDArray[Any], y: Floats) -> dict[str, float]:
         if self._false is None:

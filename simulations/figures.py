@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from confide.privacy.dp import RUN_LABEL
+from confide.privacy.dp import run_label
 from confide.privacy.dp.metrics import NAMES
 from confide.privacy.files import write_atomically
 from confide.simulations.result import Result
@@ -85,7 +85,8 @@ def _epsilon(result: Result, path: Path) -> Path:
         figure,
         path,
         title,
-        f"Differential privacy per {result.unit}; neighbours: {result.neighbours} {result.unit}; {RUN_LABEL}.",
+        f"Differential privacy per {result.unit}; neighbours: {result.neighbours} {result.unit}; "
+        f"{run_label(result.composed_sites)}.",
     )
 
 

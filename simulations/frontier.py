@@ -54,7 +54,9 @@ class Panel:
     lines: Sequence[Line]
 
 
-def write_frontier(panels: Sequence[Panel], path: Path, *, title: str, x_label: str, y_label: str) -> Path:
+def write_frontier(
+    panels: Sequence[Panel], path: Path, *, title: str, x_label: str, y_label: str, watermark: str = WATERMARK
+) -> Path:
     """Write the figure: panels side by side on one scale of quality; returns its path.
 
     Args:
@@ -63,12 +65,13 @@ def write_frontier(panels: Sequence[Panel], path: Path, *, title: str, x_label: 
         title: Of the whole figure.
         x_label: Names ε with its unit and δ.
         y_label: Names the quality.
+        watermark: What stands in the figure; its own where somebody has charged all of its points.
     """
     with rc_context(STYLE):  # type: ignore[arg-type]  # the stub wants matplotlib's literal type for keys
         figure = Figure(figsize=(7.2 if len(panels) == 1 else 4.6 * len(panels), 4.4), layout="constrained")
         shared = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, panel in zip(shared, panels, strict=True):
-            _draw(axes, panel)
+            _draw(axes, panel, watermark)
             axes.set_xlabel(x_label)
         shared[0].set_ylabel(y_label)
         handles, names = shared[0].get_legend_handles_labels()
@@ -78,10 +81,10 @@ def write_frontier(panels: Sequence[Panel], path: Path, *, title: str, x_label: 
             figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.2)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         described = " ".join(_describe(panel) for panel in panels)
-        return save_figure(figure, path, title, f"{y_label} by {x_label}; {WATERMARK}. {described}")
+        return save_figure(figure, path, title, f"{y_label} by {x_label}; {watermark}. {described}")
 
 
-def _draw(axes: Axes, panel: Panel) -> None:
+def _draw(axes: Axes, panel: Panel, watermark: str) -> None:
     # Colour, marker and dash change together; lines look alike from the thirteenth on.
     epsilons: set[float] = set()
     for number, line in enumerate(panel.lines):
@@ -107,7 +110,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
     axes.set_title(panel.title, loc="left", fontsize=11)
     axes.text(
-        0.98, 0.03, WATERMARK, transform=axes.transAxes, ha="right", va="bottom", fontsize=9.5, fontstyle="italic",
+        0.98, 0.03, watermark, transform=axes.transAxes, ha="right", va="bottom", fontsize=9.5, fontstyle="italic",
         color="#4b5563", bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 2.0}, zorder=5,
     )  # fmt: skip
 

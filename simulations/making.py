@@ -132,6 +132,7 @@ class SiteMaker:
             min_sites=experiment.sites.min_sites,
             min_subjects=experiment.sites.min_subjects,
             population=self._sources.population[name],
+            max_sites_per_subject=privacy.max_sites_per_subject,
             epsilon_limit=privacy.site_epsilon_limit,
             delta=privacy.delta,
             release=True,

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from confide.privacy.audit.chart import Series, line_chart
 from confide.privacy.audit.page import write_page
-from confide.privacy.dp import RUN_LABEL
+from confide.privacy.dp import run_label
 from confide.privacy.dp.metrics import NAMES
 from confide.simulations.result import HONEST, Result
 
@@ -52,7 +52,7 @@ def _facts(result: Result, private: bool) -> list[tuple[str, str]]:
         (
             "privacy loss of this run",
             f"ε = {result.epsilon.max:.2f} per {result.unit} at δ = {result.delta:g} "
-            f"(neighbours: {result.neighbours} {result.unit}; {RUN_LABEL})"
+            f"(neighbours: {result.neighbours} {result.unit}; {run_label(result.composed_sites)})"
             if private
             else ("∞: nobody is protected" if result.warnings else "∞: a baseline on public data, nobody is protected"),
         ),

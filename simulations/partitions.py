@@ -1,9 +1,11 @@
 """Which person lies at which site: by a column of the table, or dealt out to made-up sites.
 
 Invariants:
-1. A person's records stay together, at one site: it is there that her loss is accounted. A table that says otherwise is
-   refused.
-2. The same seed, table and options give the same sites, whatever else is in the experiment.
+1. A person's records stay together, at one site: it is there that her loss is accounted. Only where `overlap` says so
+   do records of so many people lie at several sites, never at more than `privacy.max_sites_per_subject`, by which her
+   loss is composed. A table that says otherwise is refused.
+2. Every record lies at one site.
+3. The same seed, table and options give the same sites, whatever else is in the experiment.
 
 A person's class is that of her first record; a number is cut into ten equally frequent classes. These are choices about
 a simulated world, made from its table: nothing of them is in any message.
@@ -40,8 +42,8 @@ def split(table: pd.DataFrame, experiment: Experiment, where: str) -> tuple[list
         where: The table's name, for errors.
 
     Raises:
-        DataError: A site is missing or cannot be a name, or a person lies at two sites.
-        ConfigError: So many sites of at least `min_subjects` people cannot be made.
+        DataError: A site is missing or cannot be a name, or people lie at more sites than declared.
+        ConfigError: So many sites of at least `min_subjects` people, or so large an overlap, cannot be made.
     """
     if experiment.partition.kind == "natural":
         return _natural(table, experiment, where)
@@ -62,15 +64,32 @@ def _natural(table: pd.DataFrame, experiment: Experiment, where: str) -> tuple[l
     subjects = table[experiment.data.subject]
     homes = pd.DataFrame({"site": part_of, "person": subjects.where(subjects.isna(), subjects.map(canonical_subject))})
     homes = homes.dropna().drop_duplicates().sort_values("site", kind="stable")
-    twice = homes[homes["person"].duplicated()]
-    if len(twice):
-        first = homes[homes["person"] == twice["person"].iloc[0]]["site"]
-        raise DataError(
-            f"one subject has records at sites {names[first.iloc[0]]} and {names[first.iloc[1]]}",
-            where=where,
-            hint="each person's loss is accounted at one site; give the person one site",
-        )
+    _as_declared(homes, names, experiment, where)
     return names, part_of
+
+
+def _as_declared(homes: pd.DataFrame, names: list[str], experiment: Experiment, where: str) -> None:
+    """Do people lie at no more sites than the experiment says? `homes` has a row a person and site of hers.
+
+    How many do is said of no data but public ones: it is a number of persons.
+    """
+    overlap, most = experiment.partition.overlap, experiment.privacy.max_sites_per_subject
+    found = homes.groupby("person")["site"].size()
+    if overlap == 0 and (found > 1).any():
+        twice = homes[homes["person"] == found.index[found > 1][0]]["site"]
+        raise DataError(
+            f"one subject has records at sites {names[twice.iloc[0]]} and {names[twice.iloc[1]]}", where=where,
+            hint="each person's loss is accounted at one site: give the person one site, or declare the share of such "
+            "people with partition.overlap, and ε is composed over her sites",
+        )  # fmt: skip
+    if (found > most).any():
+        raise DataError(f"one subject has records at more than {most} sites", where=where,
+                        hint="raise privacy.max_sites_per_subject: ε is composed over so many")  # fmt: skip
+    several = int((found > 1).sum())
+    if several > overlap * len(found):
+        share = f" ({several:,} of {len(found):,})" if experiment.data.public else ""
+        raise DataError(f"more people have records at several sites than partition.overlap = {overlap:g} says{share}",
+                        where=where, hint="raise partition.overlap, or give people one site")  # fmt: skip
 
 
 def _dealt(table: pd.DataFrame, experiment: Experiment, where: str) -> tuple[list[str], Ints]:
@@ -92,7 +111,38 @@ def _dealt(table: pd.DataFrame, experiment: Experiment, where: str) -> tuple[lis
     rng = np.random.default_rng(_seed(experiment.run.seed, partition))
     home = _enough(_DEALERS[partition.kind], classes, partition, experiment.sites.min_subjects, rng)
     width = max(2, len(str(partition.sites)))
-    return [f"site-{site + 1:0{width}d}" for site in range(partition.sites)], home[codes]
+    names = [f"site-{site + 1:0{width}d}" for site in range(partition.sites)]
+    return names, _overlapping(codes.astype(np.int64), home, experiment)
+
+
+def _overlapping(person: Ints, home: Ints, experiment: Experiment) -> Ints:
+    """The site of each row, int64 [rows]: its person's home, but for the overlap's people, whose rows are dealt out to
+    her home and others; each of her sites gets one at least, the home too.
+
+    Args:
+        person: Of each row.
+        home: Of each person.
+    """
+    partition, part_of = experiment.partition, home[person]
+    asked = round(partition.overlap * len(home))
+    if asked == 0:
+        return part_of
+    able = np.flatnonzero(np.bincount(person, minlength=len(home)) > 1)
+    if len(able) < asked:
+        raise ConfigError(
+            f"asks for {asked:,} people at several sites, and {len(able):,} have more than one record"
+            if experiment.data.public else "asks for more people at several sites than have more than one record",
+            where="partition.overlap", hint="lower it: a record lies at one site",
+        )  # fmt: skip
+    rng = np.random.default_rng(_seed(experiment.run.seed, partition, "overlap"))
+    rows = np.argsort(person, kind="stable")
+    starts = np.searchsorted(person[rows], np.arange(len(home) + 1))
+    for one in rng.permutation(able)[:asked]:
+        hers = rng.permutation(rows[starts[one] : starts[one + 1]])
+        others = rng.permutation(np.delete(np.arange(partition.sites), home[one]))
+        several = min(len(hers), experiment.privacy.max_sites_per_subject, partition.sites)
+        part_of[hers] = np.resize(np.concatenate([home[one : one + 1], others[: several - 1]]), len(hers))
+    return part_of
 
 
 def _classes(y: NDArray[np.float32], task: str) -> Ints:
@@ -102,8 +152,9 @@ def _classes(y: NDArray[np.float32], task: str) -> Ints:
     return ranks.astype(np.int64) * _CLASSES_OF_NUMBERS // len(y)
 
 
-def _seed(seed: int, partition: PartitionConfig) -> int:
-    return int.from_bytes(hashlib.sha256(f"confide/partition/{partition.kind}/{seed}".encode()).digest()[:8], "big")
+def _seed(seed: int, partition: PartitionConfig, *what: str) -> int:
+    text = "/".join(("confide/partition", partition.kind, *what, str(seed)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _enough(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from confide.config import Experiment, load_experiment
-from confide.privacy.dp import PrivacyEvent, Role, run_epsilon
+from confide.privacy.dp import PrivacyEvent, Role, person_epsilon
 from confide.privacy.dp.events import merge_events
 from confide.privacy.sealing import make_profile
 from confide.simulations.result import NEIGHBOURS, Plan, SitePlan
@@ -88,6 +88,7 @@ def _plan(world: World) -> Plan:
         placement=manifest.privacy.placement,
         epsilon=schedule_epsilon(charges, manifest.privacy.delta) if manifest.privacy.protects else float("inf"),
         delta=manifest.privacy.delta,
+        composed_sites=manifest.privacy.composed_sites,
         sample_rate=manifest.privacy.sample_rate,
         noise_multiplier=manifest.noise_multiplier,
         metrics_noise_multiplier=manifest.metrics_noise_multiplier,
@@ -100,8 +101,8 @@ def _plan(world: World) -> Plan:
 
 
 def schedule_epsilon(charges: list[PrivacyEvent], delta: float) -> float:
-    """ε of this run for the more exposed role: parameters were fixed beforehand, roles compose in parallel."""
-    return max((run_epsilon(e, delta) for e in merge_events(charges)), default=0.0)
+    """ε of this run for whom it costs most, over all sites where she may lie: parameters were fixed beforehand."""
+    return person_epsilon(merge_events(charges), delta)
 
 
 def load_source(source: Source, overrides: Iterable[str]) -> tuple[Experiment, Path]:

@@ -51,7 +51,8 @@ def intervals_from_json(tree: Mapping[str, Any] | None) -> Intervals | None:
 
 @dataclass(frozen=True, slots=True)
 class Epsilon:
-    """What this run costs a person: the bound from the public schedule, over all sites and at each."""
+    """What this run costs a person: the bound from the public schedule, over all sites where she may lie, and what each
+    adds to it."""
 
     max: float
     per_site: dict[str, float]
@@ -72,6 +73,8 @@ class Progress:
     abandoned: bool
     #: Share of the latest sum's coordinates that were clipped to the quantiser's range.
     saturated: float
+    #: Of the run: everything that may be said of its rounds so far lies there.
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +94,7 @@ class Result:
         learned: Bounds by column, where they were learned by a statistics run before the training.
         warnings: What nobody may overlook, e.g. that the noise came from a seed.
         retrained_after: The run after which this one trained anew; None where there is none.
+        composed_sites: Over how many sites of a person ε is composed; 1: everybody lies at one.
     """
 
     run_id: str
@@ -118,6 +122,7 @@ class Result:
     learned: dict[str, tuple[float, float]]
     warnings: tuple[str, ...]
     retrained_after: str | None = None
+    composed_sites: int = 1
 
     @property
     def consent_source(self) -> str:
@@ -140,7 +145,8 @@ class Result:
         return ", ".join(found) + " (95 % intervals: noise and sampling of persons)"
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `--json` prints: exactly these keys; where it trained anew, also `retrained_after`."""
+        """The object that `--json` prints: exactly these keys; where it trained anew, also `retrained_after`, and where
+        people may lie at several sites, also `composed_sites`."""
         return {
             "run_id": self.run_id,
             "rounds": self.rounds,
@@ -163,6 +169,7 @@ class Result:
             "out": str(self.out),
             "warnings": list(self.warnings),
             **({} if self.retrained_after is None else {"retrained_after": self.retrained_after}),
+            **({} if self.composed_sites == 1 else {"composed_sites": self.composed_sites}),
         }
 
 
@@ -207,6 +214,8 @@ class Plan:
     placement: str
     epsilon: float
     delta: float
+    #: Over how many sites of a person ε is composed.
+    composed_sites: int
     sample_rate: float
     noise_multiplier: float
     metrics_noise_multiplier: float

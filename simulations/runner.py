@@ -24,7 +24,7 @@ from confide.clients.data.preprocess import encoded_width
 from confide.clients.training.artifact import save_model
 from confide.clients.training.models import build_model
 from confide.errors import ConfideError, ConfigError, PeerError, StorageError
-from confide.privacy.dp import RUN_LABEL, Role
+from confide.privacy.dp import Role, run_label
 from confide.privacy.dp import metrics as dp_metrics
 from confide.privacy.flushing import GroupCommit
 from confide.privacy.sealing import make_profile
@@ -59,6 +59,8 @@ from confide.simulations.world import World
 
 __all__ = ["simulate"]
 
+_Told = Callable[[Progress], None]
+_Ending = Callable[[Result], None]
 #: So many gain nothing from training at once.
 _FEW_SITES = 12
 
@@ -75,6 +77,7 @@ def simulate(
     ray_address: str | None = None,
     workers: int | None = 1,
     progress: Callable[[Progress], None] = lambda _: None,
+    ending: Callable[[Result], None] = lambda _: None,
 ) -> Result:
     """Run an experiment.
 
@@ -93,6 +96,8 @@ def simulate(
         workers: With the engine `local`: processes that have the sites between them; None: as many as cores, where
             there are more than a few sites. It changes nothing but the time that a run takes.
         progress: Called as each round ends.
+        ending: Called with the result when everything of it is written, before the folder says that the run is
+            finished: what it keeps is there whenever the run is.
 
     Raises:
         ConfideError: Wrong input (nothing was written), or the run could not go on.
@@ -103,7 +108,7 @@ def simulate(
     if resume:
         with GroupCommit(), resumed_place(experiment, list(overrides), out, ledger) as place, _one_thread():
             place.workers = workers
-            return _execute(place, engine_of(place, engine, ray_address), progress, started)
+            return _execute(place, engine_of(place, engine, ray_address), progress, ending, started)
     apart = find_engine(engine or LOCAL, ray_address)
     earlier = Path(retrain_after) if retrain_after is not None else None
     if earlier is not None:
@@ -129,11 +134,11 @@ def simulate(
             place.begin(loaded, base)
             write_json(folder / "status.json", {"status": "running", "run_id": world.manifest.run})
             if not sources.learned:
-                return _run(place, world, apart, progress, started)
-        return _execute(place, apart, progress, started)
+                return _run(place, world, apart, progress, ending, started)
+        return _execute(place, apart, progress, ending, started)
 
 
-def _execute(place: Place, engine: Engine | None, progress: Callable[[Progress], None], started: float) -> Result:
+def _execute(place: Place, engine: Engine | None, progress: _Told, ending: _Ending, started: float) -> Result:
     """Run what was begun in a place, from wherever it has come to."""
     sources = place.sources(any_bounds)
     if sources.learned:
@@ -141,15 +146,13 @@ def _execute(place: Place, engine: Engine | None, progress: Callable[[Progress],
     world = place.world(sources)
     with _told(place.folder, world):
         write_json(place.folder / "status.json", {"status": "running", "run_id": world.manifest.run})
-        return _run(place, world, engine, progress, started)
+        return _run(place, world, engine, progress, ending, started)
 
 
-def _run(
-    place: Place, world: World, engine: Engine | None, progress: Callable[[Progress], None], started: float
-) -> Result:
+def _run(place: Place, world: World, engine: Engine | None, progress: _Told, ending: _Ending, started: float) -> Result:
     with closing(place.keeping.store()) as store:
         after = earlier_run(place.earlier) if place.earlier is not None else None
-        result = _Run(world, place, engine, progress, started, store, after).execute()
+        result = _Run(world, place, engine, progress, ending, started, store, after).execute()
     place.keeping.destroy()
     return result
 
@@ -203,14 +206,15 @@ class _Run:
         world: World,
         place: Place,
         engine: Engine | None,
-        progress: Callable[[Progress], None],
+        progress: _Told,
+        ending: _Ending,
         started: float,
         store: RunStore,
         retrained_after: str | None = None,
     ) -> None:
         self._retrained_after = retrained_after
         self._world, self._folder, self._progress, self._started = world, place.folder, progress, started
-        self._place, self._engine = place, engine
+        self._place, self._engine, self._ending = place, engine, ending
         self._store = store
         manifest = world.manifest
         self._task = manifest.label.task
@@ -311,6 +315,7 @@ class _Run:
             released_round=None if outcome.metrics_round is None else outcome.metrics_round - 1,
             abandoned=outcome.abandoned,
             saturated=saturated,
+            folder=self._folder,
         )
         self._lines.add(progress)
         self._progress(progress)
@@ -335,14 +340,18 @@ class _Run:
             return None
         return self._evaluator.evaluate(weights, held_out_now(self._world)) or None  # of nobody there is none
 
-    def _epsilon_after(self, rounds: int) -> float:
+    def _epsilon_after(self, rounds: int, *, one_site: bool = False) -> float:
+        """ε of this run so far, over all sites of a person or (what each adds to it) at one."""
         if not self._world.manifest.privacy.protects:
             return float("inf")
         # Metrics of the model after `rounds` rounds ride with the next one.
         manifest = self._world.manifest
         trained = [e for e in manifest.all_charges(rounds) if e.role is Role.TRAIN]
         evaluated = [e for e in manifest.all_charges(rounds + 1) if e.role is Role.HELD_OUT]
-        return schedule_epsilon([*self._world.statistics_charges, *trained, *evaluated], manifest.privacy.delta)
+        charges = [*self._world.statistics_charges, *trained, *evaluated]
+        if one_site:
+            charges = [replace(charge, sites=1) for charge in charges]
+        return schedule_epsilon(charges, manifest.privacy.delta)
 
     def _finish(self, released: Released) -> Result:
         world, manifest = self._world, self._world.manifest
@@ -359,7 +368,7 @@ class _Run:
             metrics=self._exact(released.weights),
             released_metrics=self._released_metrics,
             released_intervals=self._released_intervals,
-            epsilon=Epsilon(epsilon, dict.fromkeys(world.sites, epsilon)),
+            epsilon=Epsilon(epsilon, dict.fromkeys(world.sites, self._epsilon_after(manifest.rounds, one_site=True))),
             delta=manifest.privacy.delta,
             unit=manifest.privacy.unit,
             neighbours=NEIGHBOURS,
@@ -381,6 +390,7 @@ class _Run:
             learned={n: b for n in world.sources.learned if (b := manifest.bounds_of(n)) is not None},
             warnings=manifest.warnings,
             retrained_after=self._retrained_after,
+            composed_sites=manifest.privacy.composed_sites,
         )
         save_model(
             self._folder / "model.safetensors",
@@ -394,6 +404,7 @@ class _Run:
         write_index(result, self._folder / "index.html")
         world.export()  # before anything says that it is finished
         write_json(self._folder / "result.json", result.to_json())
+        self._ending(result)
         write_json(self._folder / "status.json", {"status": "finished", "run_id": manifest.run})
         return result
 
@@ -405,7 +416,7 @@ def _privacy_line(result: Result) -> str:
         return "No differential privacy (epsilon = infinity): baseline on public data."
     return (
         f"({result.epsilon.max:.4g}, {result.delta:g})-differentially private per {result.unit} "
-        f"({result.neighbours} {result.unit}). {RUN_LABEL}."
+        f"({result.neighbours} {result.unit}). {run_label(result.composed_sites)}."
     )
 
 

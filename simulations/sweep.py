@@ -1,40 +1,42 @@
 """`confide.sweep`: one experiment at every point of a grid, to see what accuracy which ε buys.
 
 Invariants:
-1. Only on data that are declared public. On other data a sweep is a release of all its cells: whoever compares them
-   learns more than any one of their ε says. It is refused before anything is read or written.
+1. On data that are not declared public a sweep is a release of all its cells: whoever compares them learns more than
+   any one of their ε says. So either all cells are charged to one set of ledgers, composed, and all of them fit before
+   the first one runs; or it is refused before anything is read or written.
 2. Every cell is checked as far as a run is before it starts, before the first one runs.
-3. Each cell is one `simulate` with a ledger of its own; what finished stays when a later cell does not, and a resumed
-   sweep runs only what is not finished.
+3. Each cell is one `simulate`; what finished stays when a later cell does not, and a resumed sweep runs only what is
+   not finished. Where cells are charged, no finished cell is ever run, and so charged, again.
 4. Where the best cell is told, the watermark stands beside it.
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from confide.errors import ConfideError, ConfigError, PolicyError, StorageError
-from confide.privacy.sealing import Size, make_profile
+from confide.errors import ConfideError, ConfigError, StorageError
+from confide.privacy.dp import Ledger
+from confide.privacy.dp.statement import LEDGER
 from confide.simulations.folders import fresh_folder, write_json
 from confide.simulations.planning import Source
 from confide.simulations.result import Progress, Result
-from confide.simulations.sources import load_sources
-from confide.simulations.sweep_axes import name_cell, values_of
+from confide.simulations.sweep_axes import values_of
 from confide.simulations.sweep_cells import read_cell
+from confide.simulations.sweep_check import Quote, check_cells, quote, refuse_uncharged
+from confide.simulations.sweep_cost import ask, still_to_charge
+from confide.simulations.sweep_memory import cores
 from confide.simulations.sweep_page import write_sweep_figure, write_sweep_page
 from confide.simulations.sweep_place import Job, SweepPlan, load_plan, locked, resumed_plan
 from confide.simulations.sweep_result import Cell, Sweep
 from confide.simulations.sweep_tables import write_tables
 from confide.simulations.sweep_workers import run_beside, run_in_turn
-from confide.simulations.world import World
 
-__all__ = ["SweepProgress", "sweep"]
+__all__ = ["SweepProgress", "plan_sweep", "sweep"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +58,20 @@ def sweep(
     over: Iterable[str] = (),
     overrides: Iterable[str] = (),
     out: str | Path | None = None,
+    ledger: str | Path | None = None,
     workers: int | None = 1,
     resume: bool = False,
     progress: Callable[[SweepProgress], None] = lambda _: None,
 ) -> Sweep:
-    """Run an experiment on public data at every combination of values.
+    """Run an experiment at every combination of values.
 
     Args:
         experiment: As for `simulate`.
         over: Axes, `section.key=v1,v2,…` each. Cells that differ only in `run.seed` are repetitions of one point.
         overrides: `section.key=value` assignments for every cell.
         out: Output folder; must not hold anything yet. Default: `runs/<name>-sweep-<time>`.
+        ledger: Folder of the sites' ledgers, shared by all cells: what they cost is composed. Without one every cell
+            has ledgers of its own, which is for public data only.
         workers: Cells that run beside each other, in processes of their own; 1: one after the other, in this process;
             None: as many as cores, and memory by what the first cell took, allow. A script that asks for more than one
             needs `if __name__ == "__main__":` (the processes are started by `multiprocessing`, afresh).
@@ -79,19 +84,38 @@ def sweep(
         `figures/frontier.svg` tell the same.
 
     Raises:
-        PolicyError: The data of a cell are not declared public (nothing was written).
+        PolicyError: The data of a cell are not declared public, and no ledger is named (nothing was written).
+        BudgetError: The ledgers do not hold all cells together (nothing was written, nothing was charged).
         ConfideError: Wrong input (nothing was written), or a cell could not go on; the message names the cell.
     """
     started = time.perf_counter()
     if workers is not None and workers < 1:
         raise ConfigError(f"{workers} is not a number of processes", where="--workers", hint="at least 1, or auto")
     if resume:
-        found = resumed_plan(experiment, over, overrides, out)
-        _refuse_private(found)
+        found = resumed_plan(experiment, over, overrides, out, ledger)
+        refuse_uncharged(found)
     else:
-        found = _begun(load_plan(experiment, over, overrides, lambda name: _folder(out, name)), progress)
+        found = _begun(load_plan(experiment, over, overrides, lambda name: _folder(out, name), ledger), progress)
     with locked(found.folder):
         return _Run(found, progress, started).execute(workers)
+
+
+def plan_sweep(
+    experiment: Source = None,
+    *,
+    over: Iterable[str] = (),
+    overrides: Iterable[str] = (),
+    ledger: str | Path | None = None,
+    progress: Callable[[SweepProgress], None] = lambda _: None,
+) -> Quote:
+    """What a sweep would do and cost; writes nothing.
+
+    Raises:
+        ConfideError: Wrong input.
+    """
+    found = load_plan(experiment, over, overrides, lambda name: _folder(None, name), ledger)
+    refuse_uncharged(found)
+    return quote(found, lambda job: progress(SweepProgress(job.number, len(found.jobs), job.point.label)))
 
 
 def _folder(out: str | Path | None, name: str) -> Path:
@@ -100,17 +124,13 @@ def _folder(out: str | Path | None, name: str) -> Path:
 
 def _begun(found: SweepPlan, progress: Callable[[SweepProgress], None]) -> SweepPlan:
     """A sweep whose cells have been checked, and whose folder says what it is made from."""
-    _refuse_private(found)
+    refuse_uncharged(found)
     folder = found.folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError("is there already and is not an empty folder", where=f"--out {folder}",
                           hint="name a new folder: sweeps are never overwritten; --resume goes on with one that was "
                           "interrupted")  # fmt: skip
-    jobs = []
-    for job in found.jobs:
-        progress(SweepProgress(job.number, len(found.jobs), job.point.label))
-        jobs.append(replace(job, size=_check(job)))
-    found = replace(found, jobs=tuple(jobs))
+    found = check_cells(found, lambda job: progress(SweepProgress(job.number, len(found.jobs), job.point.label)))
     try:
         (folder / "cells").mkdir(parents=True, exist_ok=True)
         found.write()
@@ -127,6 +147,7 @@ class _Run:
         self._plan, self._progress, self._started = found, progress, started
         self._cells: dict[int, Cell] = {}
         self._running: dict[int, str] = {}
+        self._beside = 1
 
     def execute(self, workers: int | None) -> Sweep:
         try:
@@ -137,8 +158,9 @@ class _Run:
                 else:
                     self._tell(job, "waiting")
             self._write("running")
+            self._ask()
             open_ = [job for job in self._plan.jobs if job.number not in self._cells]
-            if workers == 1:
+            if workers == 1 or (workers is None and min(cores(), len(open_)) == 1):
                 run_in_turn(open_, self._began, self._told)
             elif open_:
                 run_beside(open_, None if workers is None else min(workers, len(open_)), self._began, self._told)
@@ -158,6 +180,19 @@ class _Run:
             raise
         return found
 
+    def _ask(self) -> None:
+        """Do the ledgers still hold what is not charged yet? Others may have used them since the sweep was begun."""
+        plan = self._plan
+        open_ = [job for job in plan.jobs if job.number not in self._cells]
+        if plan.ledgers is None or plan.cost is None or not open_:
+            return
+        left = {}
+        for site in plan.cost.ledgers:
+            if (path := plan.ledgers / site / LEDGER).is_file():  # the first cell makes it
+                with closing(Ledger.open(path)) as ledger:
+                    left[site] = [e for job in open_ for e in still_to_charge(job.charges, job.folder, ledger)]
+        ask(left, plan.ledgers, plan.ledgers, len(open_))
+
     @property
     def _folder(self) -> Path:
         return self._plan.folder
@@ -171,6 +206,7 @@ class _Run:
 
     def _began(self, job: Job) -> None:
         self._running[job.number] = job.point.label
+        self._beside = max(self._beside, len(self._running))
         self._write_status("running")
         self._tell(job, "running")
 
@@ -200,6 +236,8 @@ class _Run:
             cells=tuple(self._cells[number] for number in sorted(self._cells)),
             seconds=round(time.perf_counter() - self._started, 3),
             out=self._folder,
+            cost=self._plan.cost,
+            beside=self._beside,
         )
 
     def _write(self, status: str, found: Sweep | None = None) -> None:
@@ -211,34 +249,3 @@ class _Run:
         running = "; ".join(self._running[number] for number in sorted(self._running)) or None
         tree = {"status": status, "cells": len(self._plan.jobs), "finished": len(self._cells), "cell": running}
         write_json(self._folder / "status.json", tree)
-
-
-def _refuse_private(found: SweepPlan) -> None:
-    if all(job.experiment.experiment.data.public for job in found.jobs):
-        return
-    raise PolicyError(
-        "is not true: on such data a sweep is a release of all its cells, and choosing among them costs a person more "
-        "than the ε of any one",
-        where="data.public",
-        hint="set data.public = true if anybody may see every row; otherwise run single experiments with "
-        "confide simulate --ledger DIR, each charged to the one ledger",
-    )
-
-
-def _check(job: Job) -> Size:
-    """Everything that `simulate` would find wrong before it starts; leaves nothing behind. What a round's sum takes."""
-    try:
-        sources = load_sources(job.experiment.experiment, job.experiment.base)
-        with tempfile.TemporaryDirectory() as scratch:
-            sites, ledgers, logs = (Path(scratch) / name for name in ("sites", "ledgers", "logs"))
-            world = World(sources, sites, ledgers, logs)
-            try:
-                world.check()
-                manifest = world.manifest
-                profile = make_profile(manifest.sealing, len(manifest.members), gather=manifest.single_updates)
-                return profile.size(manifest.vector_size(1))
-            finally:
-                world.close()
-    except ConfideError as error:
-        name_cell(error, job.point.label)
-        raise

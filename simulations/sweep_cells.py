@@ -1,6 +1,7 @@
 """One cell of a sweep: run it, go on with it, or keep it; and its record, from which it is read again.
 
-A cell is finished once `cell.json` lies in its folder, after everything else of its run.
+A cell is finished once its run is. Its record `cell.json` is written just before: there is no moment at which a run
+that was charged has ended and nobody can read what came of it.
 """
 
 from __future__ import annotations
@@ -34,15 +35,21 @@ def run_cell(job: Job, progress: Callable[[Progress], None]) -> None:
         ConfideError: It could not go on, or another process works on it.
     """
     folder = job.folder
+
+    def record(result: Result) -> None:
+        write_json(folder / _RECORD, _plain(_RESULT.dump_python(result, mode="json", exclude={"out"})))
+
     if _resumable(job):
-        result = simulate(job.experiment, out=folder, resume=True, progress=progress)
+        simulate(job.experiment, out=folder, resume=True, progress=progress, ending=record)
     else:
+        if job.ledgers is not None and finished_result(folder) is not None:
+            raise ConfigError("has ended and its record is gone: to run it again would be charged again",
+                              where=str(folder), hint="restore cell.json, or remove that folder")  # fmt: skip
         if folder.exists():  # begun, but not so far that it could go on; or ended before its record was written
             if (folder / KEPT).is_dir():
                 Keeping(folder / KEPT).close()  # nobody else works on it
             shutil.rmtree(folder)
-        result = simulate(job.experiment, out=folder, progress=progress)
-    write_json(folder / _RECORD, _plain(_RESULT.dump_python(result, mode="json", exclude={"out"})))
+        simulate(job.experiment, out=folder, ledger=job.ledgers, progress=progress, ending=record)
 
 
 def _resumable(job: Job) -> bool:
@@ -67,13 +74,15 @@ def read_cell(job: Job) -> Cell | None:
     if not path.is_file():
         return None
     try:
+        ended = finished_result(job.folder)
         tree = json.loads(path.read_text())
         result = _RESULT.validate_python({**tree, "out": job.folder})
         same = (job.folder / _EXPERIMENT).read_bytes() == experiment_text(job.experiment.experiment)
-        ended = finished_result(job.folder) or {}
     except (OSError, ValueError, TypeError, ValidationError):
         raise ConfigError("is no record of a cell", where=str(path),
                           hint="remove that cell's folder: it will be run again") from None  # fmt: skip
+    if ended is None:
+        return None  # its process was killed while it ended
     if not same or ended.get("run_id") != result.run_id:
         raise ConfigError("is not the run of this cell", where=str(job.folder),
                           hint="remove that folder: the cell will be run again")  # fmt: skip

@@ -42,7 +42,7 @@ class Curve:
 def curves(sweep: Sweep) -> list[Curve]:
     """One a setting, over the rounds that all its cells have; empty where no quality is common to all."""
     quality = sweep.quality
-    if quality is None:
+    if quality is None or not sweep.exact:
         return []
     found = []
     for number, group in enumerate(sweep.groups, 1):
@@ -111,7 +111,7 @@ def costs(sweep: Sweep) -> list[Cost]:
             downlink_bytes=_median([c.downlink_bytes for c in cells]),
             bytes_per_parameter=statistics.median(c.result.bytes_per_parameter for c in cells),
             seconds=_spread([c.result.seconds for c in cells]),
-            quality=_spread([(c.result.metrics or {})[quality] for c in cells]) if quality is not None else None,
+            quality=_spread([sweep.metrics_of(c)[quality] for c in cells]) if quality is not None else None,
         )
         for profile, cells in groups.items()
     ]  # fmt: skip

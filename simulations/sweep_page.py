@@ -10,11 +10,20 @@ from typing import Any
 from markupsafe import Markup
 
 from confide.privacy.audit.page import write_page
+from confide.privacy.dp import LEDGER_LABEL, run_label
 from confide.simulations.frontier import Line, Panel, Point, write_frontier
 from confide.simulations.sweep_charts import Cost, costs, curves, rounds_chart
 from confide.simulations.sweep_result import EPSILON, Setting, Sweep, show_value
 
-__all__ = ["describe_best", "describe_cost", "describe_values", "show_value", "write_sweep_figure", "write_sweep_page"]
+__all__ = [
+    "describe_best",
+    "describe_cost",
+    "describe_values",
+    "describe_whole",
+    "show_value",
+    "write_sweep_figure",
+    "write_sweep_page",
+]
 
 _QUALITY_NAMES = {"auc": "AUC", "r2": "R²", "accuracy": "accuracy"}
 
@@ -36,7 +45,11 @@ def write_sweep_figure(sweep: Sweep) -> Path | None:
     path.parent.mkdir(exist_ok=True)
     quality = _QUALITY_NAMES[str(sweep.quality)]
     title = f"{sweep.name}: held-out {quality} by ε"
-    return write_frontier([panel], path, title=title, x_label=describe_cost(sweep), y_label=f"held-out {quality}")
+    kind = "" if sweep.exact else ", released (noised)"
+    return write_frontier(
+        [panel], path, title=title, x_label=describe_cost(sweep), y_label=f"held-out {quality}{kind}",
+        watermark=sweep.watermark,
+    )  # fmt: skip
 
 
 def write_sweep_page(sweep: Sweep) -> Path:
@@ -56,6 +69,9 @@ def write_sweep_page(sweep: Sweep) -> Path:
         "best": describe_best(sweep),
         "image": image,
         "cost": describe_cost(sweep),
+        "exact": sweep.exact,
+        "whole": describe_whole(sweep),
+        "whole_epsilon": "" if sweep.cost is None else _number(sweep.cost.epsilon, 2),
         "keys": list(sweep.axes),
         "metrics": metrics,
         "rows": [
@@ -64,7 +80,7 @@ def write_sweep_page(sweep: Sweep) -> Path:
                 "link": f"cells/{cell.result.out.name}/index.html",
                 "values": [show_value(v) for v in cell.values.values()],
                 "epsilon": _number(cell.result.epsilon.max, 2),
-                "metrics": [_number((cell.result.metrics or {}).get(m), 3) for m in metrics],
+                "metrics": [_number(sweep.metrics_of(cell).get(m), 3) for m in metrics],
                 "best": sweep.best is not None and cell.number in sweep.best.cells,
             }
             for cell in sweep.cells
@@ -140,6 +156,19 @@ def describe_best(sweep: Sweep) -> str:
     name = _QUALITY_NAMES[str(sweep.quality)]
     spread = "" if len(best.cells) == 1 else f" (median of {len(best.cells)}: {best.low:.3f} to {best.high:.3f})"
     return f"{describe_values(best.values) or 'all cells'}: {name} {best.median:.3f}{spread}; {sweep.watermark}"
+
+
+def describe_whole(sweep: Sweep) -> str:
+    """All cells together, in a line; empty where nobody has composed them."""
+    cost = sweep.cost
+    if cost is None:
+        return ""
+    worst = cost.worst
+    return (
+        f"ε = {_number(cost.epsilon, 2)} per {cost.unit} for all {cost.cells} cells together (δ = {cost.delta:g}; "
+        f"{run_label(cost.composed_sites)}); the ledgers hold ε = {worst.epsilon_after:.2f} of {worst.limit:g} with "
+        f"all of them ({LEDGER_LABEL})"
+    )
 
 
 def describe_cost(sweep: Sweep) -> str:

@@ -13,11 +13,14 @@ from typing import Any
 
 from confide.config import Experiment, load_experiment
 from confide.errors import ConfideError, ConfigError
+from confide.privacy.dp import PrivacyEvent
+from confide.privacy.dp.events import event_from_json, event_to_json
 from confide.privacy.sealing import Size
 from confide.simulations.folders import write_json
 from confide.simulations.place import difference, experiment_text, inputs_digest
 from confide.simulations.planning import Rooted, Source, load_source
 from confide.simulations.sweep_axes import AxisPoint, name_cell, points_of, read_axes
+from confide.simulations.sweep_cost import SweepCost
 
 __all__ = ["Job", "SweepPlan", "finished_sweep", "load_plan", "locked", "resumed_plan"]
 
@@ -35,6 +38,8 @@ class Job:
         experiment: The whole of it, with the folder that its relative paths start from.
         folder: Of its run.
         size: Bytes a site sends and receives for one training round's sum; None before the cell was checked.
+        charges: What the whole run charges a site; empty before the cell was checked.
+        ledgers: The sites' ledgers, shared by all cells; None: the cell has its own.
     """
 
     number: int
@@ -42,16 +47,20 @@ class Job:
     experiment: Rooted
     folder: Path
     size: Size | None = None
+    charges: tuple[PrivacyEvent, ...] = ()
+    ledgers: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SweepPlan:
-    """All cells of a sweep, in the order of the grid."""
+    """All cells of a sweep, in the order of the grid; `cost` once they were checked and where they share ledgers."""
 
     name: str
     axes: Mapping[str, Sequence[str]]
     jobs: tuple[Job, ...]
     folder: Path
+    ledgers: Path | None = None
+    cost: SweepCost | None = None
 
     def write(self) -> None:
         """From here on the sweep can be resumed."""
@@ -62,14 +71,22 @@ class SweepPlan:
                 "inputs": inputs_digest(job.experiment.experiment, job.experiment.base),
                 "uplink_bytes": job.size.uplink if job.size else None,
                 "downlink_bytes": job.size.downlink if job.size else None,
+                "charges": [event_to_json(event) for event in job.charges],
             }
             for job in self.jobs
         ]
-        tree = {"name": self.name, "axes": {key: list(texts) for key, texts in self.axes.items()}, "cells": cells}
+        tree = {
+            "name": self.name, "axes": {key: list(texts) for key, texts in self.axes.items()}, "cells": cells,
+            "ledgers": None if self.ledgers is None else str(self.ledgers),
+            "cost": None if self.cost is None else self.cost.to_json(),
+        }  # fmt: skip
         write_json(self.folder / RECORD, tree)
 
 
-def load_plan(source: Source, over: Iterable[str], overrides: Iterable[str], out: Callable[[str], Path]) -> SweepPlan:
+def load_plan(
+    source: Source, over: Iterable[str], overrides: Iterable[str], out: Callable[[str], Path],
+    ledger: str | Path | None = None,
+) -> SweepPlan:  # fmt: skip
     """What is asked. `out` names the folder, from the experiment's name.
 
     Raises:
@@ -80,19 +97,22 @@ def load_plan(source: Source, over: Iterable[str], overrides: Iterable[str], out
     points = points_of(axes)
     loaded = [_load(source, fixed, point) for point in points]
     name = loaded[0].experiment.run.name
-    folder = out(name)
+    folder, ledgers = out(name), None if ledger is None else Path(ledger).absolute()
     return SweepPlan(name, axes, tuple(
-        Job(number, point, rooted, folder / "cells" / point.folder(number))
+        Job(number, point, rooted, folder / "cells" / point.folder(number), ledgers=ledgers)
         for number, (point, rooted) in enumerate(zip(points, loaded, strict=True), 1)
-    ), folder)  # fmt: skip
+    ), folder, ledgers)  # fmt: skip
 
 
-def resumed_plan(source: Source, over: Iterable[str], overrides: Iterable[str], out: str | Path | None) -> SweepPlan:
+def resumed_plan(
+    source: Source, over: Iterable[str], overrides: Iterable[str], out: str | Path | None,
+    ledger: str | Path | None = None,
+) -> SweepPlan:  # fmt: skip
     """The sweep that an earlier process began in a folder.
 
     Raises:
         ConfigError: There is none, it is over other axes or of another experiment than named, its data have changed,
-            or it has ended.
+            its ledgers lie elsewhere, or it has ended.
     """
     if out is None:
         raise ConfigError("needs the folder of the sweep", where="--resume", hint="name it with --out")
@@ -102,17 +122,26 @@ def resumed_plan(source: Source, over: Iterable[str], overrides: Iterable[str], 
     tree = _record(folder)
     axes: dict[str, list[str]] = tree["axes"]
     points = points_of(axes)
+    ledgers = None if tree.get("ledgers") is None else Path(tree["ledgers"])
+    if ledger is not None and Path(ledger).absolute() != ledgers:
+        raise ConfigError(
+            "holds a sweep whose cells have ledgers of their own" if ledgers is None else
+            f"holds a sweep whose ledgers are in {ledgers}", where=f"--out {folder}",
+            hint="leave --ledger out: a sweep stays with its ledgers",
+        )  # fmt: skip
     jobs = []
     for number, (point, kept) in enumerate(zip(points, tree["cells"], strict=True), 1):
         rooted = Rooted(load_experiment(kept["experiment"]), Path(kept["base"]))
         size = Size(kept["uplink_bytes"], kept["downlink_bytes"]) if kept["uplink_bytes"] is not None else None
-        jobs.append(Job(number, point, rooted, folder / "cells" / point.folder(number), size))
+        charges = tuple(event_from_json(text) for text in kept.get("charges", ()))
+        jobs.append(Job(number, point, rooted, folder / "cells" / point.folder(number), size, charges, ledgers))
     _compare(source, list(over), list(overrides), axes, jobs, folder)
     for job, kept in zip(jobs, tree["cells"], strict=True):
         if inputs_digest(job.experiment.experiment, job.experiment.base) != kept["inputs"]:
             raise ConfigError("the data or the consent file are not those that the sweep was begun with",
                               where=f"--out {folder}", hint="put them back, or begin in a new folder")  # fmt: skip
-    return SweepPlan(tree["name"], axes, tuple(jobs), folder)
+    cost = None if tree.get("cost") is None else SweepCost.from_json(tree["cost"])
+    return SweepPlan(tree["name"], axes, tuple(jobs), folder, ledgers, cost)
 
 
 def _compare(

@@ -11,6 +11,7 @@ from typing import Any
 
 from confide.simulations.frontier import WATERMARK
 from confide.simulations.result import Result, json_number
+from confide.simulations.sweep_cost import SweepCost
 
 __all__ = ["EPSILON", "SEED", "Cell", "Setting", "Sweep", "show_value", "without_seed"]
 
@@ -39,7 +40,7 @@ class Setting:
     Attributes:
         values: The axes' values without the seed.
         epsilon: What any one of its runs costs a person, by itself.
-        median, low, high: Quality over the cells, exact on held-out persons.
+        median, low, high: Quality over the cells, on held-out persons; exact or released, as `Sweep.exact` says.
         cells: Their numbers.
     """
 
@@ -61,6 +62,8 @@ class Sweep:
         cells: What is finished, in the order of the grid.
         seconds: Since it was begun or, in a later process, resumed.
         out: The folder.
+        cost: What all cells of the grid cost together; None where each has ledgers of its own.
+        beside: The most cells that ran beside each other.
     """
 
     name: str
@@ -68,17 +71,29 @@ class Sweep:
     cells: tuple[Cell, ...]
     seconds: float
     out: Path
+    cost: SweepCost | None = None
+    beside: int = 1
+
+    @cached_property
+    def exact(self) -> bool:
+        """Are the cells' metrics the simulator's own? Only where all data are public; else they are the released ones,
+        noised and charged."""
+        return all(cell.result.metrics is not None for cell in self.cells)
+
+    def metrics_of(self, cell: Cell) -> dict[str, float]:
+        """What may be said of a cell's model."""
+        found = cell.result.metrics if self.exact else cell.result.released_metrics
+        return {name: value for name, value in (found or {}).items() if value is not None}
 
     @cached_property
     def quality(self) -> str | None:
         """The metric that settings are compared by; None where the cells have none in common."""
-        return next((q for q in _QUALITIES if self.cells and all(q in (c.result.metrics or {}) for c in self.cells)),
-                    None)  # fmt: skip
+        return next((q for q in _QUALITIES if self.cells and all(q in self.metrics_of(c) for c in self.cells)), None)
 
     @property
     def metric_names(self) -> list[str]:
         """Of all cells, in order."""
-        return list(dict.fromkeys(name for cell in self.cells for name in cell.result.metrics or {}))
+        return list(dict.fromkeys(name for cell in self.cells for name in self.metrics_of(cell)))
 
     @cached_property
     def groups(self) -> tuple[tuple[Cell, ...], ...]:
@@ -96,7 +111,7 @@ class Sweep:
             return ()
         found = []
         for group in self.groups:
-            values = [(cell.result.metrics or {})[quality] for cell in group]
+            values = [self.metrics_of(cell)[quality] for cell in group]
             found.append(Setting(
                 values=without_seed(group[0].values),
                 epsilon=max(cell.result.epsilon.max for cell in group),
@@ -114,8 +129,11 @@ class Sweep:
 
     @property
     def watermark(self) -> str:
-        """What must stand wherever `best` is shown."""
-        return WATERMARK
+        """What must stand wherever `best` is shown. Exact metrics are outside of what anybody has paid for."""
+        if self.cost is None or self.exact:
+            return WATERMARK
+        whole = show_value(round(self.cost.epsilon, 2))
+        return f"selection paid for: all {self.cost.cells} cells together cost ε = {whole} per {self.cost.unit}"
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -123,19 +141,24 @@ class Sweep:
         return tuple(dict.fromkeys(w for cell in self.cells for w in cell.result.warnings))
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `sweep.json` and `--json`."""
+        """The object of `sweep.json` and `--json`; where all cells were charged together, also what they cost so."""
         return {
             "name": self.name,
             "axes": {key: _plain(values) for key, values in self.axes.items()},
             "quality": self.quality,
             "best": None if self.best is None else self._setting(self.best),
             "watermark": self.watermark,
+            **({} if self.cost is None else {"metrics": self._kind, "cost": self.cost.to_json()}),
             "warnings": list(self.warnings),
             "settings": [self._setting(s) for s in self.settings],
             "cells": [self._cell(c) for c in self.cells],
             "seconds": self.seconds,
             "out": str(self.out),
         }
+
+    @property
+    def _kind(self) -> str:
+        return "exact" if self.exact else "released"
 
     def _setting(self, setting: Setting) -> dict[str, Any]:
         spread = {"median": setting.median, "low": setting.low, "high": setting.high}
@@ -155,6 +178,7 @@ class Sweep:
             "metrics": result.metrics,
             "released_metrics": result.released_metrics,
             "epsilon": json_number(result.epsilon.max),
+            **({} if self.cost is None else {"epsilon_of_sweep": json_number(self.cost.epsilon)}),
             "delta": result.delta,
             "unit": result.unit,
             "neighbours": result.neighbours,

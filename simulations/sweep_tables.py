@@ -30,13 +30,13 @@ def write_tables(sweep: Sweep) -> list[Path]:
 
 
 def results_table(sweep: Sweep) -> pd.DataFrame:
-    """A row a finished cell."""
-    rows = []
+    """A row a finished cell; where all of them were charged together, with what they cost so."""
+    rows, whole = [], {} if sweep.cost is None else {"epsilon_of_sweep": sweep.cost.epsilon}
     for head, cell in _heads(sweep):
         result = cell.result
         rows.append({
             **head, "run_id": result.run_id, "profile": result.profile, "unit": result.unit, "epsilon":
-            result.epsilon.max, "delta": result.delta, "rounds": result.rounds, "rounds_abandoned":
+            result.epsilon.max, **whole, "delta": result.delta, "rounds": result.rounds, "rounds_abandoned":
             result.rounds_abandoned, **_metrics("exact", result.metrics), **_metrics("released",
             result.released_metrics), "bytes_per_parameter": result.bytes_per_parameter, "uplink_bytes":
             cell.uplink_bytes, "downlink_bytes": cell.downlink_bytes, "seconds": result.seconds,

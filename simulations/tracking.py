@@ -1,10 +1,12 @@
-"""Results in MLflow, and as TensorBoard's event files: after a run or a sweep has ended, from what lies in its folder.
+"""Results in MLflow, and as TensorBoard's event files: a run's rounds as they end, the rest of it and a sweep at the
+end; always from what lies in the folder.
 
 Invariants:
 1. Exact metrics and times go only where the run's own experiment says that its data are public. Of other runs: the
    experiment, ε, the noised metrics that were released, the model, its figures and its page.
 2. Nothing else is told to anybody: MLflow's telemetry is switched off (`confide.environment`), and no user, machine or
    source is recorded.
+3. A store that fails while a run is under way does not end the run: what it has not taken is told again at the end.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,16 @@ _SWEEP_FILES = ("index.html", "sweep.json", "results.csv", "results.parquet", "r
 _BATCH, _LONGEST = 100, 6000
 
 
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """What may be said of a run: parameters, and metrics as (name, value, round)."""
+_Metric = tuple[str, float, int]
 
-    parameters: Mapping[str, str]
-    metrics: tuple[tuple[str, float, int], ...]
+
+@dataclass(slots=True)
+class _Begun:
+    """A run that was told of before it ended: MLflow's id of it, TensorBoard's writer, and what they know."""
+
+    run: str | None = None
+    writer: Any = None
+    told: set[_Metric] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,32 @@ class Tracker:
     mlflow: Any = None
     artifacts: str | None = None
     tensorboard: Path | None = None
+    _begun: dict[Path, _Begun] = field(default_factory=dict)
+    _later: set[Path] = field(default_factory=set)
+
+    def round(self, folder: Path | None) -> None:
+        """A round of the run in this folder has ended. A store that does not take it is asked again at the end."""
+        if folder is None or folder in self._later or (self.mlflow is None and self.tensorboard is None):
+            return
+        try:
+            with _stored(folder):
+                experiment = _experiment(folder)
+                if folder not in self._begun:
+                    run = str(json.loads((folder / "status.json").read_text())["run_id"])
+                    self._begun[folder] = self._begin(experiment, str(experiment["run"]["name"]), run, None)
+                self._tell(self._begun[folder], _rounds(folder, experiment))
+        except StorageError:
+            self._later.add(folder)
+
+    def ended(self) -> None:
+        """Whatever was begun and is still open has failed; of a run that has been told of whole, nothing is."""
+        for begun in self._begun.values():
+            with suppress(StorageError), _stored(None):
+                if begun.writer is not None:
+                    begun.writer.close()
+                if begun.run is not None:
+                    self.mlflow.set_terminated(begun.run, "FAILED")
+        self._begun.clear()
 
     def run(self, result: Result) -> None:
         """A finished run.
@@ -56,7 +88,7 @@ class Tracker:
             StorageError: The store does not take it. The run is in its folder all the same.
         """
         with _stored(result.out):
-            self._run(result, _experiment(result)["run"]["name"], result.run_id, None)
+            self._run(result, _experiment(result.out)["run"]["name"], result.run_id, None)
 
     def sweep(self, sweep: Sweep) -> None:
         """A finished sweep: a run for all of it, and one below it for each cell.
@@ -75,14 +107,38 @@ class Tracker:
                 self._run(cell.result, sweep.name, _cell_name(cell), above)
 
     def _run(self, result: Result, experiment: str, name: str, above: str | None) -> None:
-        facts = _facts(result)
+        tree = _experiment(result.out)
+        begun = self._begun.pop(result.out, None) or self._begin(tree, experiment, name, above)
+        self._tell(begun, _whole(result, tree))
+        if begun.writer is not None:
+            begun.writer.close()
+        if begun.run is not None:
+            self._mlflow_files(begun.run, result.out, _RUN_FILES)
+            self.mlflow.set_terminated(begun.run)
+
+    def _begin(self, tree: Mapping[str, Any], experiment: str, name: str, above: str | None) -> _Begun:
+        begun, parameters = _Begun(), dict(_flat(tree))
         if self.mlflow is not None:
-            run = self._mlflow_run(experiment, name, above)
-            _log(self.mlflow, run, facts)
-            self._mlflow_files(run, result.out, _RUN_FILES)
-            self.mlflow.set_terminated(run)
+            begun.run = self._mlflow_run(experiment, name, above)
+            _log(self.mlflow, begun.run, parameters, [])
         if self.tensorboard is not None:
-            _write_events(self.tensorboard / _safe(experiment) / _safe(name), facts)
+            from torch.utils.tensorboard import SummaryWriter
+
+            begun.writer = SummaryWriter(str(self.tensorboard / _safe(experiment) / _safe(name)))
+            told = "\n".join(f"    {key} = {text}" for key, text in parameters.items())
+            begun.writer.add_text("experiment", told)
+        return begun
+
+    def _tell(self, begun: _Begun, metrics: Iterable[_Metric]) -> None:
+        """What is not told yet."""
+        new = [metric for metric in metrics if metric not in begun.told]
+        if begun.run is not None:
+            _log(self.mlflow, begun.run, {}, new)
+        if begun.writer is not None:
+            for name, value, round_ in new:
+                begun.writer.add_scalar(name.replace(".", "/"), value, round_)
+            begun.writer.flush()
+        begun.told.update(new)
 
     def _mlflow_run(self, experiment: str, name: str, above: str | None) -> str:
         found = self.mlflow.get_experiment_by_name(experiment)
@@ -138,24 +194,29 @@ def open_tracker(*, mlflow: str | None = None, tensorboard: Path | None = None) 
     return Tracker(client, artifacts, tensorboard)
 
 
-def _facts(result: Result) -> _Facts:
-    experiment = _experiment(result)
-    public = experiment["data"]["public"] is True
-    metrics = [("bytes_per_parameter", result.bytes_per_parameter, result.rounds)]
-    if public:
-        metrics.append(("seconds", result.seconds, result.rounds))
-    for line in (result.out / "rounds.jsonl").read_text().splitlines():
+def _whole(result: Result, experiment: Mapping[str, Any]) -> list[_Metric]:
+    """What may be said of a finished run."""
+    found = [("bytes_per_parameter", result.bytes_per_parameter, result.rounds)]
+    if experiment["data"]["public"] is True:
+        found.append(("seconds", result.seconds, result.rounds))
+    return found + _rounds(result.out, experiment)
+
+
+def _rounds(folder: Path, experiment: Mapping[str, Any]) -> list[_Metric]:
+    """What may be said of the rounds so far, as (name, value, round)."""
+    public, found = experiment["data"]["public"] is True, list[_Metric]()
+    for line in (folder / "rounds.jsonl").read_text().splitlines():
         tree = json.loads(line)
         said = {"epsilon": float(tree["epsilon"])}
         said |= {f"released.{name}": value for name, value in (tree["released_metrics"] or {}).items()}
         if public:
             said |= {f"exact.{name}": value for name, value in (tree["metrics"] or {}).items()}
-        metrics += [(name, value, tree["round"]) for name, value in said.items() if _finite(value)]
-    return _Facts(dict(_flat(experiment)), tuple(metrics))
+        found += [(name, value, tree["round"]) for name, value in said.items() if _finite(value)]
+    return found
 
 
-def _experiment(result: Result) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((result.out / "experiment.json").read_text())
+def _experiment(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "experiment.json").read_text())
     return found
 
 
@@ -169,27 +230,14 @@ def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]
             yield _safe(name), (value if isinstance(value, str) else json.dumps(value))[:_LONGEST]
 
 
-def _log(client: Any, run: str, facts: _Facts) -> None:
+def _log(client: Any, run: str, parameters: Mapping[str, str], metrics: Sequence[_Metric]) -> None:
     from mlflow.entities import Metric, Param
 
-    metrics = [Metric(_safe(name), value, 0, round_) for name, value, round_ in facts.metrics]
-    parameters = [Param(name, text) for name, text in facts.parameters.items()]
-    for first in range(0, max(len(metrics), len(parameters)), _BATCH):
+    values = [Metric(_safe(name), value, 0, round_) for name, value, round_ in metrics]
+    texts = [Param(name, text) for name, text in parameters.items()]
+    for first in range(0, max(len(values), len(texts)), _BATCH):
         part = slice(first, first + _BATCH)
-        client.log_batch(run, metrics=metrics[part], params=parameters[part])
-
-
-def _write_events(folder: Path, facts: _Facts) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder))
-    try:
-        told = "\n".join(f"    {name} = {text}" for name, text in facts.parameters.items())
-        writer.add_text("experiment", told)
-        for name, value, round_ in facts.metrics:
-            writer.add_scalar(name.replace(".", "/"), value, round_)
-    finally:
-        writer.close()
+        client.log_batch(run, metrics=values[part], params=texts[part])
 
 
 @contextmanager

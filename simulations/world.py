@@ -143,6 +143,7 @@ class World:
             PrivacyEvent(
                 role=Role.HELD_OUT, unit=self.manifest.privacy.unit, sample_rate=1.0, steps=RELEASES,
                 noise_multiplier=self.manifest.metrics_noise_multiplier, max_grad_norm=SENSITIVITY,
+                sites=self.manifest.privacy.composed_sites,
             )
         ]  # fmt: skip
 

@@ -80,4 +80,5 @@ def _as_promised(event: PrivacyEvent, manifest: dict[str, Any]) -> bool:
         promised = (manifest["noise_multiplier"], privacy["sample_rate"], manifest["training"]["local_steps"])
     else:
         promised = (manifest["metrics_noise_multiplier"], 1.0, 1)
-    return (event.noise_multiplier, event.sample_rate, event.steps) == promised
+    sites = privacy.get("max_sites_per_subject", 1) if privacy["unit"] == "subject" else 1  # not said: an older run
+    return (event.noise_multiplier, event.sample_rate, event.steps, event.sites) == (*promised, sites)

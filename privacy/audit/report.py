@@ -26,7 +26,7 @@ from confide.privacy.audit.protection import describe_protection
 from confide.privacy.audit.story import facts, story, unknown_bounds, when
 from confide.privacy.audit.verify import verify
 from confide.privacy.dp import metrics
-from confide.privacy.dp.accounting import LEDGER_LABEL, RUN_LABEL, rdp_epsilon, run_epsilon
+from confide.privacy.dp.accounting import LEDGER_LABEL, person_epsilon, rdp_epsilon, run_epsilon, run_label
 from confide.privacy.dp.events import Role, merge_events
 from confide.privacy.randomness import UNSAFE_NOISE
 
@@ -97,7 +97,7 @@ def _context(evidence: Evidence, folder: Path) -> dict[str, Any]:
         "private": private,
         "epsilon": f"{epsilon:.2f}",
         "delta": f"{privacy['delta']:g}",
-        "run_label": RUN_LABEL,
+        "run_label": run_label(_sites(privacy)),
         "unit": privacy["unit"],
         "neighbours": "add or remove",
         # Markup: charts are built from numbers and escaped text only.
@@ -143,7 +143,7 @@ def _site_epsilon(log: PartyLog, delta: float) -> dict[str, Any]:
         "train": f"{exact[Role.TRAIN]:.2f}",
         "held_out": f"{exact[Role.HELD_OUT]:.2f}",
         "rdp": f"{max(rdp_epsilon(e, delta) for e in by_role.values()):.2f}",
-        "worst": max(exact.values()),
+        "worst": person_epsilon([e for events in by_role.values() for e in events], delta),
         "entries": f"{len(numbers)} charges, {numbers[0]}–{numbers[-1]}" if numbers else "none",
     }
 
@@ -301,13 +301,23 @@ def _attacks(evidence: Evidence, folder: Path) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def _sites(privacy: Mapping[str, Any]) -> int:
+    """Over how many sites of the privacy unit losses are composed."""
+    return int(privacy.get("max_sites_per_subject", 1)) if privacy["unit"] == "subject" else 1
+
+
 def _assumptions(manifest: Mapping[str, Any]) -> list[str]:
+    sites = _sites(manifest["privacy"])
     found = [
-        "A person’s records lie at one site only; at m sites the losses would add up m times.",
+        "A person’s records lie at one site only; at m sites the losses would add up m times."
+        if sites == 1
+        else f"A person’s records lie at up to {sites} sites. Each charges its share {sites} times: ε of "
+        f"this run is composed over {sites} sites, whichever role each of them gives her; ledgers that keep to their "
+        "limit keep her whole loss to it, over all runs that assume as many sites.",
         "Each site’s declared population is public knowledge and is never recomputed from the data.",
         "Noise is Gaussian in floating point: known attacks on its lowest bits (Mironov 2012) are blunted by the "
         "quantisation of what leaves, not excluded by proof.",
-        f"ε of this run is {RUN_LABEL}. A site’s ledger bounds all runs together at "
+        f"ε of this run is {run_label(sites)}. A site’s ledger bounds all runs together at "
         f"ε = {manifest['privacy']['site_epsilon_limit']:g}, {LEDGER_LABEL}.",
         "Differential privacy bounds a person’s influence; it does not erase it.",
     ]

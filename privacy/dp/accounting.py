@@ -2,16 +2,17 @@
 
 - `rdp`: Rényi divergence of order α of the sampled Gaussian (Mironov, Talwar, Zhang 2019), through Opacus.
 - `rdp_epsilon`: the conversion of Canonne, Kamath, Steinke 2020, Proposition 12, as in Opacus.
-- `run_epsilon`: for *one run whose parameters were fixed beforehand*: the distribution of the privacy loss
-  (`loss_distribution`; within 0.2 % of the true value from above), exact for the unsampled Gaussian (Balle, Wang 2018).
-  It is no privacy filter; a ledger of adaptively chosen runs uses `rdp` only.
+- `run_epsilon`, `person_epsilon`: for *one run whose parameters were fixed beforehand*: the distribution of the privacy
+  loss (`loss_distribution`; within 0.2 % of the true value from above), exact for the unsampled Gaussian (Balle, Wang
+  2018). They are no privacy filter; a ledger of adaptively chosen runs uses `rdp` only.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,23 +20,33 @@ from opacus.accountants.analysis import rdp as _rdp
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from confide.privacy.dp.events import PrivacyEvent
-from confide.privacy.dp.loss_distribution import loss_epsilon
+from confide.privacy.dp.events import PrivacyEvent, Role
+from confide.privacy.dp.loss_distribution import Releases, composed_loss_epsilon
 
 __all__ = [
     "LEDGER_LABEL",
     "ORDERS",
     "RUN_LABEL",
+    "composed_epsilon",
     "gaussian_epsilon",
+    "person_epsilon",
     "rdp",
     "rdp_epsilon",
     "run_epsilon",
+    "run_label",
     "sampled_gaussian_rdp",
 ]
 
 #: How an ε is labelled wherever it is shown: the two kinds must never be taken for each other.
 RUN_LABEL = "PRV: this run alone, its parameters fixed beforehand"
 LEDGER_LABEL = "RDP filter: sound although later runs are chosen after seeing earlier ones"
+
+
+def run_label(sites: int) -> str:
+    """`RUN_LABEL`, and over how many sites a person's loss is composed where she may lie at several."""
+    return RUN_LABEL if sites == 1 else f"{RUN_LABEL}; composed over up to {sites} sites of a person"
+
+
 #: Orders at which losses are reported.
 ORDERS: tuple[float, ...] = (
     *(1 + x / 20 for x in range(1, 80)), *(5 + x / 4 for x in range(20)), *range(10, 64), 80, 96, 128, 192, 256, 512,
@@ -53,7 +64,7 @@ def sampled_gaussian_rdp(noise_multiplier: float, sample_rate: float, order: flo
 
 def rdp(events: Sequence[PrivacyEvent], order: float) -> float:
     """Sum of the events' divergences at one order."""
-    return sum(e.steps * sampled_gaussian_rdp(e.noise_multiplier, e.sample_rate, order) for e in events if e.steps)
+    return sum(e.releases * sampled_gaussian_rdp(e.noise_multiplier, e.sample_rate, order) for e in events if e.steps)
 
 
 def conversion(order: float, delta: float) -> float:
@@ -87,24 +98,58 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def run_epsilon(event: PrivacyEvent, delta: float) -> float:
-    """ε of one run whose parameters were fixed before it started. Never below the true value."""
-    if event.steps == 0:
+    """ε of one run whose parameters were fixed before it started. Never below the true value. Where the unit may lie at
+    several sites, it is the run of all of them."""
+    return composed_epsilon([event], delta)
+
+
+def composed_epsilon(events: Iterable[PrivacyEvent], delta: float) -> float:
+    """The same of releases of several kinds, all of them fixed before the first and all of them of one unit."""
+    counts: dict[tuple[float, float], int] = {}
+    for event in events:
+        if event.steps:
+            kind = (event.noise_multiplier, event.sample_rate)
+            counts[kind] = counts.get(kind, 0) + event.releases
+    if not counts:
         return 0.0
-    if event.sample_rate == 1.0:
-        return gaussian_epsilon(math.sqrt(event.steps) / event.noise_multiplier, delta)
-    return _prv_epsilon(event.noise_multiplier, event.sample_rate, event.steps, delta)
+    if all(rate == 1.0 for _, rate in counts):
+        if len(counts) == 1:
+            (((sigma, _), releases),) = counts.items()
+            return gaussian_epsilon(math.sqrt(releases) / sigma, delta)
+        return gaussian_epsilon(math.sqrt(sum(n / sigma**2 for (sigma, _), n in counts.items())), delta)
+    return _prv_epsilon(tuple((*kind, n) for kind, n in sorted(counts.items())), delta)
+
+
+def person_epsilon(events: Sequence[PrivacyEvent], delta: float) -> float:
+    """What a run costs a person at most, from all that it charges, whichever roles.
+
+    At one site she holds one role for ever. Where she may lie at m sites, each of them gives her a role without asking
+    the others: so she is in the releases of one role at j of them and of the other at m − j, with the worst j.
+    """
+    sites = max((e.sites for e in events), default=1)
+    train, held_out = ([e for e in events if e.role is role] for role in (Role.TRAIN, Role.HELD_OUT))
+    return max(
+        composed_epsilon([*_at(j, train), *_at(sites - j, held_out)], delta) for j in range(sites + 1)
+    )  # fmt: skip
+
+
+def _at(sites: int, events: Iterable[PrivacyEvent]) -> list[PrivacyEvent]:
+    return [replace(e, sites=sites) for e in events] if sites else []
 
 
 @functools.lru_cache(maxsize=1024)
-def _prv_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
-    run = [PrivacyEvent(role="train", unit="subject", noise_multiplier=noise_multiplier, sample_rate=sample_rate,  # type: ignore[arg-type]  # any role: only σ, q and steps count
-                        steps=steps, max_grad_norm=1.0)]  # fmt: skip
-    value = _best(run, delta, _FEW_ORDERS)
+def _prv_epsilon(run: tuple[Releases, ...], delta: float) -> float:
+    events = [
+        PrivacyEvent(role=Role.TRAIN, unit="subject", noise_multiplier=sigma, sample_rate=rate, steps=n,
+                     max_grad_norm=1.0)  # any role: only σ, q and the number count
+        for sigma, rate, n in run
+    ]  # fmt: skip
+    value = _best(events, delta, _FEW_ORDERS)
     try:
         for _ in range(2):  # the grid follows what is already known of the answer
-            value = min(value, loss_epsilon(noise_multiplier, sample_rate, steps, delta, about=value))
+            value = min(value, composed_loss_epsilon(run, delta, about=value))
     except ValueError:
-        return min(value, rdp_epsilon(run, delta))  # outside the grid's domain: the looser bound is still a bound
+        return min(value, rdp_epsilon(events, delta))  # outside the grid's domain: the looser bound is still a bound
     return value
 
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 from scipy.optimize import brentq
 
 from confide.errors import BudgetError
-from confide.privacy.dp.accounting import run_epsilon
+from confide.privacy.dp.accounting import person_epsilon, run_epsilon
 from confide.privacy.dp.budget import RenyiBudget
 from confide.privacy.dp.events import PrivacyEvent
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "calibrate_run"]
 
 _LARGEST = 1e6
 _SMALLEST = 0.05
@@ -53,6 +53,33 @@ def calibrate(event: PrivacyEvent, epsilon: float, budget: RenyiBudget) -> float
             f"no noise makes {event.steps} steps at sample rate {event.sample_rate:g} cost ε ≤ {epsilon:g}",
             hint="lower rounds, local_steps or sample_rate, or raise epsilon",
         ) from None
+    return _rounded_up(sigma)
+
+
+def calibrate_run(
+    train: PrivacyEvent, held_out: PrivacyEvent, epsilon: float, budget: RenyiBudget
+) -> tuple[float, float]:
+    """σ of training and of what the held-out persons pay for, such that the run costs nobody more than ε.
+
+    At one site a person holds one role, so each is calibrated by itself. Where she may lie at several, she may be in
+    both, and σ of both grow by the same factor until no division of the sites among the roles costs more.
+
+    Raises:
+        BudgetError: No noise below σ = 10⁶ is enough.
+    """
+    found = calibrate(train, epsilon, budget), calibrate(held_out, epsilon, budget)
+    if max(train.sites, held_out.sites) == 1:
+        return found
+    factor, events = 1.0, (train, held_out)
+    while True:
+        sigmas = [_rounded_up(sigma * factor) if factor > 1 else sigma for sigma in found]
+        held = [replace(e, noise_multiplier=sigma) for e, sigma in zip(events, sigmas, strict=True)]
+        if person_epsilon(held, budget.delta) <= epsilon:
+            return sigmas[0], sigmas[1]
+        factor *= 1 + _PRECISION
+
+
+def _rounded_up(sigma: float) -> float:
     return float(f"{sigma * (1 + 1e-5):.6g}")
 
 

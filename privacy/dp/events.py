@@ -37,6 +37,8 @@ class PrivacyEvent:
         max_grad_norm: The L2 sensitivity before noise (documentation; σ is relative to it).
         mechanism: How it was released.
         neighbours: Which data sets count as neighbours; substituting a unit would be about twice as far.
+        sites: At how many sites a unit may lie, at most. Each of them makes these releases, so they compose that many
+            times; 1: a unit lies at one site.
     """
 
     role: Role
@@ -47,6 +49,7 @@ class PrivacyEvent:
     max_grad_norm: float
     mechanism: Literal["poisson_gaussian"] = "poisson_gaussian"
     neighbours: Literal["add_or_remove_one"] = "add_or_remove_one"
+    sites: int = 1
 
     def __post_init__(self) -> None:
         if self.mechanism != "poisson_gaussian" or self.unit not in ("subject", "record"):
@@ -56,6 +59,13 @@ class PrivacyEvent:
         positive = self.noise_multiplier > 0 and 0 < self.sample_rate <= 1 and self.max_grad_norm > 0
         if not (positive and type(self.steps) is int and self.steps >= 0):
             raise BudgetError("a privacy event needs σ > 0, 0 < q ≤ 1, a whole number of steps ≥ 0, clip > 0")
+        if type(self.sites) is not int or self.sites < 1:
+            raise BudgetError("a privacy event needs a whole number of sites ≥ 1")
+
+    @property
+    def releases(self) -> int:
+        """How many releases a unit may be in: those of every site where it may lie."""
+        return self.steps * self.sites
 
 
 def merge_events(events: Iterable[PrivacyEvent]) -> list[PrivacyEvent]:
@@ -69,8 +79,11 @@ def merge_events(events: Iterable[PrivacyEvent]) -> list[PrivacyEvent]:
 
 
 def event_to_json(event: PrivacyEvent) -> str:
-    """Canonical text: sorted keys, numbers as their shortest exact decimals."""
+    """Canonical text: sorted keys, numbers as their shortest exact decimals. One site is not said, as in ledgers that
+    were written before there could be more."""
     fields = asdict(event)
+    if event.sites == 1:
+        del fields["sites"]
     fields["noise_multiplier"] = repr(event.noise_multiplier)
     fields["sample_rate"] = repr(event.sample_rate)
     fields["max_grad_norm"] = repr(event.max_grad_norm)
@@ -85,7 +98,7 @@ def event_from_json(text: str) -> PrivacyEvent:
     """
     try:
         fields = json.loads(text)
-        if set(fields) != set(PrivacyEvent.__slots__):
+        if set(fields) | {"sites"} != set(PrivacyEvent.__slots__):
             raise ValueError  # nothing is taken for granted about what was released
         return PrivacyEvent(
             role=Role(fields.pop("role")),

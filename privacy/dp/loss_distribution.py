@@ -22,6 +22,7 @@ falls with h², where theirs is two-sided and falls with h.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +30,13 @@ from scipy import fft
 from scipy.special import logsumexp, ndtr
 from scipy.stats import norm
 
-__all__ = ["SMALLEST_DELTA", "loss_epsilon"]
+__all__ = ["SMALLEST_DELTA", "Releases", "composed_loss_epsilon", "loss_epsilon"]
 
 Floats = NDArray[np.float64]
+#: Equal Gaussian releases over Poisson-sampled units: σ > 0, q in (0, 1], and how many, ≥ 1.
+Releases = tuple[float, float, int]
+#: One release's loss on the grid (index of the first point, each point's mass under P), and how many of them.
+_Part = tuple[int, Floats, int]
 #: Below it, rounding (about 10⁻¹³ of mass) is no longer small against the allowance.
 SMALLEST_DELTA = 1e-10
 _ERROR = 2e-4  # wanted, relative to ε
@@ -55,17 +60,28 @@ def loss_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta:
     Raises:
         ValueError: The grid would be too large, or δ is too small for it.
     """
+    return composed_loss_epsilon([(noise_multiplier, sample_rate, steps)], delta, about)
+
+
+def composed_loss_epsilon(run: Sequence[Releases], delta: float, about: float) -> float:
+    """ε of releases of several kinds that one unit is in; otherwise as `loss_epsilon`, and q may be 1.
+
+    Raises:
+        ValueError: The grid would be too large, or δ is too small for it.
+    """
     if delta < SMALLEST_DELTA or not 0 < about <= _LARGEST_LOSS:
         raise ValueError("outside what the grid resolves")
     # With a near-Gaussian loss of variance s² = 2μ, ε = μ + z s; the grid then adds k h²/12 (1 + z/s) to it.
     z = float(norm.isf(delta))
     spread = math.sqrt(z * z + 2 * about) - z
+    steps = sum(count for _, _, count in run)
     width = min(_WIDEST_CELL, math.sqrt(12 * _ERROR * about / (steps * (1 + z / spread))))
     cut = _ALLOWANCE / 4 * delta
     return max(
-        _epsilon(_one_release(noise_multiplier, sample_rate, width, cut / steps, removed), width, steps, delta, cut)
+        _epsilon([(*_one_release(sigma, rate, width, cut / steps, removed), n) for sigma, rate, n in run], width, delta,
+                 cut)
         for removed in (True, False)
-    )
+    )  # fmt: skip
 
 
 def _one_release(sigma: float, rate: float, width: float, cut: float, removed: bool) -> tuple[int, Floats]:
@@ -96,14 +112,18 @@ def _one_release(sigma: float, rate: float, width: float, cut: float, removed: b
 
 def _loss_at(x: float, sigma: float, rate: float) -> float:
     """log of (mixture density / N(0, σ²) density) at x."""
-    return float(np.logaddexp(math.log1p(-rate), math.log(rate) + (2 * x - 1) / (2 * sigma * sigma)))
+    absent = math.log1p(-rate) if rate < 1 else -math.inf
+    return float(np.logaddexp(absent, math.log(rate) + (2 * x - 1) / (2 * sigma * sigma)))
 
 
 def _masses(edges: Floats, sigma: float, rate: float) -> tuple[Floats, Floats]:
     """Mass of N(0, σ²) and of the mixture where `_loss_at` lies between consecutive edges; shape [edges − 1] each."""
-    ratio = np.expm1(edges) / rate
-    with np.errstate(divide="ignore", invalid="ignore"):
-        x = np.where(ratio > -1, sigma * sigma * np.log1p(ratio) + 0.5, -np.inf)
+    if rate == 1:
+        x: Floats = sigma * sigma * edges + 0.5
+    else:
+        ratio = np.expm1(edges) / rate
+        with np.errstate(divide="ignore", invalid="ignore"):
+            x = np.where(ratio > -1, sigma * sigma * np.log1p(ratio) + 0.5, -np.inf)
     without, present = _between(x / sigma), _between((x - 1) / sigma)
     return without, (1 - rate) * without + rate * present
 
@@ -115,15 +135,17 @@ def _between(x: Floats) -> Floats:
     return found
 
 
-def _epsilon(release: tuple[int, Floats], width: float, steps: int, delta: float, cut: float) -> float:
-    """Compose `steps` of them and read ε off."""
-    first, mass = release
-    bottom, top = _window(first, mass, width, steps, cut)
+def _epsilon(parts: Sequence[_Part], width: float, delta: float, cut: float) -> float:
+    """Compose them and read ε off."""
+    bottom, top = _window(parts, width, cut)
     size = fft.next_fast_len(top - bottom + 1, real=True)
     if size > _MOST_POINTS or (bottom + size) * width > _LARGEST_LOSS:
         raise ValueError("the run's loss has too many points or is too large")
-    circle = np.bincount((first + np.arange(len(mass))) % size, weights=mass, minlength=size)
-    composed = fft.irfft(fft.rfft(circle) ** steps, size)
+    spectrum = np.ones(size // 2 + 1, dtype=np.complex128)
+    for first, mass, count in parts:
+        circle = np.bincount((first + np.arange(len(mass))) % size, weights=mass, minlength=size)
+        spectrum *= fft.rfft(circle) ** count
+    composed = fft.irfft(spectrum, size)
     start = max(bottom, 0)  # ε < 0 is of no use
     index = np.arange(start, bottom + size)
     tail, loss = np.maximum(composed[index % size], 0.0)[::-1], (index * width)[::-1]
@@ -140,17 +162,22 @@ def _epsilon(release: tuple[int, Floats], width: float, steps: int, delta: float
     return max(0.0, math.log((float(above[at]) - wanted) / float(weighted[at])))
 
 
-def _window(first: int, mass: Floats, width: float, steps: int, cut: float) -> tuple[int, int]:
+def _window(parts: Sequence[_Part], width: float, cut: float) -> tuple[int, int]:
     """Grid indices between which the sum lies but for at most `cut` on either side, by Chernoff's bound."""
-    index = first + np.arange(len(mass))
-    loss, occupied = index * width, mass > 0
-    logs, loss = np.log(mass[occupied]), loss[occupied]
-    mean = float(np.dot(mass[occupied], loss))
-    spread = math.sqrt(steps * max(float(np.dot(mass[occupied], (loss - mean) ** 2)), width * width))
-    need = math.log(1 / cut)
-    top, bottom = float(steps * index[-1]), float(steps * index[0])
+    top = bottom = variance = 0.0
+    found = list[tuple[Floats, Floats, int]]()
+    for first, mass, count in parts:
+        index = first + np.arange(len(mass))
+        occupied = mass > 0
+        loss = np.asarray(index[occupied] * width, dtype=np.float64)
+        mean = float(np.dot(mass[occupied], loss))
+        variance += count * max(float(np.dot(mass[occupied], (loss - mean) ** 2)), width * width)
+        found.append((np.log(mass[occupied]), loss, count))
+        top, bottom = top + float(count * index[-1]), bottom + float(count * index[0])
+    spread, need = math.sqrt(variance), math.log(1 / cut)
     # Around the best t of a Gaussian sum, and where a single rare release decides.
     for t in (*(math.sqrt(2 * need) / spread * np.geomspace(0.1, 4.0, 10)), 0.5, 1.0, 2.0, 4.0, 8.0, 16.0):
-        top = min(top, (steps * float(logsumexp(logs + t * loss)) + need) / t / width)
-        bottom = max(bottom, -(steps * float(logsumexp(logs - t * loss)) + need) / t / width)
+        above = sum(count * float(logsumexp(logs + t * loss)) for logs, loss, count in found)
+        below = sum(count * float(logsumexp(logs - t * loss)) for logs, loss, count in found)
+        top, bottom = min(top, (above + need) / t / width), max(bottom, -(below + need) / t / width)
     return math.floor(bottom), math.ceil(top)

@@ -254,7 +254,7 @@ class PersonalLosses:
         for limit in np.unique(limits[np.isfinite(limits) & (limits > 0)]):
             budget = RenyiBudget.for_limit(float(limit), delta)
             (order,), (most,) = budget.orders, budget.limits
-            more = sum(e.steps * sampled_gaussian_rdp(e.noise_multiplier, e.sample_rate, order) for e in certain)
+            more = sum(e.releases * sampled_gaussian_rdp(e.noise_multiplier, e.sample_rate, order) for e in certain)
             here = limits == limit
             allowed[here] = self.divergence(charges, order)[places[here]] + more <= most
         return allowed
@@ -324,7 +324,7 @@ class PersonalLosses:
             kind = (event.noise_multiplier, event.sample_rate)
             counts = self._counts.setdefault(kind, np.zeros(size, dtype=np.int64))
             mask = self._held[charge][:size]
-            counts[: len(mask)] += mask * (event.steps - (known.steps if known is not None else 0))
+            counts[: len(mask)] += mask * (event.releases - (known.releases if known is not None else 0))
             self._counted[charge] = event
 
     def _add(self, charge: str, mask: Mask) -> None:
@@ -336,7 +336,7 @@ class PersonalLosses:
         if counted is not None:  # taken out of the counts with whom it held before; it is counted anew
             counts = self._counts[(counted.noise_multiplier, counted.sample_rate)]
             here = held[: len(counts)]
-            counts[: len(here)] -= here * counted.steps
+            counts[: len(here)] -= here * counted.releases
         self._held[charge] = both
 
 

@@ -10,14 +10,14 @@ Invariant: nothing here names or numbers a person; what is said of persons is a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from confide.privacy.dp.accounting import run_epsilon
-from confide.privacy.dp.events import PrivacyEvent, Role
+from confide.privacy.dp.accounting import person_epsilon
+from confide.privacy.dp.events import PrivacyEvent, Role, merge_events
 from confide.privacy.dp.ledger import Ledger
 from confide.privacy.dp.personal import PersonalLosses
 
@@ -65,12 +65,14 @@ class RunStatement:
         roles: What each role was charged, settled charges at what is left of them.
         epsilon: PRV ε of this run alone, for the more exposed role: its parameters were fixed beforehand, and a person
             holds one role. None where a role's charges differ in σ or q.
+        sites: At how many sites a person may lie, as the run assumed: ε is as if all of them had charged the same.
     """
 
     run: str
     rounds: list[int]
     roles: list[RoleInRun]
     epsilon: float | None
+    sites: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,7 +165,7 @@ def _runs(charges: Mapping[str, PrivacyEvent], delta: float) -> list[RunStatemen
 
 
 def _run(name: str, rounds: list[int], events: list[PrivacyEvent], delta: float) -> RunStatement:
-    roles, epsilons = list[RoleInRun](), list[float]()
+    roles, unlike = list[RoleInRun](), False
     for role in Role:
         mine = [e for e in events if e.role is role]
         if not mine:
@@ -171,11 +173,11 @@ def _run(name: str, rounds: list[int], events: list[PrivacyEvent], delta: float)
         kinds, steps = {(e.noise_multiplier, e.sample_rate) for e in mine}, sum(e.steps for e in mine)
         sigma, rate = kinds.pop() if len(kinds) == 1 else (None, None)
         roles.append(RoleInRun(role=role, steps=steps, noise_multiplier=sigma, sample_rate=rate))
-        if sigma is not None:
-            epsilons.append(run_epsilon(replace(mine[0], steps=steps), delta))
+        unlike = unlike or sigma is None
     return RunStatement(
-        run=name, rounds=rounds, roles=roles, epsilon=max(epsilons) if len(epsilons) == len(roles) else None
-    )
+        run=name, rounds=rounds, roles=roles, epsilon=None if unlike else person_epsilon(merge_events(events), delta),
+        sites=max(e.sites for e in events),
+    )  # fmt: skip
 
 
 def _persons(path: Path, charges: Mapping[str, PrivacyEvent], delta: float, at_most: float) -> Persons:

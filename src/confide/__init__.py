@@ -1,7 +1,7 @@
 """confide: federated learning that people can confide in.
 
 `confide.simulate(...)` runs an experiment, `confide.plan(...)` tells beforehand what it would cost,
-`confide.sweep(...)` runs it, on public data, at every point of a grid.
+`confide.sweep(...)` runs it at every point of a grid, and `confide.plan_sweep(...)` tells what that would cost.
 """
 
 from __future__ import annotations
@@ -14,9 +14,24 @@ from confide.environment import silence_third_parties
 silence_third_parties()
 
 if TYPE_CHECKING:
-    from confide.simulations import Plan, Progress, Result, Sweep, SweepProgress, plan, simulate, sweep
+    from confide.simulations import (
+        Plan,
+        Progress,
+        Quote,
+        Result,
+        Sweep,
+        SweepCost,
+        SweepProgress,
+        plan,
+        plan_sweep,
+        simulate,
+        sweep,
+    )
 
-__all__ = ["Plan", "Progress", "Result", "Sweep", "SweepProgress", "plan", "simulate", "sweep"]
+__all__ = [
+    "Plan", "Progress", "Quote", "Result", "Sweep", "SweepCost", "SweepProgress", "plan", "plan_sweep", "simulate",
+    "sweep",
+]  # fmt: skip
 __version__ = version("confide")
 
 

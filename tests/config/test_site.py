@@ -111,6 +111,7 @@ LINES: list[tuple[dict[str, Any], str]] = [
     ({"local_steps_limit": 3}, "site.toml [policy] local_steps_limit"),
     ({"held_out": 0.5}, "site.toml [policy] held_out"),
     ({"population": 41}, "site.toml [policy] population"),
+    ({"max_sites_per_subject": 2}, "site.toml [policy] max_sites_per_subject"),
     ({"coordinator_key": b"x" * 32}, "site.toml [policy] coordinator_key"),
     ({"federation": "another"}, "site.toml federation"),
 ]

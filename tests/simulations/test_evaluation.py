@@ -111,3 +111,18 @@ def test_where_nobody_is_held_out_a_run_ends_without_exact_metrics(tmp_path: Pat
     tree["data"]["held_out"] = 0.3  # control
     assert simulate(tree, out=tmp_path / "control").metrics
     assert "Quality by round" in (tmp_path / "control" / "index.html").read_text()
+
+
+def test_whom_another_site_trains_on_does_not_count_as_unseen() -> None:
+    """The same persons at two sites; half of them are held out at both."""
+    model, one = site("binary", 3)
+    other, strangers = site("binary", 4)[1], site("binary", 4)[1]
+    strangers.persons = [f"q{i}" for i in range(PEOPLE)]
+    everybody, half = np.ones(PEOPLE, dtype=bool), np.arange(PEOPLE) % 2 == 0
+    alone = {"one": one, "other": strangers}
+    found = ExactEvaluator(model, "binary", {"one": one, "other": other}).evaluate(
+        flatten(model), {"one": everybody, "other": half}
+    )
+    assert found == ExactEvaluator(model, "binary", alone).evaluate(flatten(model), {"one": half, "other": half})
+    # The control: people of whom nobody lies at both sites count wherever they are held out.
+    assert found != ExactEvaluator(model, "binary", alone).evaluate(flatten(model), {"one": everybody, "other": half})

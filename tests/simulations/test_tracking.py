@@ -46,11 +46,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("mlflow")
 
 
-def told_to_mlflow(store: Path, name: str) -> tuple[Any, set[str], set[str]]:
+def told_to_mlflow(store: Path, name: str, experiment_name: str = "tiny") -> tuple[Any, set[str], set[str]]:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{store / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("tiny")
+    experiment = client.get_experiment_by_name(experiment_name)
     run = next(r for r in client.search_runs([experiment.experiment_id]) if r.info.run_name == name)
     return run, set(run.data.metrics), {file.path for file in client.list_artifacts(run.info.run_id)}
 
@@ -103,6 +103,75 @@ def test_metrics_that_lie_in_a_private_runs_folder_are_not_told_either(
     open_tracker(mlflow=str(store)).run(forged)
     _, metrics, _ = told_to_mlflow(store, "forged")
     assert not any(name.startswith("exact.") for name in metrics)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("public", [True, False])
+def test_rounds_are_told_as_they_end_and_the_rest_at_the_end(store: Path, tmp_path: Path, public: bool) -> None:
+    pytest.importorskip("tensorboard")
+    tree = experiment_tree(str(write_people(tmp_path)), run={"name": f"live-{public}", "report_metrics_every": 1})
+    chosen = [] if public else [f"{key}={value}" for key, value in PRIVATE.items()]
+    tracker, seen = open_tracker(mlflow=str(store), tensorboard=tmp_path / "tb"), list[tuple[int, set[str], str]]()
+
+    def told(progress: confide.Progress) -> None:
+        tracker.round(progress.folder)
+        run, metrics, _ = told_to_mlflow(store, run_of(progress.folder), tree["run"]["name"])
+        seen.append((len(history(store, run, "epsilon")), metrics, run.info.status))
+
+    def run_of(folder: Path | None) -> str:
+        return str(json.loads(((folder or tmp_path) / "status.json").read_text())["run_id"])
+
+    result = confide.simulate(tree, overrides=chosen, out=tmp_path / "out", progress=told)
+    assert [count for count, _, _ in seen] == [1, 2, 3, 4]
+    assert {status for _, _, status in seen} == {"RUNNING"}
+    assert all(any(name.startswith("exact.") for name in metrics) is public for _, metrics, _ in seen)
+    tracker.run(result)
+    tracker.ended()
+    run, metrics, files = told_to_mlflow(store, result.run_id, tree["run"]["name"])
+    assert run.info.status == "FINISHED"
+    assert {"bytes_per_parameter", "released.auc"} <= metrics
+    assert ("seconds" in metrics) is public
+    assert files >= FILES
+    assert [v for v, _ in history(store, run, "epsilon")] == result.epsilon_curve  # each round once
+    assert "epsilon" in told_to_tensorboard(tmp_path / "tb" / tree["run"]["name"] / result.run_id)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_store_that_fails_under_way_ends_no_run_and_a_run_that_fails_is_told_so(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = experiment_tree(str(write_people(tmp_path)), run={"name": "broken"})
+    tracker = open_tracker(mlflow=str(store))
+    client = tracker.mlflow
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "log_batch", full)
+        result = confide.simulate(tree, out=tmp_path / "out", progress=lambda p: tracker.round(p.folder))
+    tracker.run(result)
+    runs = client.search_runs([client.get_experiment_by_name("broken").experiment_id])
+    whole = next(run for run in runs if run.info.status == "FINISHED")
+    assert [v for v, _ in history(store, whole, "epsilon")] == result.epsilon_curve
+
+    def stop(progress: confide.Progress) -> None:
+        tracker.round(progress.folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        confide.simulate(tree, out=tmp_path / "stopped", progress=stop)
+    tracker.ended()
+    name = json.loads((tmp_path / "stopped" / "status.json").read_text())["run_id"]
+    run, metrics, _ = told_to_mlflow(store, name, "broken")
+    assert (run.info.status, "epsilon" in metrics) == ("FAILED", True)
+
+
+def history(store: Path, run: Any, name: str) -> list[tuple[float, int]]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{store / 'mlflow.db'}")
+    return [(m.value, m.step) for m in sorted(client.get_metric_history(run.info.run_id, name), key=lambda m: m.step)]
 
 
 def test_telemetry_is_off() -> None:

@@ -207,6 +207,9 @@ def exposure(
     ledger: Annotated[
         Path | None, typer.Option(help="The sites' ledger folder. Default: ledgers/ in the folder.")
     ] = None,
+    site: Annotated[
+        str | None, typer.Option(help="Whose answer, where several sites hold her. Default: the first that does.")
+    ] = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="Also write the answer as a page.")] = None,
     as_json: _Json = False,
 ) -> None:
@@ -219,7 +222,13 @@ def exposure(
         raise ConfigError("holds no site (sites/NAME/consent.db)", where=str(folder),
                           hint="give the output folder of a run, at the site")  # fmt: skip
     answers = [describe_person(subject, SiteFiles.of(p.name, p, ledgers / p.name)) for p in sites]
-    answer = next((a for a in answers if a.known), answers[0])
+    if site is not None and site not in {a.site for a in answers}:
+        raise ConfigError(f"there is no site {site!r} in {folder}", where="--site",
+                          hint=f"there are {', '.join(a.site for a in answers)}")  # fmt: skip
+    answer = next((a for a in answers if (a.known if site is None else a.site == site)), answers[0])
+    others = [a.site for a in answers if a.known and a.site != answer.site]
+    if others and site is None:
+        err.print(f"held at {', '.join(others)} too: --site asks there", markup=False)
     if out_file is not None:
         try:
             write_person(answer, out_file)

@@ -78,13 +78,13 @@ def run(
 def write_model(folder: Path, manifest: Manifest, released: Released) -> None:
     """The released model, with what it costs a person."""
     from confide.clients.training.artifact import save_model
-    from confide.privacy.dp import RUN_LABEL
+    from confide.privacy.dp import run_label
     from confide.server.outcome import run_loss
 
     loss = run_loss(manifest)
     line = (
         f"({loss:.4g}, {manifest.privacy.delta:g})-differentially private per {manifest.privacy.unit} "
-        f"(add or remove one {manifest.privacy.unit}). {RUN_LABEL}."
+        f"(add or remove one {manifest.privacy.unit}). {run_label(manifest.privacy.composed_sites)}."
         if loss is not None
         else ". ".join(manifest.warnings or ("No differential privacy: baseline on public data",)) + "."
     )

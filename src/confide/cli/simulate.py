@@ -87,11 +87,11 @@ def simulate(
     ] = False,
     mlflow: Annotated[
         str | None,
-        typer.Option(metavar="URI|DIR", help="Log the finished run to MLflow (extra: mlflow)."),
+        typer.Option(metavar="URI|DIR", help="Log the run to MLflow, round by round (extra: mlflow)."),
     ] = None,
     tensorboard: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write event files of the finished run (extra: tensorboard)."),
+        typer.Option(metavar="DIR", help="Write event files of the run, round by round (extra: tensorboard)."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End stdout with one JSON object.")] = False,
 ) -> None:
@@ -116,6 +116,11 @@ def simulate(
     tracker = simulations.open_tracker(mlflow=mlflow, tensorboard=tensorboard)
     try:
         with _RoundDisplay() as display:
+
+            def update(progress: RoundProgress) -> None:
+                display.update(progress)
+                tracker.round(progress.folder)
+
             result = simulations.simulate(
                 experiment,
                 overrides=assignments or (),
@@ -126,7 +131,7 @@ def simulate(
                 engine=None if engine is None else engine.value,
                 ray_address=ray_address,
                 workers=workers,
-                progress=display.update,
+                progress=update,
             )
         tracker.run(result)
     except KeyboardInterrupt:
@@ -139,6 +144,8 @@ def simulate(
         raise ConfigError(
             "may not be written", where=str(error.filename), hint="name a folder you may write to"
         ) from None
+    finally:
+        tracker.ended()
     if as_json:
         show_json(result.to_json())
     else:
@@ -175,7 +182,7 @@ class _RoundDisplay(Display):
 
 
 def _show_plan(plan: Plan) -> None:
-    from confide.privacy.dp import LEDGER_LABEL, RUN_LABEL
+    from confide.privacy.dp import LEDGER_LABEL, run_label
 
     unit = f"per {plan.unit}, δ = {plan.delta:g}, neighbours: {plan.neighbours} {plan.unit}"
     rows = [
@@ -194,7 +201,7 @@ def _show_plan(plan: Plan) -> None:
             f"training round ({plan.uplink_bytes / plan.parameters:,.2f} bytes a parameter up; float32 is 4)"
             + _padding(plan),
         ),
-        ("ε of this run", f"{number(plan.epsilon, 2)} ({unit}; {RUN_LABEL})"),
+        ("ε of this run", f"{number(plan.epsilon, 2)} ({unit}; {run_label(plan.composed_sites)})"),
         (
             "noise multiplier σ",
             f"{plan.noise_multiplier:g} training, {plan.metrics_noise_multiplier:g} metrics",
@@ -240,7 +247,7 @@ def _padding(plan: Plan) -> str:
 
 def _show_result(result: Result) -> None:
     from confide import simulations
-    from confide.privacy.dp import LEDGER_LABEL, RUN_LABEL
+    from confide.privacy.dp import LEDGER_LABEL, run_label
 
     private = result.epsilon.max != float("inf")
     cost = f"{number(result.epsilon.max, 2)} per {result.unit}"
@@ -250,8 +257,8 @@ def _show_result(result: Result) -> None:
         ("profile", result.profile),
         ("rounds", f"{result.rounds}" + (f", {result.rounds_abandoned} abandoned" if result.rounds_abandoned else "")),
         ("consent", result.consent_source),
-        ("ε of this run", f"{cost} (δ = {result.delta:g}; neighbours: {result.neighbours} {result.unit}; {RUN_LABEL})"
-         if private else "∞: nobody is protected" if result.warnings
+        ("ε of this run", f"{cost} (δ = {result.delta:g}; neighbours: {result.neighbours} {result.unit}; "
+         f"{run_label(result.composed_sites)})" if private else "∞: nobody is protected" if result.warnings
          else "∞: a baseline on public data, nobody is protected"),
     ]  # fmt: skip
     if private:

@@ -159,6 +159,8 @@ def _show_runs(runs: list[RunStatement]) -> None:
             sigma, rate = ("mixed" if v is None else f"{v:.6g}" for v in (role.noise_multiplier, role.sample_rate))
             shown.add_row(*map(Text, (name, rounds, _role(role.role), sigma, rate, f"{role.steps:,}", epsilon)))
     out.print(shown)
+    if (sites := max(run.sites for run in runs)) > 1:
+        out.print(f"charges of runs whose persons may lie at up to {sites} sites count so many times", style="dim")
 
 
 def _show_persons(p: Persons) -> None:

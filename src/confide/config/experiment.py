@@ -288,6 +288,18 @@ class Experiment(_Section):
     sealing: SealingConfig = SealingConfig()
     scenario: ScenarioConfig = ScenarioConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _overlapping(cls, tree: Any) -> Any:
+        """Where people lie at several sites and nobody says at how many at most, it is two."""
+        if not isinstance(tree, Mapping):
+            return tree
+        partition, privacy = tree.get("partition"), tree.get("privacy")
+        split = isinstance(partition, Mapping) and partition.get("overlap") not in (None, 0)
+        if split and isinstance(privacy, Mapping) and "max_sites_per_subject" not in privacy:
+            return {**tree, "privacy": {**privacy, "max_sites_per_subject": 2}}
+        return tree
+
     @model_validator(mode="after")
     def _together(self) -> Experiment:
         if (why := self.strategy.unknown()) is not None:
@@ -296,6 +308,11 @@ class Experiment(_Section):
             raise ValueError(
                 "data.site is missing: name the column that says where a record lies, or deal people out with "
                 "partition.kind = iid, dirichlet, quantity or shards"
+            )
+        if self.partition.overlap and self.privacy.max_sites_per_subject < 2:
+            raise ValueError(
+                "partition.overlap puts people at several sites, and privacy.max_sites_per_subject = 1 says that "
+                "nobody is: leave it out (then it is 2), or say at how many a person may be"
             )
         if not self.privacy.is_private and not self.data.public:
             raise ValueError(

@@ -17,6 +17,9 @@ class PrivacyConfig(Section):
 
     `unsafe_noise_seed` draws the noise from a number that stands in the manifest, to look for faults on public data:
     whoever knows it takes the noise off again, so such a run protects nobody, whatever its ε.
+
+    `max_sites_per_subject` is an assumption that everybody is told: a person's records lie at so many sites at most.
+    The run's ε is that of what all of them release, composed, and each site charges its own share that many times.
     """
 
     unit: Literal["subject", "record"] = "subject"
@@ -27,6 +30,7 @@ class PrivacyConfig(Section):
     max_grad_norm: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     placement: Literal["site"] = "site"
     site_epsilon_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
+    max_sites_per_subject: Annotated[int, Field(ge=1, le=16)] = 1
     unsafe_noise_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     @model_validator(mode="after")
@@ -39,6 +43,11 @@ class PrivacyConfig(Section):
     def is_private(self) -> bool:
         """Is noise added and charged? False for the ε = ∞ baseline on public data."""
         return math.isfinite(self.epsilon)
+
+    @property
+    def composed_sites(self) -> int:
+        """At how many sites the privacy unit may lie: a record lies at one, wherever its person's others do."""
+        return self.max_sites_per_subject if self.unit == "subject" else 1
 
     @property
     def protects(self) -> bool:

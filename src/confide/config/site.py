@@ -86,6 +86,7 @@ class PolicyConfig(_Section):
     min_sites: Annotated[int, Field(ge=3)] = 3
     min_subjects: Annotated[int, Field(ge=1)] = 20
     population: Annotated[int, Field(ge=1)]
+    max_sites_per_subject: Annotated[int, Field(ge=1, le=16)] = 1
     epsilon_limit: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     ledger_epsilon_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
     delta: Annotated[float, Field(gt=0, lt=0.1)] = 1e-5
@@ -223,6 +224,7 @@ delta = 1e-5
 held_out = 0.2
 min_sites = 3
 min_subjects = 20
+# max_sites_per_subject = 1         # persons here may be at so many sites of a federation: no run may assume fewer
 release = false                     # may this site hand out the trained model?
 statistics = false                  # may bounds of columns be learned from noised histograms?
 # hours = ["22:00-06:00"]           # UTC; left out: at any time

@@ -258,14 +258,14 @@ class Manifest(_Part):
                 PrivacyEvent(
                     role=Role.TRAIN, unit=privacy.unit, noise_multiplier=self.noise_multiplier,
                     sample_rate=privacy.sample_rate, steps=self.training.local_steps,
-                    max_grad_norm=privacy.max_grad_norm,
+                    max_grad_norm=privacy.max_grad_norm, sites=privacy.composed_sites,
                 )
             )  # fmt: skip
         if self.metric_width(round_):
             found.append(
                 PrivacyEvent(
                     role=Role.HELD_OUT, unit=privacy.unit, noise_multiplier=self.metrics_noise_multiplier,
-                    sample_rate=1.0, steps=1, max_grad_norm=metrics.SENSITIVITY,
+                    sample_rate=1.0, steps=1, max_grad_norm=metrics.SENSITIVITY, sites=privacy.composed_sites,
                 )
             )  # fmt: skip
         return found
