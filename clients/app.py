@@ -31,7 +31,8 @@ def make_client_app(find_site: Callable[[Context], Site]) -> ClientApp:
         try:
             site = find_site(context)
             # Training alone asks for consent; how long it took may hang on one person.
-            with released_at_deadline(site.policy.reply_seconds if step == "train" else 0.0):
+            every = site.policy.reply_seconds if step == "train" else 0.0
+            with released_at_deadline(every, lambda reply: site.note_reply(reply)):
                 return Message(to_records(site.handle(step, from_records(message.content))), reply_to=message)
         except SealingError as error:
             _log.warning("an unauthentic %s request was dropped: %s", step, error.what)

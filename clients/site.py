@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from confide.clients.continuity import Continuity, check_ledger
+from confide.clients.cutoff import ReplyTime
 from confide.clients.data.records import SiteRecords
 from confide.clients.ending import OVER, Endings
 from confide.clients.membership import Membership
@@ -172,6 +173,16 @@ class Site:
         """Who may take part in a round, as of right now. For the site's own use: it never leaves."""
         private = manifest.privacy.is_private
         return self.source(manifest).take(self.ledger if private else None, manifest.charges(round_))
+
+    def note_reply(self, reply: ReplyTime) -> None:
+        """Note when a reply left, in the local log: it never leaves, and how long a round took may hang on a person."""
+        took, again, deadline, left = (round(1000 * s) for s in (reply.took, reply.again, reply.deadline, reply.left))
+        with suppress(ConfideError):  # a disk that is full has been told of already
+            self.local_log.append(
+                audit.LocalReply(
+                    run=reply.run, round=reply.round, took=took, again=again, deadline=deadline, left=left
+                )
+            )  # fmt: skip
 
     def close(self) -> None:
         """Release the site's files."""

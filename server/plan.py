@@ -92,6 +92,7 @@ def make_manifest(
         single_updates=strategy.single_updates,
         control_variates=strategy.control_variates,
         sites_per_round=_per_round(experiment, strategy, members),
+        wait_seconds=experiment.sites.wait_seconds if isinstance(experiment, DeployedRun) else None,
     )
     admit_strategy(strategy, manifest)
     return manifest

@@ -20,10 +20,12 @@ from cryptography.hazmat.primitives import serialization
 
 from benchmarks.deployment_demo import SITES, WORDS, Demo, ok
 from confide.cli.server import write_model
+from confide.clients import cutoff
 from confide.clients.agent import _Process
 from confide.clients.app import make_client_app
 from confide.clients.assembly import open_site
 from confide.clients.backup import REGISTRY_COPY
+from confide.clients.cutoff import ReplyTime
 from confide.clients.service import agent_config, alone
 from confide.config import SchemaConfig
 from confide.config.run import load_run
@@ -92,6 +94,7 @@ def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
     folder = tmp_path_factory.mktemp("federation")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEMO_DATABASE", f"sqlite:///{folder / 'visits.db'}")
+        patch.setattr(cutoff, "_wait_until", lambda _: None)  # sites pad their replies; nobody here looks at the time
         yield Operated(folder)
 
 
@@ -244,6 +247,32 @@ def test_a_site_that_is_ready_passes_every_look(operated: Operated, site: Path) 
     shown = ok("site", "check", site, *operated.secret)
     assert "at least 20 consenting subjects" in shown.words
     assert str(PEOPLE * 17 // 20) not in shown.words, "never how many"
+
+
+def said_of_replies(site: Path, *secret: str | Path) -> tuple[str, str]:
+    done = confide("site", "check", site, *secret, "--json")
+    (found,) = (f for f in done.last_line["findings"] if f["check"] == "reply times")
+    assert found["code"] == 0
+    return found["state"], found["said"] + found["todo"]
+
+
+def test_reply_times_are_looked_at(operated: Operated, site: Path) -> None:
+    state, said = said_of_replies(site, *operated.secret)
+    assert (state, "multiples of 1 s; the longest of the latest 6 rounds took" in said) == ("ok", True), said
+    edit(site, lambda t: t["policy"].update(reply_seconds=3600))
+    state, said = said_of_replies(site, *operated.secret)
+    assert (state, "a run waits 3600 s" in said) == ("warn", True)
+    edit(site, lambda t: t["policy"].update(reply_seconds=0))
+    state, said = said_of_replies(site, *operated.secret)
+    assert (state, "write reply_seconds = 1 into" in said) == ("warn", True)
+    edit(site, lambda t: t["policy"].pop("reply_seconds"))
+    opened = open_site(str(site), WORDS)
+    for left, expected in ((2.0, "ok"), (3.0, "warn")):
+        opened.note_reply(ReplyTime(run="r", round=1, again=1.0, took=left - 0.5, deadline=2.0, left=left))
+        state, said = said_of_replies(site, *operated.secret)
+        assert (state, "1 of the latest 8 replies left after their deadline" in said) == (expected, left > 2)
+    opened.close()
+    assert "reply_seconds = 8 hides more" in said
 
 
 def _no_table(site: Path) -> None:

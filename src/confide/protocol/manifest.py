@@ -20,6 +20,7 @@ from confide.config import (
     StrategyConfig,
     TrainingConfig,
 )
+from confide.config.run import MAX_WAIT
 from confide.privacy.digest import digest
 from confide.privacy.dp import PrivacyEvent, Role, metrics, statistics
 from confide.privacy.dp.events import merge_events
@@ -104,6 +105,8 @@ class Manifest(_Part):
     control_variates: bool = False
     #: How many sites each round is drawn for (profile `open`); None: every round is everybody's.
     sites_per_round: Annotated[int, Field(ge=3)] | None = None
+    #: How long the coordinator waits for the sites' replies of a step; None: as long as it likes.
+    wait_seconds: Annotated[int, Field(ge=1, le=MAX_WAIT)] | None = None
     #: A statistics run: its two rounds learn the bounds that the schema leaves out, and nothing is trained.
     statistics: bool = False
 
