@@ -150,7 +150,7 @@ def _reply_times(place: SiteFolder) -> _Said:
     """How long rounds took here, against the span in which they are answered, and what runs wait."""
     every = place.config.policy.reply_seconds
     if not every:
-        return ("warn", "training is answered when it is done: how long that takes, and so that somebody has withdrawn, "
+        return ("warn", "training is answered when it is done: how long it takes, and so that somebody has withdrawn, "
                 "is to be seen", f"write reply_seconds = {REPLY_SECONDS:g} into {CONFIG} [policy]")  # fmt: skip
     latest, wait = replies(place.local_log, _REPLIES), shortest_wait(place.state)
     took = max((reply.took for reply in latest), default=0) / 1000
