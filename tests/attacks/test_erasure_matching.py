@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from confide.clients.data.records import SiteRecords
-from confide.clients.exposure import SiteFiles, describe_person
+from confide.clients.exposure import describe_person
 from confide.clients.participants import ParticipantSource
+from confide.clients.sitefiles import SiteFiles
 from confide.clients.snapshots import SnapshotStore
 from confide.privacy.consent import ConsentEvent, EventType, Registry, SiteKey, now_micros
 from confide.privacy.dp import Ledger, PrivacyEvent, RenyiBudget, Role

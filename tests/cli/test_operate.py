@@ -150,10 +150,15 @@ def test_a_folder_that_does_not_hold_together_opens_no_site(
 
 
 @pytest.fixture(scope="module")
-def database() -> Iterator[str]:
-    """An empty PostgreSQL database's URL."""
+def database_server() -> Iterator[Path]:
     with postgres.server() as folder:
-        yield postgres.new_database(folder, "consent")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def database(database_server: Path) -> str:
+    """An empty PostgreSQL database's URL."""
+    return postgres.new_database(database_server, "consent")
 
 
 def test_a_sites_registry_may_lie_in_postgresql(
@@ -194,6 +199,107 @@ def test_a_sites_registry_may_lie_in_postgresql(
     purpose = operated.manifest.purpose
     assert confide("consent", "withdraw", someone, "--purpose", purpose, "--registry", database, *keyed).code == 0
     assert sum(consenting()[0]) == sum(in_file[0]) - 1
+
+
+# --- what a site tells one person, and its consent officer ------------------------------------------------------------
+
+
+def persons_of(operated: Operated, site: Path) -> tuple[list[str], list[str]]:
+    """Whom both runs trained on, and whom they evaluated on."""
+    opened = open_site(str(site), WORDS)
+    try:
+        found = opened.participants(operated.manifest)
+        names = opened.records.persons
+        return [names[i] for i in np.flatnonzero(found.train)], [names[i] for i in np.flatnonzero(found.held_out)]
+    finally:
+        opened.close()
+
+
+def exposure(operated: Operated, site: Path, person: str) -> dict[str, Any]:
+    return dict(ok("audit", "exposure", person, site, *operated.secret, "--json").last_line)
+
+
+def impact(operated: Operated, site: Path, *arguments: str) -> dict[str, Any]:
+    return dict(ok("consent", "impact", *arguments, "--site", site, *operated.secret, "--json").last_line)
+
+
+@pytest.mark.parametrize("where", ["file", "postgresql"])
+def test_a_site_answers_one_person_about_all_its_runs(
+    operated: Operated, site: Path, where: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    if where == "postgresql":
+        url = postgres.new_database(request.getfixturevalue("database_server"), "persons")
+        ok("consent", "copy", site / "consent.db", url)
+        (site / "consent.db").unlink()
+        monkeypatch.setenv("OUR_REGISTRY", url)
+        edit(site, lambda tree: tree["folders"].update(consent="env:OUR_REGISTRY"))
+    train, held_out = persons_of(operated, site)
+    for person, role, rounds in ((train[0], "train", [1, 2]), (held_out[0], "held_out", [3])):
+        found = exposure(operated, site, person)
+        assert (found["site"], found["role"], found["decisions"]) == (
+            "dayton", role, [{"purpose": operated.manifest.purpose, "status": "given"}],
+        )  # fmt: skip
+        assert [run["run"] for run in found["runs"]] == operated.runs
+        for run, released in zip(found["runs"], operated.released, strict=True):
+            assert (run["rounds"], run["model"], run["purpose"]) == (rounds, released.model, operated.manifest.purpose)
+            assert run["recipients"][0] == "sites fitchburg, seattle: sums over the cohort"
+            assert 0 < run["epsilon"] < found["epsilon"] <= 8
+        told = impact(operated, site, person)
+        assert [(r["site"], r["run"], r["rounds"], r["model"]) for r in told["runs"]] == [
+            ("dayton", run, rounds, released.model)
+            for run, released in zip(operated.runs, operated.released, strict=True)
+        ]
+    page = tmp_path / "answer.html"
+    ok("audit", "exposure", train[0], site, *operated.secret, "--out", page)
+    assert all(run in page.read_text() for run in operated.runs)
+    assert not exposure(operated, site, "nobody")["known"]
+
+
+def test_an_officer_sees_what_those_who_have_left_took_part_in(operated: Operated, site: Path) -> None:
+    train, _ = persons_of(operated, site)
+    since = dt.datetime.now(dt.UTC).isoformat()
+    at = ("--registry", site, *operated.secret)
+    ok("consent", "withdraw", train[0], "--purpose", operated.manifest.purpose, *at)
+    ok("consent", "erase", train[1], "--yes", *at)
+    found = impact(operated, site, "--since", since)
+    assert (found["persons"], [r["persons"] for r in found["runs"]]) == (2, [2, 2])
+    words = ok("consent", "impact", "--since", since, "--site", site, *operated.secret).words
+    assert "confide run start RUN.toml --retrain-after NAME" in words
+    # An erasure at a site's own folder finds the ledger by itself: nobody is told any more which rounds held her.
+    gone, left = exposure(operated, site, train[1]), exposure(operated, site, train[0])
+    assert (gone["erased"], gone["forgotten"], gone["runs"]) == (True, True, [])
+    assert gone["epsilon"] >= left["epsilon"] > 0
+    assert [run["run"] for run in left["runs"]] == operated.runs
+    opened = open_site(str(site), WORDS)
+    opened.close()
+
+
+def test_one_persons_part_in_a_round_of_a_deployed_run_is_proved(
+    operated: Operated, exported: Path, tmp_path: Path
+) -> None:
+    train, _ = persons_of(operated, site := operated.demo.sites["dayton"])
+    at = ("--party", "dayton", "--site", site, *operated.secret, "--run", operated.run)
+    for person, round_ in ((train[0], "1"), (train[0], "2")):
+        ok("audit", "prove", exported, "--person", person, "--round", round_, *at, "--out", tmp_path / "proof.json")
+        told = ok("audit", "verify", tmp_path / "proof.json", "--json").last_line
+        assert (told["person"]["run"], told["person"]["round"], told["person"]["role"]) == (
+            operated.run, int(round_), "train",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "code"), [
+    (("audit", "exposure", "ann", "{site}"), 2), (("audit", "exposure", "ann", "{site}", "--ledger", "{site}"), 2),
+    (("consent", "impact", "ann", "--site", "{site}", "--run", "{site}"), 2), (("consent", "impact", "ann"), 2),
+    (("consent", "impact", "ann", "--site", "{empty}"), 2), (("audit", "exposure", "ann", "{empty}"), 2),
+])  # fmt: skip
+def test_questions_about_persons_that_have_no_answer_are_refused(
+    site: Path, tmp_path: Path, arguments: tuple[str, ...], code: int
+) -> None:
+    (tmp_path / "empty").mkdir()
+    answer = confide(*(a.format(site=site, empty=tmp_path / "empty") for a in arguments))
+    assert answer.code == code
+    assert "→" in answer.err
 
 
 def test_a_site_without_its_key_makes_no_other(site: Path) -> None:
