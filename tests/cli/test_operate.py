@@ -29,7 +29,7 @@ from confide.clients.cutoff import ReplyTime
 from confide.clients.service import agent_config, alone
 from confide.config import SchemaConfig
 from confide.config.run import load_run
-from confide.errors import AuditError, ConfideError, ConfigError, ConsentError, PolicyError, SealingError
+from confide.errors import AuditError, ConfideError, ConfigError, ConsentError, PeerError, PolicyError, SealingError
 from confide.privacy.files import write_private
 from confide.protocol.keyfiles import PASSPHRASE, PASSPHRASE_FILE, is_encrypted, site_key
 from confide.protocol.manifest import Manifest
@@ -733,6 +733,113 @@ def test_a_sites_log_goes_on_under_its_new_key_and_verification_follows_the_rost
     assert (after / "logs" / "dayton.log").read_bytes().startswith(log)
     shutil.copy(before / "logs" / "roster.json", after / "logs")
     assert confide("audit", "verify", after).code == AuditError.exit_code, "without the rotation nobody knows the key"
+
+
+# --- a run after another ----------------------------------------------------------------------------------------------
+
+
+def run_file(federation: Operated, name: str, **sections: dict[str, Any]) -> Path:
+    """What the earlier runs asked for, in one round, at less ε."""
+    tree = tomllib.loads((federation.demo.folder / "short.toml").read_text())
+    small = {"run": {"name": name, "rounds": 1, "report_metrics_every": 1}, "privacy": {"epsilon": 0.5}}
+    for section, values in (*small.items(), *sections.items()):
+        tree[section] = {**tree[section], **values}
+    path = federation.demo.folder / f"{name}.toml"
+    path.write_text(to_toml(tree))
+    return path
+
+
+def start(federation: Operated, path: Path, *arguments: str) -> Any:
+    return confide("run", "start", path, "--federation", federation.fed, *arguments, "--json")
+
+
+def keep_released(federation: Operated) -> Path:
+    """As the service leaves it when a run ends."""
+    place = federation.fed / "runs" / federation.run
+    place.mkdir(parents=True)
+    write_model(place, federation.manifest, federation.released[0])
+    (place / "result.json").write_text(json.dumps(finished(federation.manifest, federation.released[0])))
+    return place
+
+
+def test_a_model_is_trained_anew_without_whoever_has_left(operated: Operated, tmp_path: Path) -> None:
+    later = moved(operated, tmp_path / "later")
+    train, _ = persons_of(later, site := later.demo.sites["dayton"])
+    gone, stayed = train[:2]
+    ok("consent", "withdraw", gone, "--purpose", later.manifest.purpose, "--registry", site, *later.secret)
+    told = start(later, run_file(later, "anew"), "--retrain-after", later.run)
+    assert (told.code, told.last_line["begins_after"]) == (0, later.run), told.err
+    manifest, weights = later.load(run := told.last_line["run"])
+    assert np.array_equal(weights, later.load(later.run)[1])
+    assert (manifest.begins_after, manifest.initial_model) == (later.run, later.manifest.initial_model)
+    released = later._drive(run)
+    assert not np.array_equal(released.weights, later.released[0].weights)
+    assert finished(manifest, released)["begins_after"] == later.run
+    assert [r["run"] for r in exposure(later, site, gone)["runs"]] == later.runs
+    assert [r["run"] for r in exposure(later, site, stayed)["runs"]] == [*later.runs, run]
+    assert later.demo.status(run)["begins_after"] == later.run
+    assert "not erasure" in ok("run", "start", run_file(later, "more"), "--federation", later.fed, "--retrain-after",
+                               later.run).words  # fmt: skip
+
+
+def test_a_run_goes_on_from_a_released_model_and_a_later_one_goes_back_to_it(
+    operated: Operated, tmp_path: Path
+) -> None:
+    """The last model before somebody's first exposure is the one that the first run that held her began with."""
+    later = moved(operated, tmp_path / "later")
+    place = keep_released(later)
+    told = start(later, run_file(later, "on"), "--go-on-from", later.run)
+    assert told.code == 0, told.err
+    manifest, weights = later.load(run := told.last_line["run"])
+    assert np.array_equal(weights, later.released[0].weights)
+    assert (manifest.initial_model, manifest.begins_after) == (later.released[0].model, later.run)
+    assert start(later, run_file(later, "early"), "--retrain-after", run).code == 2, "it has not ended"
+    later._drive(run)
+    told = start(later, run_file(later, "back"), "--retrain-after", run)
+    manifest, weights = later.load(told.last_line["run"])
+    assert (manifest.initial_model, manifest.begins_after) == (later.released[0].model, run)
+    later._drive(manifest.run)
+    model = place / "model.safetensors"
+    write_model(place, operated.load(operated.runs[1])[0], operated.released[1])
+    assert start(later, run_file(later, "other"), "--go-on-from", later.run).code == 2, "another run's model"
+    model.unlink()
+    assert start(later, run_file(later, "none"), "--go-on-from", later.run).code == 2
+
+
+@pytest.mark.parametrize(("sections", "arguments"), [
+    ({"run": {"purpose": "research/other"}}, ("--retrain-after", "{run}")),
+    ({"model": {"kind": "mlp", "hidden": [4]}}, ("--retrain-after", "{run}")),
+    ({}, ("--retrain-after", "nobody")), ({}, ("--retrain-after", "")), ({}, ("--go-on-from", "../{run}")),
+    ({}, ("--retrain-after", "{run}", "--go-on-from", "{run}")),
+])  # fmt: skip
+def test_no_run_begins_after_what_is_not_its_like(
+    operated: Operated, sections: dict[str, Any], arguments: tuple[str, ...]
+) -> None:
+    before = ok("run", "status", "--federation", operated.fed, "--json").last_line
+    asked = [a.format(run=operated.run) for a in arguments]
+    assert start(operated, run_file(operated, "unlike", **sections), *asked).code == 2
+    assert ok("run", "status", "--federation", operated.fed, "--json").last_line == before
+
+
+def test_sites_refuse_a_beginning_that_is_not_what_its_manifest_says(operated: Operated, tmp_path: Path) -> None:
+    later, wrong = moved(operated, tmp_path / "later"), []
+    asked = load_run(run_file(later, "liar"))
+    roster = FederationFolder(later.fed).state.roster
+    assert roster is not None
+    for name, after in (("control", None), ("liar", later.run)):
+        weights = later.load(later.run)[1] + np.float32(1)
+        manifest = make_manifest(asked, roster=roster, schema=asked.schema_, initial_model=weights,
+                                 layout=later.manifest.layout, begins_after=after)  # fmt: skip
+        store = RunStore(run_store(later.fed))
+        store.submit(manifest.run, manifest.to_bytes(), weights.astype("<f4").tobytes())
+        store.close()
+        try:
+            later._drive(manifest.run)
+        except PeerError:
+            wrong.append(name)
+    assert wrong == ["liar"]
+    refusals = ok("site", "status", later.demo.sites["dayton"], "--json").last_line["refusals"]
+    assert f"does not begin with a model of run {later.run}" in refusals[-1]["reason"]
 
 
 # --- backup and restore -----------------------------------------------------------------------------------------------

@@ -107,6 +107,8 @@ class Manifest(_Part):
     sites_per_round: Annotated[int, Field(ge=3)] | None = None
     #: How long the coordinator waits for the sites' replies of a step; None: as long as it likes.
     wait_seconds: Annotated[int, Field(ge=1, le=MAX_WAIT)] | None = None
+    #: The earlier run that began with the same first model, or released it; None: its weights are fresh.
+    begins_after: str | None = None
     #: A statistics run: its two rounds learn the bounds that the schema leaves out, and nothing is trained.
     statistics: bool = False
 
