@@ -41,6 +41,8 @@ def _computable(sigma: float) -> float:
 NoiseMultiplier = Annotated[float, AfterValidator(_computable)]
 
 
+#: Left out of the bytes where they say nothing: a run that was begun before they existed keeps its digest.
+_LATER = ("wait_seconds", "begins_after")
 #: Draws that are remembered: of the round under way, those around it, and the last.
 _KEPT_DRAWS = 8
 
@@ -176,7 +178,8 @@ class Manifest(_Part):
 
     @cached_property
     def _bytes(self) -> bytes:
-        return self.model_dump_json(by_alias=False).encode()
+        unsaid = {name for name in _LATER if getattr(self, name) is None}
+        return self.model_dump_json(by_alias=False, exclude=unsaid).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
