@@ -186,13 +186,16 @@ class PersonalLosses:
         self._forgotten |= set(names)
 
     def _tidy(self) -> bool:
-        """Empty the write-ahead log, where nobody else reads."""
+        """Empty the write-ahead log, where nobody else reads at this instant."""
         try:
+            self._db.execute("PRAGMA busy_timeout=0")
             return not self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 return False
             raise self._unwritable(error) from None
+        finally:
+            self._db.execute(f"PRAGMA busy_timeout={1000 * _PATIENCE:.0f}")
 
     def hold(self, charge: str, places: NDArray[np.int64]) -> None:
         """Note, durably, whom a charge held. Where it is computed again, everybody it ever held counts.
