@@ -32,7 +32,7 @@ from confide.clients.training.plan import TrainingPlan
 from confide.clients.training.stacked import Chain, Work, train_stacked
 from confide.config import ModelConfig, TrainingConfig
 from confide.privacy.dp import SecureRandom
-from confide.simulations import simulate, together
+from confide.simulations import grouping, simulate
 
 FEATURES, CLASSES, HIDDEN, BATCH, RATE = 784, 10, 128, 10, 0.1
 CONTENDERS = ("confide", "confide_vectorised", "plain_loop", "flower_ray", "pfl")
@@ -80,7 +80,7 @@ def experiment(folder: Path, samples: int, rounds: int, cohort: int) -> dict[str
 
 def run_confide(folder: Path, samples: int, rounds: int, cohort: int, at_once: int) -> dict[str, Any]:
     """Our engine, in this process."""
-    together.TOGETHER = at_once
+    grouping.TOGETHER = at_once
     marks = [(time.perf_counter(), time.process_time())]
     with tempfile.TemporaryDirectory() as scratch:
         simulate(

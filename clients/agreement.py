@@ -89,12 +89,13 @@ def agree_to_release(
         SealingError: They have not: this would be a model on the way, which `sealed` promises to keep.
     """
     manifest, where = run.manifest, f"run {run.manifest.run}, release"
+    held = run.model_tag(model), run.state_tag(model)
     sites = {statement.site for statement in message.statements}
     if len(sites) < max(manifest.min_sites, min_sites) or len(sites) != len(message.statements):
         raise SealingError("fewer than min_sites sites are at the end of the run", where=where)
     for statement in message.statements:
         reply, _ = _train_reply(run, manifest.rounds + 1, statement, coordinator)
-        if (reply.model, reply.state) != (run.model_tag(model), run.state_tag(model)):
+        if (reply.model, reply.state) != held:
             raise SealingError(f"{statement.site} ended with another model than this site", where=where)
 
 

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Protocol
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from confide.clients.cutoff import released_at_deadline
-from confide.clients.site import Site
+from confide.clients.policy import SitePolicy
 from confide.errors import SealingError
+from confide.protocol.envelope import Envelope
 from confide.protocol.flower import from_records, to_records
 
-__all__ = ["make_client_app"]
+__all__ = ["Answering", "make_client_app"]
 
 _log = logging.getLogger(__name__)
 _NOT_AUTHENTIC, _FAULT = 200, 201
 
 
-def make_client_app(find_site: Callable[[Context], Site]) -> ClientApp:
+class Answering(Protocol):
+    """What answers for a site: a `Site`, or what stands before one."""
+
+    @property
+    def policy(self) -> SitePolicy:
+        """The site's."""
+
+    def handle(self, step: str, request: Envelope) -> Envelope:
+        """As `Site.handle`."""
+
+
+def make_client_app(find_site: Callable[[Context], Answering]) -> ClientApp:
     """The app that an agent runs.
 
     Args:

@@ -19,7 +19,7 @@ __all__ = ["SitePolicy"]
 #: Where a line of the policy stands.
 _LINE = "site.toml [policy]"
 _PLACES = {"federation": "site.toml federation", "data_are_public": "site.toml [data] public",
-           "unit": "site.toml [data] public"}  # fmt: skip
+           "unsafe_noise": "a deployed site", "unit": "site.toml [data] public"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +33,7 @@ class SitePolicy:
         purposes: Purposes allowed.
         profiles: Sealing profiles allowed; `open` hands the coordinator every update.
         data_are_public: May ε = ∞ and readable updates be asked for at all?
+        unsafe_noise: May noise come from a seed in the manifest? In simulations of public data; `of` never says so.
         models: Kinds of models allowed; `package.module:function` runs that code here.
         model_digests: Of models whose code runs here: the digest that its package must have.
         strategies: Kinds of strategies allowed; `package.module:Class`, or an installed name, runs that code here.
@@ -57,6 +58,7 @@ class SitePolicy:
     purposes: frozenset[str] = frozenset()
     profiles: frozenset[str] = frozenset()
     data_are_public: bool = False
+    unsafe_noise: bool = False
     models: frozenset[str] = frozenset({"logistic", "mlp"})
     strategies: frozenset[str] = frozenset(STRATEGY_OPTIONS)
     held_out: float = 0.2
@@ -155,6 +157,8 @@ class SitePolicy:
             ("statistics", self.statistics or not manifest.statistics, "none", "the bounds of columns"),
             ("data_are_public", asked.unsafe_noise_seed is None or self.data_are_public, "noise that nobody knows",
              "unsafe_noise_seed"),
+            ("unsafe_noise", asked.unsafe_noise_seed is None or self.unsafe_noise, "noise that nobody knows",
+             "unsafe_noise_seed, which is for simulations"),
             ("unit", asked.unit == "subject" or self.data_are_public, "subject", asked.unit),
         ]  # fmt: skip
         if asked.is_private:

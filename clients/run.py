@@ -14,8 +14,7 @@ from confide.clients.gathered import signed_payloads
 from confide.clients.keys import RunKeys
 from confide.clients.ranges import segments
 from confide.clients.store import ModelState
-from confide.clients.training.admission import admit_model
-from confide.clients.training.models import build_model, layout_of
+from confide.clients.training.resident import resident_model
 from confide.clients.training.trainer import LocalTrainer, TrainingPlan, choose_device
 from confide.errors import ConfigError, PolicyError, SealingError
 from confide.privacy.digest import digest, keyed_digest
@@ -59,12 +58,11 @@ class SiteRun:
         self.strategy = _admitted(manifest, site)
         self.profile = make_profile(manifest.sealing, len(manifest.members), gather=manifest.single_updates)
         self.keys = RunKeys(manifest, site, self.profile, coordinator, vault)
-        inputs, outputs = encoded_width(manifest.schema_), manifest.label.outputs
-        model = build_model(manifest.model, inputs, outputs)
-        if layout_of(model) != manifest.layout or records.inputs != inputs:
+        inputs = encoded_width(manifest.schema_)
+        model, layout = resident_model(manifest.model, inputs, manifest.label.outputs)
+        if layout != manifest.layout or records.inputs != inputs:
             raise PolicyError("the manifest's model is not the one this site builds from it", where=f"site {site}",
                               hint="install the same version of confide and of the model's package")  # fmt: skip
-        admit_model(model, inputs, outputs)
         member = manifest.member(site)
         if member is None:
             raise PolicyError("this site is not in the roster", where=f"site {site}")

@@ -13,8 +13,8 @@ Invariants:
 
 from __future__ import annotations
 
-import io
 import sqlite3
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,6 +61,11 @@ _CHUNKS = (
 )
 
 
+#: How a model is stored: share clipped, round trained, weights, arrays of memory, are there metrics? Then the lengths
+#: of those arrays, and all numbers, little endian.
+_HEAD = struct.Struct("<dqqqq")
+
+
 @dataclass(frozen=True, slots=True)
 class ModelState:
     """The replicated model: the last round whose sum was applied, weights, strategy memory, metrics just opened, and
@@ -86,26 +91,29 @@ class ModelState:
 
     def to_bytes(self) -> bytes:
         """As it is stored."""
-        arrays = {"weights": self.weights, "saturated": np.array(self.saturated), "trained": np.array(self.trained)}
-        arrays |= {f"state{i}": part for i, part in enumerate(self.state)}
-        arrays |= {} if self.metrics is None else {"metrics": self.metrics}
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub wants a bool among the keywords
-        return buffer.getvalue()
+        parts = [self.weights.astype("<f4"), *(part.astype("<f8") for part in self.state)]
+        parts += [] if self.metrics is None else [self.metrics.astype("<f8")]
+        head = _HEAD.pack(
+            self.saturated, self.trained, len(self.weights), len(self.state), -1 if self.metrics is None else 1
+        )
+        sizes = np.array([len(part) for part in parts[1:]], dtype="<i8")
+        return b"".join((head, sizes.tobytes(), *(part.tobytes() for part in parts)))
 
     @classmethod
     def from_bytes(cls, round_: int, data: bytes) -> ModelState:
         """Inverse of `to_bytes`."""
-        with np.load(io.BytesIO(data), allow_pickle=False) as held:
-            parts = sum(name.startswith("state") for name in held)
-            return cls(
-                round=round_,
-                weights=held["weights"],
-                state=tuple(held[f"state{i}"] for i in range(parts)),
-                metrics=held.get("metrics"),
-                saturated=float(held["saturated"]),
-                trained=int(held["trained"]),
-            )
+        saturated, trained, length, states, metrics = _HEAD.unpack_from(data)
+        many = states + (metrics > 0)
+        sizes, at = np.frombuffer(data, "<i8", many, _HEAD.size).tolist(), _HEAD.size + 8 * many
+        weights, at = np.frombuffer(data, "<f4", length, at).astype(np.float32), at + 4 * length
+        parts = []
+        for size in sizes:
+            parts.append(np.frombuffer(data, "<f8", size, at).astype(np.float64))
+            at += 8 * size
+        return cls(
+            round=round_, weights=weights, state=tuple(parts[:states]), metrics=parts[-1] if metrics > 0 else None,
+            saturated=saturated, trained=trained,
+        )  # fmt: skip
 
 
 class SiteStore:

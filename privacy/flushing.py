@@ -50,13 +50,15 @@ class GroupCommit:
         """A file that was just written is flushed with the databases, once."""
         self._written.add(path.absolute())
 
-    def copy_template(self, schema: str, path: Path) -> None:
-        """Where a database of this schema was made before, let a new one begin as a copy of it."""
-        if (data := self._templates.get(schema)) is not None:
+    def copy_template(self, schema: str, path: Path) -> bool:
+        """Where a database of this schema was made before, let a new one begin as a copy of it; was there one?"""
+        data = self._templates.get(schema)
+        if data is not None:
             # What was made for its owner only stays so.
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb") as stream:
                 stream.write(data)
             self.add_file(path)
+        return data is not None
 
     def keep_template(self, schema: str, path: Path) -> None:
         """A database that was made just now, and holds its schema only, is what others of its kind begin as."""
@@ -83,7 +85,7 @@ class GroupCommit:
 _GROUP: ContextVar[GroupCommit | None] = ContextVar("confide_group_commit", default=None)
 
 
-def template_for(schema: str, path: Path) -> Callable[[], None]:
+def template_for(schema: str, path: Path) -> tuple[bool, Callable[[], None]]:
     """Before a database is opened: inside a `GroupCommit` a new one begins as a copy, where there is one to copy.
 
     Args:
@@ -91,13 +93,14 @@ def template_for(schema: str, path: Path) -> Callable[[], None]:
         path: Its file.
 
     Returns:
-        To be called once its schema, and nothing else, has been made in it.
+        Is it such a copy? And what is to be called once its schema, and nothing else, has been made in it.
     """
     group = _GROUP.get()
     if group is None or (path.exists() and path.stat().st_size):
-        return lambda: None
-    group.copy_template(schema, path)
-    return lambda: group.keep_template(schema, path)
+        return False, lambda: None
+    if group.copy_template(schema, path):
+        return True, lambda: None
+    return False, lambda: group.keep_template(schema, path)
 
 
 def flush_commits() -> None:

@@ -19,7 +19,16 @@ from confide.errors import PeerError, SealingError
 from confide.privacy.audit import records as audit
 from confide.privacy.audit.log import Log
 from confide.protocol import messages as m
-from confide.protocol.envelope import MAX_REPLY_BODY, Address, Envelope, Header, expect, seal_envelope, verify
+from confide.protocol.envelope import (
+    MAX_REPLY_BODY,
+    Address,
+    Envelope,
+    Header,
+    chunk_digests,
+    expect,
+    seal_envelope,
+    verify,
+)
 from confide.protocol.flower import from_records, to_records
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
@@ -72,6 +81,8 @@ class Exchange:
         self.nodes: dict[str, int] = {}
         #: Which run secret is in force.
         self.key_epoch = 0
+        #: Digests of chunks that were signed just now, by identity: most requests of a step carry the same ones.
+        self._digests: dict[int, tuple[bytes, str]] = {}
 
     def ask(
         self, place: Address, make: Callable[[], Mapping[str, Envelope]], kind: type[m._M]
@@ -101,6 +112,7 @@ class Exchange:
         """One reply at a time as they arrive: (site, envelope, reply). None is kept here."""
         requests = self.journal.requests(place)
         if not requests and (requests := dict(make())):
+            self._digests.clear()
             self.journal.put_requests(place, requests)
         by_node = {self.nodes[s]: (s, request) for s, request in requests.items() if s in self.nodes and s not in skip}
         del requests
@@ -214,7 +226,15 @@ class Exchange:
             body=body.to_bytes(),
             checkpoint=self.log.checkpoint().short,
             chunks=chunks,
+            digests=[self._digest(chunk) for chunk in chunks],
         )
+
+    def _digest(self, chunk: bytes) -> str:
+        known = self._digests.get(id(chunk))
+        if known is None or known[0] is not chunk:
+            (digest,) = chunk_digests([chunk])
+            known = self._digests[id(chunk)] = (chunk, digest)
+        return known[1]
 
     def address(self, step: str, round_: int = 0, *, attempt: int = 0) -> Address:
         """Where in the run a message of this step belongs."""

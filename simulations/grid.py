@@ -1,10 +1,11 @@
-"""A Flower `Grid` in one process: the same coordinator and client apps, no Ray, no network.
+"""A Flower `Grid` without network: the same coordinator and client apps, in one process.
 
 Every message is serialised to Flower's wire form and parsed again on both ways, so what works here works deployed.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from uuid import uuid4
@@ -17,9 +18,10 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from confide.simulations.grouping import Grouping
 from confide.simulations.together import answer_together
 
-__all__ = ["NODE_CONFIG_SITE", "LocalGrid"]
+__all__ = ["NODE_CONFIG_SITE", "LocalGrid", "SimulatedGrid", "context_of", "off_the_wire", "on_the_wire"]
 
 NODE_CONFIG_SITE = "site"
 _RUN_ID = 1
@@ -29,25 +31,19 @@ _TRAINING = "train.train"
 _UNAVAILABLE = 5  # Flower's own code for a node that does not answer
 
 
-class LocalGrid(Grid):
-    """Nodes are called in turn, in this process, each when its reply is pulled: no two replies are held at once. Only
-    what asks for training may go to several at once, whose replies are short.
+class SimulatedGrid(Grid, ABC):
+    """Nodes of a simulation. What is asked waits until the reply is pulled.
 
     Args:
-        client_app: The app that answers, the same for all nodes; it finds its site by the context.
         sites: Name of the site on each node.
         drop: Says of a message that its node is down (scenarios and tests).
-        together: How many nodes at most train at once.
+        grouping: Which nodes train at once.
     """
 
     def __init__(
-        self,
-        client_app: ClientApp,
-        sites: Iterable[str],
-        drop: Callable[[Message, str], bool] = lambda _m, _s: False,
-        together: int = 1,
+        self, sites: Iterable[str], drop: Callable[[Message, str], bool], grouping: Grouping | None = None
     ) -> None:
-        self._app, self._drop, self._together = client_app, drop, together
+        self._drop, self._grouping = drop, grouping or Grouping()
         self._ready: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=_RUN_ID)
         self._site_of = {_FIRST_NODE + i: site for i, site in enumerate(sites)}
@@ -103,40 +99,82 @@ class LocalGrid(Grid):
         """Flower's interface; replies are there at once, so `timeout` never passes."""
         return self.pull_messages(self.push_messages(messages))
 
+    @abstractmethod
+    def _reply(self, identifier: str) -> Message | None:
+        """The reply to a message; None for one that nobody sent."""
+
+    def _dropped(self, message: Message) -> Message | None:
+        """What a node that is down leaves to say; None where it is up."""
+        if not self._drop(message, self._site_of[message.metadata.dst_node_id]):
+            return None
+        return Message(Error(code=_UNAVAILABLE, reason="node unavailable"), reply_to=message)
+
+    def _group(self, message: Message) -> int:
+        return self._grouping.of(message.metadata.dst_node_id - _FIRST_NODE)
+
+    def _trains_in_stack(self, message: Message) -> bool:
+        return self._grouping.stack > 1 and message.metadata.message_type == _TRAINING
+
+
+class LocalGrid(SimulatedGrid):
+    """Nodes are called in turn, in this process, each when its reply is pulled: no two replies are held at once. Only
+    what asks for training may go to several at once, whose replies are short.
+
+    Args:
+        client_app: The app that answers, the same for all nodes; it finds its site by the context.
+        sites: Name of the site on each node.
+        drop: Says of a message that its node is down (scenarios and tests).
+        grouping: Which nodes train at once.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        sites: Iterable[str],
+        drop: Callable[[Message, str], bool] = lambda _m, _s: False,
+        grouping: Grouping | None = None,
+    ) -> None:
+        super().__init__(sites, drop, grouping)
+        self._app = client_app
+
     def _reply(self, identifier: str) -> Message | None:
         if identifier in self._ready:
             return self._ready.pop(identifier)
         message = self._outbox.pop(identifier, None)
         if message is None:
             return None
-        if self._together < 2 or message.metadata.message_type != _TRAINING:
+        if not self._trains_in_stack(message):
             return self._deliver(message)
-        others = [i for i, m in self._outbox.items() if m.metadata.message_type == _TRAINING][: self._together - 1]
+        group = self._group(message)
+        others = [i for i, m in self._outbox.items() if self._trains_in_stack(m) and self._group(m) == group]
+        del others[self._grouping.stack - 1 :]
         messages = [message, *(self._outbox.pop(i) for i in others)]
         first, *rest = answer_together([partial(self._deliver, m) for m in messages])
         self._ready |= zip(others, rest, strict=True)
         return first
 
     def _deliver(self, message: Message) -> Message:
+        if (dropped := self._dropped(message)) is not None:
+            return dropped
         node = message.metadata.dst_node_id
-        site = self._site_of[node]
-        if self._drop(message, site):
-            return Message(Error(code=_UNAVAILABLE, reason="node unavailable"), reply_to=message)
-        arrived, size = _over_the_wire(message)
-        self.bytes_down += size
-        # A site's state is on its own disk; Flower's context carries nothing from message to message.
-        context = Context(
-            run_id=_RUN_ID,
-            node_id=node,
-            node_config={NODE_CONFIG_SITE: site},
-            state=RecordDict(),
-            run_config={},
-        )
-        reply, size = _over_the_wire(self._app(message=arrived, context=context))
-        self.bytes_up += size
-        return reply
+        data = on_the_wire(message)
+        self.bytes_down += len(data)
+        data = on_the_wire(self._app(message=off_the_wire(data), context=context_of(node, self._site_of[node])))
+        self.bytes_up += len(data)
+        return off_the_wire(data)
 
 
-def _over_the_wire(message: Message) -> tuple[Message, int]:
-    data = message_to_proto(message).SerializeToString()
-    return message_from_proto(WireMessage.FromString(data)), len(data)
+def context_of(node: int, site: str) -> Context:
+    """A message's. A site's state is on its own disk; Flower's context carries nothing from message to message."""
+    config = {NODE_CONFIG_SITE: site}
+    return Context(run_id=_RUN_ID, node_id=node, node_config=config, state=RecordDict(), run_config={})  # type: ignore[arg-type]  # its values may be strings
+
+
+def on_the_wire(message: Message) -> bytes:
+    """A message in Flower's wire form."""
+    return bytes(message_to_proto(message).SerializeToString())
+
+
+def off_the_wire(data: bytes) -> Message:
+    """Inverse of `on_the_wire`."""
+    return message_from_proto(WireMessage.FromString(data))

@@ -17,9 +17,11 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from confide.clients.membership import Membership
 from confide.errors import ConfigError, StorageError
 from confide.privacy.files import write_atomically, write_private
 from confide.privacy.sealing.vault import Vault
@@ -28,11 +30,25 @@ from confide.protocol.manifest import Manifest
 from confide.protocol.roster import SignedRoster
 from confide.server.runs import RunStore
 
-__all__ = ["KEPT", "Keeping", "digest_of_files"]
+__all__ = ["KEPT", "Keeping", "Parties", "digest_of_files"]
 
 #: The folder's name inside a run's.
 KEPT = "resume"
 _IDENTITY, _FACTS, _ROSTER = "identity", "made_from.json", "roster.json"
+
+
+class Parties(Protocol):
+    """A federation whose parties have made their own keys."""
+
+    @property
+    def chain(self) -> tuple[SignedRoster, ...]:
+        """The roster that all of them have signed."""
+
+    def identity(self, party: str) -> Identity:
+        """A party's signing key."""
+
+    def member(self, name: str) -> Membership:
+        """What a site has accepted of the roster."""
 
 
 class Keeping:
@@ -40,33 +56,29 @@ class Keeping:
 
     Args:
         folder: Made where it does not exist.
+        attached: This process works for the one that holds the run, which has it locked.
 
     Raises:
         ConfigError: Another process works on the run.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
-        self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
-        except BlockingIOError:
-            os.close(self._lock)
-            raise ConfigError("another process works on this run", where=str(folder.parent),
-                              hint="wait until it ends, or end it first") from None  # fmt: skip
+    def __init__(self, folder: Path, *, attached: bool = False) -> None:
+        self.folder, self._lock = folder, None if attached else _locked(folder)
+        #: Who has made the parties' keys and roster, where a real federation was provisioned for the run.
+        self.parties: Parties | None = None
         path = folder / "passphrase"
         if not path.is_file():
             write_private(path, secrets.token_hex(32).encode())
-        self._passphrase = path.read_text()
+        self.passphrase = path.read_text()
 
     def vault(self, party: str) -> Vault:
         """Where a party keeps its keys."""
-        return Vault(self.folder / "keys" / party, self._passphrase, random=True)
+        return Vault(self.folder / "keys" / party, self.passphrase, random=True)
 
     def identity(self, party: str) -> Identity:
         """A party's signing key: the one it had before, or a new one."""
+        if self.parties is not None:
+            return self.parties.identity(party)
         vault = self.vault(party)
         data = vault.load(_IDENTITY)
         if data is not None:
@@ -84,12 +96,15 @@ class Keeping:
     @property
     def chain(self) -> tuple[SignedRoster, ...]:
         """The roster that the parties have signed; empty before they have."""
+        if self.parties is not None:
+            return self.parties.chain
         path = self.folder / _ROSTER
         return (SignedRoster.model_validate_json(path.read_bytes()),) if path.is_file() else ()
 
     def keep_chain(self, chain: Sequence[SignedRoster]) -> None:
         """Keep a simulation's roster, of which there is one version."""
-        write_atomically(self.folder / _ROSTER, chain[-1].model_dump_json().encode())
+        if self.parties is None:
+            write_atomically(self.folder / _ROSTER, chain[-1].model_dump_json().encode())
 
     def begin(self, manifest: Manifest) -> None:
         """Everything has been made: from here on the run is resumed, not begun again."""
@@ -118,7 +133,9 @@ class Keeping:
 
     def close(self) -> None:
         """Let others work on the run."""
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def destroy(self) -> None:
         """The run has ended: its keys go. They are encrypted under the passphrase, and that goes first."""
@@ -129,6 +146,19 @@ class Keeping:
                 stream.flush()
                 os.fsync(stream.fileno())
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _locked(folder: Path) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+    except BlockingIOError:
+        os.close(lock)
+        raise ConfigError("another process works on this run", where=str(folder.parent),
+                          hint="wait until it ends, or end it first") from None  # fmt: skip
+    return lock
 
 
 def digest_of_files(paths: Iterable[Path]) -> str:

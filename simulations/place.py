@@ -11,7 +11,7 @@ from typing import Any
 
 from confide.clients.data.source import files_of
 from confide.config import Experiment, load_experiment
-from confide.errors import ConfigError
+from confide.errors import ConfigError, StorageError
 from confide.privacy.files import write_atomically
 from confide.simulations.keeping import KEPT, Keeping, digest_of_files
 from confide.simulations.planning import Source, load_source
@@ -19,9 +19,12 @@ from confide.simulations.sources import Sources, load_sources
 from confide.simulations.world import World
 
 __all__ = [
-    "Place", "difference", "experiment_text", "finished_result", "inputs_digest", "new_place", "resumed_place",
+    "LOCAL", "Place", "attached_place", "difference", "experiment_text", "finished_result", "inputs_digest",
+    "new_place", "resumed_place",
 ]  # fmt: skip
 
+#: Everything in one process.
+LOCAL = "local"
 _EXPERIMENT, _STATUS, _RESULT = "experiment.json", "status.json", "result.json"
 
 
@@ -33,10 +36,18 @@ class Place:
         ledgers: The sites' ledgers.
         keeping: What the run is resumed from.
         earlier: The folder of the run after which this one trains anew, with its registries as they are now.
+        engine: Where its sites run.
     """
 
-    def __init__(self, folder: Path, ledgers: Path, keeping: Keeping, earlier: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, ledgers: Path, keeping: Keeping, earlier: Path | None = None, engine: str = LOCAL
+    ) -> None:
         self.folder, self.ledgers, self.keeping, self.earlier = folder, ledgers, keeping, earlier
+        self.engine = engine
+        #: Processes that have the sites, where the engine is the local one; None: as many as are of use.
+        self.workers: int | None = 1
+        #: Called before a world that is kept is made.
+        self.prepare: Callable[[Keeping, Sources], None] = lambda _keeping, _sources: None
         self._made_from: tuple[Experiment, Path] | None = None
 
     def world(self, sources: Sources, *, kept: bool = True) -> World:
@@ -45,6 +56,8 @@ class Place:
             self.keeping.clear_but_facts()
             for name in ("sites", "logs"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
+        if kept:
+            self.prepare(self.keeping, sources)
         keeping = self.keeping if kept else None
         carried = self.earlier / "sites" if self.earlier is not None else None
         return World(sources, self.folder / "sites", self.ledgers, self.folder / "logs", keeping, carried)
@@ -55,7 +68,7 @@ class Place:
         facts = {
             "base": str(base.absolute()), "ledgers": str(self.ledgers.absolute()),
             "inputs": inputs_digest(experiment, base),
-            "earlier": str(self.earlier.absolute()) if self.earlier is not None else "",
+            "earlier": str(self.earlier.absolute()) if self.earlier is not None else "", "engine": self.engine,
         }  # fmt: skip
         write_atomically(self.folder / _EXPERIMENT, experiment_text(experiment))
         self.keeping.note(facts)  # last: where it lies, everything else does
@@ -131,11 +144,28 @@ def resumed_place(
             raise ConfigError("the data or the consent file are not those that the run was begun with",
                               where=f"--out {folder}", hint="put them back, or begin in a new folder")  # fmt: skip
         earlier = Path(facts["earlier"]) if facts.get("earlier") else None
-        place = Place(folder, Path(facts["ledgers"]), keeping, earlier)
+        place = Place(folder, Path(facts["ledgers"]), keeping, earlier, facts.get("engine", LOCAL))
         place.resume(written, base)
         yield place
     finally:
         keeping.close()
+
+
+def attached_place(folder: Path) -> Place:
+    """A run's place, for a process that works for the one that holds it.
+
+    Raises:
+        StorageError: No run is under way there.
+    """
+    if not (folder / KEPT).is_dir():
+        raise StorageError("holds no run that is under way", where=str(folder))
+    keeping = Keeping(folder / KEPT, attached=True)
+    if (facts := keeping.facts()) is None:
+        raise StorageError("holds no run that was begun", where=str(folder))
+    earlier = Path(facts["earlier"]) if facts.get("earlier") else None
+    place = Place(folder, Path(facts["ledgers"]), keeping, earlier, facts.get("engine", LOCAL))
+    place.resume(load_experiment(json.loads((folder / _EXPERIMENT).read_text())), Path(facts["base"]))
+    return place
 
 
 def finished_result(folder: Path) -> dict[str, Any] | None:

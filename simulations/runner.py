@@ -6,6 +6,7 @@ everything charged stays charged, and the run can be resumed from there: a new r
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,31 +16,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Context, RecordDict
+from flwr.app import Context
 from flwr.serverapp import Grid
 
 from confide.clients.app import make_client_app
 from confide.clients.data.preprocess import encoded_width
 from confide.clients.training.artifact import save_model
 from confide.clients.training.models import build_model
-from confide.errors import ConfideError, PeerError, StorageError
+from confide.errors import ConfideError, ConfigError, PeerError, StorageError
 from confide.privacy.dp import RUN_LABEL, Role
 from confide.privacy.dp import metrics as dp_metrics
-from confide.privacy.flushing import GroupCommit, flush_commits
+from confide.privacy.flushing import GroupCommit
 from confide.privacy.sealing import make_profile
-from confide.server.app import make_server_app
 from confide.server.coordinator import Coordinator, Released, RoundOutcome
 from confide.server.runs import RunStore
-from confide.simulations import together as joint
+from confide.simulations import grouping as stacks
 from confide.simulations.earlier import earlier_run, ledgers_of, retraining
+from confide.simulations.engine import Drive, Engine, engine_of, find_engine, run_over, use_engine
 from confide.simulations.evaluation import ExactEvaluator
 from confide.simulations.figures import write_figures
 from confide.simulations.folders import run_folders, write_json
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
 from confide.simulations.keeping import KEPT
 from confide.simulations.lines import RoundLines
+from confide.simulations.looking import held_out_now, model_now
 from confide.simulations.page import write_index
-from confide.simulations.place import Place, new_place, resumed_place
+from confide.simulations.place import LOCAL, Place, new_place, resumed_place
 from confide.simulations.planning import Source, any_bounds, load_source, schedule_epsilon
 from confide.simulations.result import (
     NEIGHBOURS,
@@ -51,7 +53,8 @@ from confide.simulations.result import (
 )
 from confide.simulations.scenario import Unreachable, honest
 from confide.simulations.sources import load_sources
-from confide.simulations.statistics import learn_bounds, read_learned
+from confide.simulations.statistics import STATISTICS, learn_bounds, read_learned
+from confide.simulations.workers import WorkersEngine
 from confide.simulations.world import World
 
 __all__ = ["simulate"]
@@ -68,9 +71,12 @@ def simulate(
     ledger: str | Path | None = None,
     resume: bool = False,
     retrain_after: str | Path | None = None,
+    engine: str | None = None,
+    ray_address: str | None = None,
+    workers: int | None = 1,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Result:
-    """Run an experiment in this process.
+    """Run an experiment.
 
     Args:
         experiment: A TOML file, the same as nested mappings, an `Experiment`, or None for the built-in RAND example.
@@ -81,15 +87,24 @@ def simulate(
             that it was begun with.
         retrain_after: Output folder of a finished run: train anew from its initial model, with whom its registries hold
             now, charged to its ledgers. Without an experiment, with its own.
+        engine: Where the sites run: `local` (this process), `ray` (Flower's simulation engine), or `deployment` (real
+            processes over TLS on this machine). Default: `local`; a resumed run stays with its own.
+        ray_address: Of a Ray cluster, for `ray`; default: processes of this machine.
+        workers: With the engine `local`: processes that have the sites between them; None: as many as cores, where
+            there are more than a few sites. It changes nothing but the time that a run takes.
         progress: Called as each round ends.
 
     Raises:
         ConfideError: Wrong input (nothing was written), or the run could not go on.
     """
     started = time.perf_counter()
+    if workers is not None and workers < 1:
+        raise ConfigError(f"{workers} is no number of processes", where="--workers", hint="1 or more")
     if resume:
         with GroupCommit(), resumed_place(experiment, list(overrides), out, ledger) as place, _one_thread():
-            return _execute(place, progress, started)
+            place.workers = workers
+            return _execute(place, engine_of(place, engine, ray_address), progress, started)
+    apart = find_engine(engine or LOCAL, ray_address)
     earlier = Path(retrain_after) if retrain_after is not None else None
     if earlier is not None:
         ledger = ledgers_of(earlier, earlier_run(earlier), ledger)
@@ -97,12 +112,16 @@ def simulate(
     else:
         loaded, base = load_source(experiment, overrides)
     sources = load_sources(loaded, base, bounds=any_bounds)
+    if apart is not None:
+        apart.check(loaded, len(sources.records))
     with (
         run_folders(loaded, out, ledger) as (folder, ledgers),
         _one_thread(),
         GroupCommit(),
         new_place(folder, ledgers, earlier) as place,
     ):
+        use_engine(place, apart)
+        place.workers = workers
         # Where bounds are learned first, this world is only asked whether the run may be.
         world = place.world(sources, kept=not sources.learned)
         with _told(folder, world):
@@ -110,11 +129,11 @@ def simulate(
             place.begin(loaded, base)
             write_json(folder / "status.json", {"status": "running", "run_id": world.manifest.run})
             if not sources.learned:
-                return _run(place, world, progress, started)
-        return _execute(place, progress, started)
+                return _run(place, world, apart, progress, started)
+        return _execute(place, apart, progress, started)
 
 
-def _execute(place: Place, progress: Callable[[Progress], None], started: float) -> Result:
+def _execute(place: Place, engine: Engine | None, progress: Callable[[Progress], None], started: float) -> Result:
     """Run what was begun in a place, from wherever it has come to."""
     sources = place.sources(any_bounds)
     if sources.learned:
@@ -122,20 +141,22 @@ def _execute(place: Place, progress: Callable[[Progress], None], started: float)
     world = place.world(sources)
     with _told(place.folder, world):
         write_json(place.folder / "status.json", {"status": "running", "run_id": world.manifest.run})
-        return _run(place, world, progress, started)
+        return _run(place, world, engine, progress, started)
 
 
-def _run(place: Place, world: World, progress: Callable[[Progress], None], started: float) -> Result:
+def _run(
+    place: Place, world: World, engine: Engine | None, progress: Callable[[Progress], None], started: float
+) -> Result:
     with closing(place.keeping.store()) as store:
         after = earlier_run(place.earlier) if place.earlier is not None else None
-        result = _Run(world, place.folder, progress, started, store, after).execute()
+        result = _Run(world, place, engine, progress, started, store, after).execute()
     place.keeping.destroy()
     return result
 
 
 def _learned_bounds(place: Place) -> dict[str, tuple[float, float]]:
     """The bounds that a statistics run learns, in a folder of its own; found there if it is over."""
-    part = place.folder / "statistics"
+    part = place.folder / STATISTICS
     if (found := read_learned(part)) is not None:
         if (part / KEPT).is_dir():
             with place.part(part) as inner:
@@ -175,19 +196,21 @@ def _told(folder: Path, world: World) -> Iterator[None]:
 
 
 class _Run:
-    """One execution over the in-process grid."""
+    """One execution: over the in-process grid, or by an engine that has the sites in other processes."""
 
     def __init__(
         self,
         world: World,
-        folder: Path,
+        place: Place,
+        engine: Engine | None,
         progress: Callable[[Progress], None],
         started: float,
         store: RunStore,
         retrained_after: str | None = None,
     ) -> None:
         self._retrained_after = retrained_after
-        self._world, self._folder, self._progress, self._started = world, folder, progress, started
+        self._world, self._folder, self._progress, self._started = world, place.folder, progress, started
+        self._place, self._engine = place, engine
         self._store = store
         manifest = world.manifest
         self._task = manifest.label.task
@@ -199,17 +222,22 @@ class _Run:
         self._released_metrics: dict[str, float | None] | None = None
         self._released_intervals: Intervals | None = None
         self._cohort_sizes: dict[int, int] = {}
-        self._lines = RoundLines(folder)
+        self._lines = RoundLines(place.folder)
         self._saturated = 0.0
         self._latest = next(iter(world.sites))
         self._unreachable = Unreachable(world.experiment.scenario, world.experiment.run.seed)
 
     def execute(self) -> Result:
-        world, released = self._world, list[Released]()
-        alone = len(world.sites) <= _FEW_SITES or world.experiment.scenario.poisoned  # a liar has a program of its own
-        together = 1 if alone else joint.TOGETHER
+        world = self._world
+        alone = len(world.sites) <= _FEW_SITES or bool(
+            world.experiment.scenario.poisoned
+        )  # a liar has a program of its own
+        grouping = stacks.Grouping.of_cohort(
+            world.experiment.sites.per_round or len(world.sites), 1 if alone else stacks.TOGETHER
+        )
+        if self._engine is None and (count := self._count(grouping, alone=alone)) > 1:
+            self._engine = WorkersEngine(count)
         sites = make_client_app(self._site_of)
-        grid = LocalGrid(sites, world.sites, drop=self._unreachable, together=together)
 
         def start(flower_grid: Grid) -> Coordinator:
             coordinator = Coordinator(
@@ -222,12 +250,23 @@ class _Run:
                 after_round=self._after_round,
                 store=self._store,
             )
-            self._recall(coordinator)
+            self._recall(coordinator.outcomes)
             return coordinator
 
-        app = make_server_app(start, released.append)
-        app(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}))
-        return self._finish(released[0])
+        if self._engine is None:
+            grid = LocalGrid(sites, world.sites, drop=self._unreachable, grouping=grouping)
+            return self._finish(run_over(grid, start))
+        drive = Drive(
+            folder=self._folder, keeping=self._place.keeping, world=world, start=start, recall=self._recall,
+            after_round=self._after_round, unreachable=self._unreachable, grouping=grouping,
+        )  # fmt: skip
+        return self._finish(self._engine.drive(drive))
+
+    def _count(self, grouping: stacks.Grouping, *, alone: bool) -> int:
+        """How many processes have the sites."""
+        if self._place.workers is not None:
+            return min(self._place.workers, grouping.groups)
+        return 1 if alone else min(len(os.sched_getaffinity(0)), grouping.groups)
 
     def _before_round(self, round_: int) -> None:
         self._unreachable.begin(round_)
@@ -236,9 +275,9 @@ class _Run:
     def _site_of(self, context: Context) -> Any:
         return self._world.sites[str(context.node_config[NODE_CONFIG_SITE])]
 
-    def _recall(self, coordinator: Coordinator) -> None:
+    def _recall(self, outcomes: Iterable[RoundOutcome]) -> None:
         """What an earlier process of this run wrote down round by round."""
-        self._cohort_sizes = {o.round: len(o.cohort) for o in coordinator.outcomes}
+        self._cohort_sizes = {o.round: len(o.cohort) for o in outcomes}
         for tree in self._lines.recall():
             self._curve += [tree["metrics"]] if tree["metrics"] is not None else []
             self._saturated = max(self._saturated, tree["saturated"])
@@ -247,17 +286,17 @@ class _Run:
                 self._released_intervals = intervals_from_json(tree["released_intervals"])
 
     def _after_round(self, outcome: RoundOutcome) -> None:
-        flush_commits()  # before anything of the round is shown
+        self._world.flush()  # before anything of the round is shown
         manifest = self._world.manifest
         if outcome.round <= len(self._lines):
             return  # an earlier process wrote it down
         trained = outcome.round - 1  # rounds whose sum the sites have applied by now
         # In a drawn round not everybody has the latest model, nor has who dropped out; who was in its cohort has.
         self._latest = next((site for site in manifest.drawn(outcome.round) if site in outcome.cohort), self._latest)
-        model = self._world.sites[self._latest].current_model(manifest.run)
-        self._saturated = max(self._saturated, model.saturated)
+        saturated, weights = model_now(self._world, self._latest, apart=self._engine is not None)
+        self._saturated = max(self._saturated, saturated)
         due = manifest.sites_per_round is None or outcome.round in manifest.metric_rounds
-        exact = self._exact(model.weights) if due else None
+        exact = self._exact(weights) if due else None
         if exact is not None:
             self._curve.append(exact)
         self._cohort_sizes[outcome.round] = len(outcome.cohort)
@@ -271,7 +310,7 @@ class _Run:
             released_intervals=intervals,
             released_round=None if outcome.metrics_round is None else outcome.metrics_round - 1,
             abandoned=outcome.abandoned,
-            saturated=model.saturated,
+            saturated=saturated,
         )
         self._lines.add(progress)
         self._progress(progress)
@@ -292,12 +331,9 @@ class _Run:
         return self._released_metrics, self._released_intervals
 
     def _exact(self, weights: Any) -> dict[str, float] | None:
-        if self._evaluator is None:
+        if self._evaluator is None or weights is None:
             return None
-        manifest = self._world.manifest
-        sites = self._world.sites.open.values()
-        held_out = {s.name: s.participants(manifest).held_out for s in sites}
-        return self._evaluator.evaluate(weights, held_out)
+        return self._evaluator.evaluate(weights, held_out_now(self._world))
 
     def _epsilon_after(self, rounds: int) -> float:
         if not self._world.manifest.privacy.protects:
@@ -314,7 +350,7 @@ class _Run:
         if released.metrics_round is not None:
             self._lines.release(released.metrics_round - 1, metrics, intervals)
         epsilon = self._epsilon_after(manifest.rounds)
-        flush_commits()
+        world.flush()
         result = Result(
             run_id=manifest.run,
             rounds=manifest.rounds,

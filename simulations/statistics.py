@@ -20,8 +20,10 @@ from confide.server.runs import RunStore
 from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
 from confide.simulations.world import World
 
-__all__ = ["learn_bounds", "read_learned"]
+__all__ = ["STATISTICS", "learn_bounds", "read_learned"]
 
+#: The folder of the statistics run inside a run's.
+STATISTICS = "statistics"
 _FILE = "learned.json"
 
 

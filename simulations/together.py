@@ -19,10 +19,8 @@ from numpy.typing import NDArray
 from confide.clients.training.stacked import Chain, Work, train_stacked
 from confide.clients.training.trainer import TRAIN
 
-__all__ = ["TOGETHER", "answer_together"]
+__all__ = ["answer_together"]
 
-#: How many sites of a process train at once, where it has more than a few.
-TOGETHER = 50
 _T = TypeVar("_T")
 Floats = NDArray[np.float64]
 _Asked = tuple[Chain, Work, torch.device]

@@ -5,50 +5,60 @@ What is simulated: where the sites run, who consents (unless a file says), and t
 
 from __future__ import annotations
 
-import hashlib
-import sqlite3
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from confide.clients.data.preprocess import encoded_width
-from confide.clients.data.records import SiteRecords
 from confide.clients.membership import Membership, SiteKeys
-from confide.clients.policy import SitePolicy
 from confide.clients.site import Site
-from confide.clients.store import SiteStore
 from confide.clients.training.models import initial_model
-from confide.config import STRATEGY_OPTIONS, Churn
-from confide.errors import ConsentError
-from confide.privacy.consent import (
-    ConsentEvent,
-    EventType,
-    Registry,
-    SiteKey,
-    now_micros,
-)
-from confide.privacy.consent.desk import filed
-from confide.privacy.database import copy_database
-from confide.privacy.dp import Ledger, PrivacyEvent, RenyiBudget, Role
+from confide.privacy.audit.log import Log
+from confide.privacy.dp import PrivacyEvent, Role
 from confide.privacy.dp.metrics import SENSITIVITY
-from confide.privacy.dp.personal import PersonalLosses
 from confide.privacy.dp.statistics import RELEASES
+from confide.privacy.flushing import flush_commits
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
-from confide.protocol.roster import NO_AUTHORITY, RosterMember, SignedRoster, first_roster, sign_roster
+from confide.protocol.roster import (
+    COORDINATOR,
+    NO_AUTHORITY,
+    RosterMember,
+    SignedRoster,
+    first_roster,
+    sign_roster,
+)
 from confide.protocol.rosterbook import write_rosters
 from confide.protocol.standing import Standing
 from confide.server.plan import make_manifest
 from confide.simulations.keeping import Keeping
-from confide.simulations.scenario import PoisonedSite
+from confide.simulations.making import FEDERATION, SiteMaker
 from confide.simulations.sites import Sites
 from confide.simulations.sources import Sources
 
-__all__ = ["COORDINATOR", "FEDERATION", "World"]
+__all__ = ["COORDINATOR", "FEDERATION", "Elsewhere", "World"]
 
-FEDERATION = "simulation"
-COORDINATOR = "coordinator"
 #: Sites that stay open where rounds are drawn for some of them; each holds files and a registry open.
 _OPEN = 200
+
+
+class Elsewhere(Protocol):
+    """Processes that have the sites, for the one that simulates."""
+
+    def look(self, name: str) -> tuple[float, NDArray[np.float32] | None]:
+        """The share of the latest sum that was clipped, and the weights, at one site."""
+
+    def held_out(self) -> Mapping[str, NDArray[np.bool_]]:
+        """By site, whose metrics may be asked for."""
+
+    def before_round(self, round_: int) -> None:
+        """The officers record what the round brings."""
+
+    def flush(self) -> None:
+        """What was committed is on the disk."""
 
 
 class World:
@@ -77,16 +87,20 @@ class World:
         self.sources = sources
         self.experiment = sources.experiment
         self._keeping, begun = keeping, keeping.manifest if keeping is not None else None
-        self._resumed, self._carried = begun is not None, carried
         self._identities: dict[str, Identity] = {}
         self.coordinator = self._identity(COORDINATOR)
         self._logs = log_folder
         log_folder.mkdir(parents=True, exist_ok=True)
-        self._registries: dict[str, Registry] = {}
-        self._pseudonyms: dict[str, dict[str, bytes]] = {}
-        self._run_folder, self._ledger_folder = run_folder, ledger_folder
+        self._run_folder, self._round = run_folder, 0
         run_folder.mkdir(parents=True, exist_ok=True)
-        self._begun, self._round = set[str](), 0
+        self._ending = False
+        #: Other processes of this simulation that have the sites.
+        self.elsewhere: Elsewhere | None = None
+        self._maker = SiteMaker(
+            sources, run_folder, ledger_folder, coordinator=self.coordinator.public_key, identity=self._identity,
+            member=lambda name: self._members[name],
+            vault=lambda name: keeping.vault(name) if keeping is not None else None, carried=carried,
+        )  # fmt: skip
         #: What the ledgers of sites that were closed hold: (ε of the more exposed role, limit).
         self._spent: dict[str, tuple[float, float]] = {}
         drawn = self.experiment.sites.per_round
@@ -99,7 +113,7 @@ class World:
             if drawn is None:
                 for name in self.sites:
                     self.sites[name]
-            self.log = self.coordinator.open_log(run_folder / f"{COORDINATOR}.db", "coordinator", FEDERATION)
+            self.log = self._open_log()
             self.initial, layout = initial_model(
                 self.experiment.model,
                 encoded_width(sources.schema),
@@ -147,13 +161,11 @@ class World:
     def before_round(self, round_: int) -> None:
         """The simulated officers record this round's withdrawals."""
         self._round = round_
-        for withdrawal in self.experiment.consent.withdrawals:
-            if withdrawal.round == round_:
-                for name in self.sites.open:
-                    self._withdraw(name, withdrawal.fraction, round_)
-        churn = self.experiment.scenario.churn
-        for name in self.sites.open if churn.withdraw or churn.give else ():
-            self._change(name, churn, round_)
+        if self.elsewhere is not None:
+            self.elsewhere.before_round(round_)
+        for name in self.sites.open:
+            self._maker.withdraw_until(name, round_, since=round_ - 1)
+            self._maker.churn(name, round_)
 
     def export(self) -> None:
         """Write what may travel of the logs into the log folder, and each local log beside its site's files.
@@ -162,6 +174,14 @@ class World:
             StorageError: It cannot be written.
         """
         self.log.export(self._logs / f"{COORDINATOR}.log")
+        self.export_sites()
+
+    def export_sites(self) -> None:
+        """The same for the sites that are open.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
         for site in self.sites.open.values():
             self._export(site)
 
@@ -169,31 +189,69 @@ class World:
         """Of every site that took part: ε of its ledger's more exposed role, and the ledger's limit."""
         return self._spent | {name: _spent(site) for name, site in self.sites.open.items()}
 
+    def note_spent(self, spent: Mapping[str, tuple[float, float]]) -> None:
+        """What ledgers hold that others have closed."""
+        self._spent |= spent
+
+    def flush(self) -> None:
+        """What was committed so far is on the disk.
+
+        Raises:
+            OSError: The disk does not take it.
+        """
+        if self.elsewhere is not None:
+            self.elsewhere.flush()
+        flush_commits()
+
+    def let_go(self) -> None:
+        """Others have the sites and the coordinator's log open from here on."""
+        self.sites.close()
+        self.log.close()
+
+    def take_back(self) -> None:
+        """Nobody else has them open any more: those that have taken part are open again, as far as they all may be."""
+        self.log = self._open_log()
+        self.open_again()
+
+    def open_again(self) -> None:
+        """Open the sites that have taken part, as far as they all may be open."""
+        for name in self.sites:
+            if (self._run_folder / name / "state.db").is_file():
+                self.sites[name]
+
+    @property
+    def folder(self) -> Path:
+        """Where the sites keep this run's state."""
+        return self._run_folder
+
     def close(self) -> None:
-        """Release all files."""
+        """Release all files; what of them is wanted elsewhere was exported before."""
         if hasattr(self, "log"):
             self.log.close()
+        self.close_sites()
+
+    def close_sites(self) -> None:
+        """Release the sites' files; what of them is wanted elsewhere was exported before."""
+        self._ending = True
         self.sites.close()
+
+    def _open_log(self) -> Log:
+        return self.coordinator.open_log(self._run_folder / f"{COORDINATOR}.db", "coordinator", FEDERATION)
 
     def _export(self, site: Site) -> None:
         site.log.export(self._logs / f"{site.name}.log")
         site.local_log.export(self._run_folder / site.name / "local.log")
 
     def _close_site(self, site: Site) -> None:
-        if self.experiment.sites.per_round is not None:
+        if not self._ending and self.experiment.sites.per_round is not None:
             self._spent[site.name] = _spent(site)
             self._export(site)
         site.close()
 
     def _open_site(self, name: str) -> Site:
         """Make a site, or open it again; and what was to happen there up to this round has happened."""
-        site = self._make_site(
-            name, self.sources.records[name], self._members[name], self._run_folder / name, self._ledger_folder / name
-        )
-        self._begun.add(name)
-        for withdrawal in self.experiment.consent.withdrawals:
-            if withdrawal.round <= self._round:
-                self._withdraw(name, withdrawal.fraction, withdrawal.round)
+        site = self._maker.make(name)
+        self._maker.withdraw_until(name, self._round)
         return site
 
     def _found(self) -> tuple[tuple[SignedRoster, ...], dict[str, Membership]]:
@@ -219,57 +277,6 @@ class World:
     def _member(self, member: RosterMember) -> Membership:
         return Membership(None, Standing(federation=FEDERATION, me=member))
 
-    def _make_site(
-        self, name: str, records: SiteRecords, membership: Membership, run_folder: Path, ledger_folder: Path
-    ) -> Site:
-        experiment, privacy = self.experiment, self.experiment.privacy
-        identity = self._identity(name)
-        run_folder.mkdir(parents=True, exist_ok=True)
-        ledger_folder.mkdir(parents=True, exist_ok=True)
-        # Splits are reproducible from the seed, but a ledger's first key stays: roles are for ever.
-        key = SiteKey.load_or_create(ledger_folder / "site.key", _derive(experiment.run.seed, "site-key", name))
-        budget = RenyiBudget.for_limit(privacy.site_epsilon_limit, privacy.delta)
-        if self._carried is not None and not self._resumed and name not in self._begun:
-            _carry(self._carried / name / "consent.db", run_folder / "consent.db")
-        registry = Registry(run_folder / "consent.db", key)
-        self._registries[name] = registry
-        self._record_consent(name, records, registry, key)
-        policy = SitePolicy(
-            coordinator=COORDINATOR,
-            coordinator_key=self.coordinator.public_key,
-            federation=FEDERATION,
-            purposes=frozenset({experiment.run.purpose}),
-            profiles=frozenset({"sealed", "masked", "ckks"} | ({"open"} if experiment.data.public else set())),
-            data_are_public=experiment.data.public,
-            models=frozenset({"logistic", "mlp", experiment.model.kind}),
-            strategies=frozenset({*STRATEGY_OPTIONS, experiment.strategy.kind}),
-            held_out=experiment.data.held_out,
-            min_sites=experiment.sites.min_sites,
-            min_subjects=experiment.sites.min_subjects,
-            population=self.sources.population[name],
-            epsilon_limit=privacy.site_epsilon_limit,
-            delta=privacy.delta,
-            release=True,
-            statistics=True,
-            local_steps_limit=experiment.training.local_steps,
-        )
-        poisoned = {p.site: p.factor for p in experiment.scenario.poisoned}
-        kind = partial(PoisonedSite, factor=poisoned[name]) if name in poisoned else Site
-        return kind(
-            identity=identity,
-            policy=policy,
-            membership=membership,
-            records=records,
-            registry=registry,
-            ledger=Ledger(ledger_folder / "ledger.db", budget, privacy.unit, experiment.data.held_out),
-            personal=PersonalLosses(ledger_folder / "personal.db"),
-            key=key,
-            store=SiteStore(run_folder / "state.db"),
-            log=identity.open_log(run_folder / "federated.db", "federated", FEDERATION),
-            local_log=identity.open_log(run_folder / "local.db", "local", FEDERATION),
-            vault=self._keeping.vault(name) if self._keeping is not None else None,
-        )
-
     def _identity(self, party: str) -> Identity:
         """A party's signing key; the same whenever it is asked for."""
         if party not in self._identities:
@@ -277,81 +284,6 @@ class World:
             self._identities[party] = kept.identity(party) if kept is not None else Identity.generate(party)
         return self._identities[party]
 
-    def _record_consent(self, name: str, records: SiteRecords, registry: Registry, key: SiteKey) -> None:
-        experiment = self.experiment
-        if self._carried is not None:
-            self._pseudonyms[name] = registry.pseudonyms(records.persons)
-            return
-        if self.sources.consent is not None:
-            here = set(records.persons)
-            mine = [e for e in self.sources.consent if e.subject in here]
-            asked = {e.subject for e in mine}
-            names = registry.enrol(asked - registry.erased(asked))  # nobody is erased before a run that begins
-            self._pseudonyms[name] = names
-            if self._resumed or name in self._begun:  # what was recorded then stands
-                return
-            registry.append([filed(e, names[e.subject], key) for e in mine])
-            return
-        fraction = experiment.consent.simulate.fraction if experiment.consent.simulate else 0.0
-        seed = experiment.run.seed
-        given = [p for p in records.persons if _share(seed, "consent", name, p) < fraction]
-        self._pseudonyms[name] = registry.enrol(set(given) - registry.erased(given))
-        if self._resumed or name in self._begun:
-            return
-        registry.append([self._simulated(name, p, EventType.GIVEN, 0) for p in given])
-
-    def _withdraw(self, name: str, fraction: float, round_: int) -> None:
-        registry, seed = self._registries[name], self.experiment.run.seed
-        standing = registry.snapshot(self.experiment.run.purpose, now_micros()).participants
-        leaving = [
-            p
-            for p, pseudonym in self._pseudonyms[name].items()
-            if pseudonym in standing and _share(seed, f"withdraw-{round_}", name, p) < fraction
-        ]
-        registry.append([self._simulated(name, p, EventType.WITHDRAWN, round_) for p in leaving])
-
-    def _change(self, name: str, churn: Churn, round_: int) -> None:
-        """Some who consent withdraw, some who do not give consent, as both stand before the round."""
-        registry, seed = self._registries[name], self.experiment.run.seed
-        standing = registry.snapshot(self.experiment.run.purpose, now_micros()).participants
-        draw = {p: _share(seed, f"churn-{round_}", name, p) for p in self.sources.records[name].persons}
-        known = self._pseudonyms[name]
-        consents = {p for p in draw if p in known and known[p] in standing}
-        coming = [p for p in draw if p not in consents and draw[p] < churn.give]
-        known |= registry.enrol(set(coming) - registry.erased(coming))
-        registry.append([
-            *(self._simulated(name, p, EventType.WITHDRAWN, round_) for p in consents if draw[p] < churn.withdraw),
-            *(self._simulated(name, p, EventType.GIVEN, round_) for p in coming if p in known),
-        ])  # fmt: skip
-
-    def _simulated(self, site: str, person: str, kind: EventType, round_: int) -> ConsentEvent:
-        return ConsentEvent(
-            event_id=f"simulated-{kind}-{round_}-{hashlib.sha256(f'{site}/{person}'.encode()).hexdigest()[:32]}",
-            pseudonym=self._pseudonyms[site][person],
-            purpose=self.experiment.run.purpose,
-            type=kind,
-            effective_at=now_micros(),
-            lawful_basis="simulated",
-        )
-
 
 def _spent(site: Site) -> tuple[float, float]:
     return max(site.ledger.epsilon(role) for role in Role), site.ledger.budget.epsilon_limit
-
-
-def _carry(source: Path, target: Path) -> None:
-    """An earlier run's registry, as it is now."""
-    try:
-        copy_database(source, target)
-    except (OSError, sqlite3.Error) as error:
-        raise ConsentError(f"cannot be taken over ({type(error).__name__})", where=str(source),
-                           hint="without the earlier run's registry nobody knows who has left") from None  # fmt: skip
-
-
-def _derive(seed: int, label: str, name: str) -> bytes:
-    return hashlib.sha256(f"confide/simulation/{label}/{seed}/{name}".encode()).digest()
-
-
-def _share(seed: int, label: str, site: str, person: str) -> float:
-    """A uniform per person: who consents does not depend on who else is in the table."""
-    return int.from_bytes(_derive(seed, label, f"{site}/{person}")[:6], "big") / 2**48

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["silence_third_parties"]
+__all__ = ["silence_third_parties", "switches"]
 
 _SWITCHES = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -19,3 +19,8 @@ _SWITCHES = {
 def silence_third_parties() -> None:
     """Set the switches, whatever the shell says."""
     os.environ.update(_SWITCHES)
+
+
+def switches() -> dict[str, str]:
+    """The switches, for processes that do not inherit this one's environment."""
+    return dict(_SWITCHES)

@@ -16,7 +16,7 @@ from confide.privacy.audit.log import stored_entries
 from confide.privacy.audit.verify import verify
 from confide.protocol import messages as m
 from confide.server.coordinator import Coordinator
-from confide.simulations import together
+from confide.simulations import grouping
 from tests.attacks.federation import Federation, refusal_of
 from tests.support import experiment_tree, write_people
 
@@ -63,7 +63,7 @@ def test_a_seed_repeats_the_run_however_many_sites_train_at_once(
 ) -> None:
     found = []
     for number, at_once in enumerate((50, 50, 1)):
-        monkeypatch.setattr(together, "TOGETHER", at_once)
+        monkeypatch.setattr(grouping, "TOGETHER", at_once)
         out = tmp_path / f"out{number}"
         simulate(tree(tmp_path), out=out)
         found.append(weights(out))

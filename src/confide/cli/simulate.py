@@ -29,6 +29,8 @@ class Engine(StrEnum):
     """Where the sites run."""
 
     LOCAL = "local"
+    RAY = "ray"
+    DEPLOYMENT = "deployment"
 
 
 def simulate(
@@ -45,7 +47,30 @@ def simulate(
     ledger: Annotated[
         Path | None, typer.Option(help="Folder of the sites' privacy ledgers; runs that share it compose.")
     ] = None,
-    engine: Annotated[Engine, typer.Option(help="Where the sites run.")] = Engine.LOCAL,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(
+            help="Where the sites run: this process (the default), Flower's simulation engine (extra: ray), or "
+            "real processes over TLS on this machine. A resumed run stays with its own."
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address",
+            metavar="HOST:PORT",
+            help="For --engine ray: a Ray cluster; on one of its machines, auto.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="For --engine local: processes that have the sites between them. Left out: one for each core, where "
+            "there are more than a dozen sites. The result does not depend on it.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, wherever it was interrupted.")
     ] = False,
@@ -98,6 +123,9 @@ def simulate(
                 ledger=ledger,
                 resume=resume,
                 retrain_after=retrain_after,
+                engine=None if engine is None else engine.value,
+                ray_address=ray_address,
+                workers=workers,
                 progress=display.update,
             )
         tracker.run(result)

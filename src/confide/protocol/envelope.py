@@ -118,8 +118,10 @@ def seal_envelope(
     checkpoint: str,
     chunks: tuple[bytes, ...] = (),
     request: str = "",
+    digests: Sequence[str] | None = None,
 ) -> Envelope:
-    """Sign a message; `checkpoint` is the state of the sender's log, `size:root`."""
+    """Sign a message; `checkpoint` is the state of the sender's log, `size:root`; `digests` are the chunks' own, where
+    the sender has them already."""
     header = Header(
         **address.model_dump(),
         sender=identity.name,
@@ -128,7 +130,7 @@ def seal_envelope(
         request=request,
         body=hashlib.sha256(body).hexdigest(),
         chunks=len(chunks),
-        chunk_root=chunk_root(chunk_digests(chunks)),
+        chunk_root=chunk_root(chunk_digests(chunks) if digests is None else digests),
         checkpoint=checkpoint,
     )
     encoded = header.model_dump_json().encode()

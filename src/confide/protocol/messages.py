@@ -5,6 +5,7 @@ Bulk (model bytes, payloads, sums) travels as chunks of the envelope, in the ord
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
@@ -301,6 +302,13 @@ def decode(kind: type[_M], type_: str, body: bytes) -> _M:
     if type_ != kind.TYPE:
         raise SealingError(f"expected a {kind.TYPE}, got a {type_[:40]!r}", where="message")
     try:
-        return kind.model_validate_json(body)
+        found: _M = _parsed(kind, body)  # type: ignore[assignment]  # of this kind
     except ValidationError:
         raise SealingError(f"a {kind.TYPE} is malformed", where="message") from None
+    return found
+
+
+@lru_cache(maxsize=4)
+def _parsed(kind: type[Message], body: bytes) -> Message:
+    """One step's request has the same body for a whole cohort, whose sites in a simulation share what never changes."""
+    return kind.model_validate_json(body)

@@ -1,0 +1,136 @@
+"""Flower's Ray backend, with sites that stay where they are. Imported where Ray is installed only.
+
+Flower hands every message to any actor that is free. A site's update lives in memory between two messages and must not
+be anywhere else, so here each site has its actor for as long as the run lasts, and the actor keeps the site open.
+
+This module and `ray_engine` are all of the simulator that uses Flower's private interfaces; they are those of the
+pinned version.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flwr.server.superlink.fleet.vce.backend.raybackend as flower
+import ray
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import PARTITION_ID_KEY
+from flwr.simulation.ray_transport.ray_actor import ClientAppActor
+
+from confide.clients.app import make_client_app
+from confide.simulations.apart import SitesApart
+
+__all__ = ["SitesApp", "sites_stay"]
+
+_log = logging.getLogger(__name__)
+_UNAVAILABLE = 5  # Flower's own code for a node that does not answer
+_CLOSING_SECONDS = 60.0
+#: Flower's actor, which Ray has made another kind of thing of than its type says.
+_ACTOR: Any = ClientAppActor
+#: The sites that this process has open, by the run's folder.
+_here: dict[str, SitesApart] = {}
+
+
+class SitesApp:
+    """The ClientApp of a run's sites, as it travels to an actor: by the name of the run's folder.
+
+    Args:
+        folder: The run's, the same on every machine.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer for the site that the context names."""
+        return make_client_app(self._site)(message, context)
+
+    def _site(self, context: Context) -> Any:
+        sites = _here.get(self.folder)
+        if sites is None:
+            sites = _here[self.folder] = SitesApart(Path(self.folder))
+        return sites.site(sites.names[int(context.node_config[PARTITION_ID_KEY])])
+
+
+def _closing(message: Message, context: Context) -> Message:
+    """Takes the place of an app: whoever runs it lets all its sites go."""
+    while _here:
+        _here.popitem()[1].close()
+    return message
+
+
+def _closing_app() -> Callable[[Message, Context], Message]:
+    return _closing
+
+
+@contextmanager
+def sites_stay(folder: Path, names: Sequence[str], drop: Callable[[Message, str], bool]) -> Iterator[None]:
+    """Within it Flower's engine has each site's messages answered by that site's actor.
+
+    Args:
+        folder: The run's.
+        names: The sites, in the order of Flower's partitions.
+        drop: Says of a message that its site cannot be reached.
+    """
+    real = flower.RayBackend
+    setattr(flower, "RayBackend", partial(_Backend, str(folder), tuple(names), drop))  # noqa: B010  # a constant to mypy
+    try:
+        yield
+    finally:
+        setattr(flower, "RayBackend", real)  # noqa: B010
+
+
+class _Backend(flower.RayBackend):
+    """See the module."""
+
+    def __init__(
+        self, folder: str, names: tuple[str, ...], drop: Callable[[Message, str], bool], config: dict[str, Any]
+    ) -> None:
+        super().__init__(config)
+        self._names, self._drop, self._sites = names, drop, partial(SitesApp, folder)
+        self._actors: list[Any] = []
+
+    @property
+    def num_workers(self) -> int:
+        """Threads that wait for an answer each: one a site, or all that there are might wait for one actor."""
+        return len(self._names)
+
+    def build(self, app_fn: Callable[[], ClientApp]) -> None:
+        """Start the actors: no more than there are sites."""
+        super().build(app_fn)
+        pool: Any = self.pool
+        self._actors, spare = pool.pool[: len(self._names)], pool.pool[len(self._names) :]
+        pool.pool, pool.num_actors = self._actors, len(self._actors)
+        for actor in spare:
+            ray.kill(actor)
+
+    def process_message(self, message: Message, context: Context) -> tuple[Message, Context]:
+        """One message to the actor of its site; there it waits for its turn."""
+        at = int(context.node_config[PARTITION_ID_KEY])
+        if self._drop(message, self._names[at]):
+            return Message(Error(code=_UNAVAILABLE, reason="node unavailable"), reply_to=message), context
+        place = at % len(self._actors)
+        actor = self._actors[place]
+        try:
+            _, reply, left = ray.get(actor.run.remote(self._sites, message, str(at), context))
+        except ray.exceptions.RayActorError:
+            # Whatever is in its place opens its sites again from their disks, as a restarted executor does.
+            _log.warning("the process of some sites has ended, and is started again")
+            if self._actors[place] is actor:
+                self._actors[place] = _ACTOR.options(**self.client_resources).remote()
+            raise
+        return reply, left
+
+    def terminate(self) -> None:
+        """Let the sites go, then end the actors."""
+        nothing = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={})
+        closing = [actor.run.remote(_closing_app, None, "", nothing) for actor in self._actors]
+        with suppress(ray.exceptions.RayError):
+            ray.get(closing, timeout=_CLOSING_SECONDS)
+        super().terminate()

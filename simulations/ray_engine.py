@@ -1,0 +1,153 @@
+"""`--engine ray`: the run through Flower's own simulation engine, on this machine or on a Ray cluster.
+
+Flower's engine brings the grid and Ray's processes. Our ServerApp is given that grid in this thread, so that Ctrl-C,
+the run's store and its display are where they are with the other engines; Flower's own ServerApp only hands it over.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from confide.config import Experiment
+from confide.environment import switches
+from confide.errors import ConfigError, PeerError
+from confide.server.coordinator import Released
+from confide.server.process import log_file
+from confide.simulations.apart import forget_seen
+from confide.simulations.engine import Drive, run_over
+from confide.simulations.keeping import Keeping
+from confide.simulations.sources import Sources
+
+__all__ = ["RayEngine"]
+
+_log = logging.getLogger(__name__)
+#: Seconds for Flower's engine to begin, and to end after it was told to.
+_BEGIN_SECONDS, _END_SECONDS = 120.0, 90.0
+_LOOK_AGAIN = 0.05
+
+
+class RayEngine:
+    """See the module.
+
+    Args:
+        address: Of a Ray cluster (`host:port`, or `auto` on one of its machines); None: processes of this machine.
+
+    Raises:
+        ConfigError: Ray is not installed.
+    """
+
+    name = "ray"
+
+    def __init__(self, address: str | None = None) -> None:
+        if importlib.util.find_spec("ray") is None:
+            raise ConfigError("needs Ray, which is not installed", where="--engine ray",
+                              hint="pip install 'confide[ray]'")  # fmt: skip
+        self._address = address
+
+    def check(self, experiment: Experiment, sites: int) -> None:
+        """Whatever runs in one process runs here."""
+
+    def prepare(self, keeping: Keeping, sources: Sources) -> None:
+        """The world makes its own parties."""
+
+    def drive(self, drive: Drive) -> Released:
+        """Run to the end; see `Engine`."""
+        world = drive.world
+        world.sites.close()
+        try:
+            with log_file(drive.folder / "ray.log"), self._ray(), _engine(drive) as grid:
+                return run_over(grid, drive.start)
+        finally:
+            world.log.close()
+            world.take_back()
+            forget_seen(world.folder, world.sites)
+
+    @contextmanager
+    def _ray(self) -> Iterator[None]:
+        """Connected to Ray: a cluster's, or one that is started here and ends with the run."""
+        import ray
+
+        os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # no warning about a default that will change
+        scratch = tempfile.mkdtemp(prefix="confide-ray-")  # short: sockets lie in it
+        try:
+            self._connect(scratch)
+            yield
+        finally:
+            ray.shutdown()
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _connect(self, scratch: str) -> None:
+        import ray
+
+        if self._address is None:
+            # Its processes find this package where this one has found it.
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+            place: dict[str, Any] = {"address": "local", "include_dashboard": False, "_temp_dir": scratch,
+                                     "_node_ip_address": "127.0.0.1"}  # fmt: skip
+        else:
+            place = {"address": self._address, "runtime_env": {"env_vars": switches()}}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Ray's own, about its own
+                ray.init(configure_logging=False, log_to_driver=False, **place)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            where = "--engine ray" if self._address is None else f"--ray-address {self._address}"
+            raise ConfigError(f"Ray cannot be reached or started ({type(error).__name__})", where=where,
+                              hint="ray status on a machine of the cluster says whether it runs; its version must be "
+                              "this installation's") from error  # fmt: skip
+
+
+@contextmanager
+def _engine(drive: Drive) -> Iterator[Grid]:
+    """Flower's engine in a thread of its own, for as long as its grid is used."""
+    from flwr.simulation import run_simulation
+
+    from confide.simulations.ray_backend import SitesApp, sites_stay
+
+    names, over, grids = tuple(drive.world.sites), threading.Event(), list[Grid]()
+    server, failed = ServerApp(), list[BaseException]()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        grids.append(grid)
+        over.wait()
+
+    def run() -> None:
+        try:
+            run_simulation(server, SitesApp(str(folder)), len(names), backend_config=_BACKEND)  # type: ignore[arg-type]
+        except BaseException as error:  # told to whoever waits for the grid
+            failed.append(error)
+
+    folder = drive.folder.absolute()
+    with sites_stay(folder, names, drive.unreachable):
+        thread = threading.Thread(target=run, name="flower", daemon=True)
+        thread.start()
+        try:
+            deadline = time.monotonic() + _BEGIN_SECONDS
+            while not (grids and len(list(grids[0].get_node_ids())) == len(names)):
+                if failed or not thread.is_alive() or time.monotonic() > deadline:
+                    raise PeerError("did not begin", where="Flower's simulation engine",
+                                    hint=f"see {drive.folder / 'ray.log'}") from next(iter(failed), None)  # fmt: skip
+                time.sleep(_LOOK_AGAIN)
+            yield grids[0]
+        finally:
+            over.set()
+            thread.join(_END_SECONDS)
+
+
+#: One core a process of Ray's, so that there are as many as cores; each keeps its share of the sites open.
+_BACKEND: Any = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
