@@ -9,7 +9,7 @@ from typing import Protocol
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from confide.clients.cutoff import released_at_deadline
+from confide.clients.cutoff import ReplyTime, released_at_deadline
 from confide.clients.policy import SitePolicy
 from confide.errors import SealingError
 from confide.protocol.envelope import Envelope
@@ -30,6 +30,9 @@ class Answering(Protocol):
 
     def handle(self, step: str, request: Envelope) -> Envelope:
         """As `Site.handle`."""
+
+    def note_reply(self, reply: ReplyTime) -> None:
+        """As `Site.note_reply`."""
 
 
 def make_client_app(find_site: Callable[[Context], Answering]) -> ClientApp:
