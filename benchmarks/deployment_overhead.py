@@ -2,7 +2,8 @@
 the other. `python -m benchmarks.deployment_overhead [--rounds N] [--json]`.
 
 Three sites, about 100 k parameters. A confide round is two exchanges (train, seal) over TLS with node authentication,
-sealed, with one training step on a few people, and everything that is durable in it; the first round and the one that
+sealed, with one training step on a few people, everything that is durable in it, and replies held back to whole seconds
+as sites do unless their operators say otherwise; the first round and the one that
 only evaluates do not count. A Flower round is what `FedAvg` does by default (train, evaluate), plain HTTP, subprocess
 isolation, the same payload both ways, and an app that returns it; `flower_train_seconds` is its first exchange alone.
 Medians of rounds.
@@ -24,6 +25,7 @@ from typing import Any
 
 import confide  # noqa: F401  # sets Flower's switches
 from confide.clients.agent import free_port
+from confide.config.site import REPLY_SECONDS
 from confide.protocol.manifest import Manifest
 from tests.integration.deployed import LOOPBACK, deployment, wait_until
 
@@ -68,7 +70,7 @@ def main(grid, context):
 def confide_seconds(folder: Path, rounds: int) -> tuple[int, list[float]]:
     """(parameters, seconds of each round that counts)."""
     with deployment(
-        folder, people=40, run={"rounds": rounds + 1, "report_metrics_every": rounds + 1},
+        folder, people=40, reply_seconds=REPLY_SECONDS, run={"rounds": rounds + 1, "report_metrics_every": rounds + 1},
         model={"kind": "mlp", "hidden": HIDDEN}, training={"local_steps": 1, "learning_rate": 0.1},
         privacy={"epsilon": 4.0, "sample_rate": 0.1},
     ) as made:  # fmt: skip

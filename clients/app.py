@@ -9,7 +9,7 @@ from typing import Protocol
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from confide.clients.cutoff import released_at_deadline
+from confide.clients.cutoff import ReplyTime, released_at_deadline
 from confide.clients.policy import SitePolicy
 from confide.errors import SealingError
 from confide.protocol.envelope import Envelope
@@ -31,6 +31,9 @@ class Answering(Protocol):
     def handle(self, step: str, request: Envelope) -> Envelope:
         """As `Site.handle`."""
 
+    def note_reply(self, reply: ReplyTime) -> None:
+        """As `Site.note_reply`."""
+
 
 def make_client_app(find_site: Callable[[Context], Answering]) -> ClientApp:
     """The app that an agent runs.
@@ -44,7 +47,8 @@ def make_client_app(find_site: Callable[[Context], Answering]) -> ClientApp:
         try:
             site = find_site(context)
             # Training alone asks for consent; how long it took may hang on one person.
-            with released_at_deadline(site.policy.reply_seconds if step == "train" else 0.0):
+            every = site.policy.reply_seconds if step == "train" else 0.0
+            with released_at_deadline(every, lambda reply: site.note_reply(reply)):
                 return Message(to_records(site.handle(step, from_records(message.content))), reply_to=message)
         except SealingError as error:
             _log.warning("an unauthentic %s request was dropped: %s", step, error.what)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from confide.clients.exposure import SiteFiles
+from confide.clients.sitefiles import SiteFiles
 from confide.clients.snapshots import SnapshotStore
 from confide.errors import ConsentError
 from confide.privacy.audit.evidence import Evidence
 from confide.privacy.audit.participation import find_snapshot, make_participation_proof
-from confide.privacy.consent import Registry, canonical_subject
-from confide.protocol.keyfiles import site_key
+from confide.privacy.consent import canonical_subject
 
 __all__ = ["attest"]
 
@@ -27,12 +26,10 @@ def attest(subject: str, round_: int, evidence: Evidence, files: SiteFiles) -> b
             never on record has no pseudonym to look for, and was in no snapshot.
         AuditError: There is no such round, or what the site keeps does not fit its log.
     """
-    for path in (files.key, files.registry, files.snapshots):
-        if not path.is_file():
-            raise ConsentError("is missing", where=str(path), hint="name the site's folder and its ledger folder")
+    if not files.snapshots.is_file():
+        raise ConsentError("is missing", where=str(files.snapshots), hint="name the site's folder")
     number = find_snapshot(evidence, files.site, round_)
-    key, person = site_key(files.key), canonical_subject(subject)
-    registry = Registry(files.registry, key)
+    person, (registry, key) = canonical_subject(subject), files.open_registry()
     try:
         pseudonym = registry.pseudonyms([person]).get(person)
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import email.utils
 import http.client
+import math
 import shutil
 import socket
 import ssl
@@ -28,9 +29,11 @@ from confide.clients.data.records import SiteRecords
 from confide.clients.data.source import read_source
 from confide.clients.enrolment import AUTHORITY, CONFIG, site_keys
 from confide.clients.membership import KEYS, MEMBERSHIP, Membership
+from confide.clients.past import replies, shortest_wait
 from confide.clients.policy import SitePolicy
 from confide.clients.training.trainer import require_device
 from confide.config import NumberFeature
+from confide.config.site import REPLY_SECONDS
 from confide.errors import (
     BudgetError,
     ConfideError,
@@ -58,6 +61,8 @@ _CLIPPED = 0.05
 _AHEAD, _BEHIND, _NOTICEABLE = 5.0, 300.0, 2.0
 _CONNECT_SECONDS = 5.0
 _NEARLY = 0.8
+#: Replies that are looked at, and how many times a round's length a span hides most of it.
+_REPLIES, _SPANS = 200, 3
 #: Days before its end from which the coordinator's certificate is warned about.
 _SERVER_DAYS = 30
 
@@ -98,6 +103,7 @@ def examine(folder: Path, passphrase: str | None = None) -> Iterator[Finding]:
         yield _failed("site.toml", error)
         return
     yield from _looked("policy", partial(_policy, place))
+    yield from _looked("reply times", partial(_reply_times, place))
     yield from _looked("keys", partial(_keys, place, passphrase))
     yield from _looked("file modes", partial(_modes, place))
     yield from _looked("roster", partial(_roster, place))
@@ -138,6 +144,29 @@ def _policy(place: SiteFolder) -> _Said:
     if nothing:
         return "warn", f"allows no run: no {', '.join(nothing)}", f"write it into {CONFIG} [policy]"
     return "ok", f"ε ≤ {policy.epsilon_limit:g} a run, purposes {', '.join(sorted(policy.purposes))}", ""
+
+
+def _reply_times(place: SiteFolder) -> _Said:
+    """How long rounds took here, against the span in which they are answered, and what runs wait."""
+    every = place.config.policy.reply_seconds
+    if not every:
+        return ("warn", "training is answered when it is done: how long it takes, and so that somebody has withdrawn, "
+                "is to be seen", f"write reply_seconds = {REPLY_SECONDS:g} into {CONFIG} [policy]")  # fmt: skip
+    latest, wait = replies(place.local_log, _REPLIES), shortest_wait(place.state)
+    took = max((reply.took for reply in latest), default=0) / 1000
+    left, late = max((reply.left for reply in latest), default=0) / 1000, sum(r.left > r.deadline for r in latest)
+    if wait is not None and max(left, every) >= wait:
+        return ("warn", f"training is answered up to {max(left, every):g} s after it was asked for; a run waits "
+                f"{wait} s", "agree on a longer [sites] wait_seconds in the run file, or fewer steps")  # fmt: skip
+    if late:
+        return ("warn", f"{late} of the latest {len(latest)} replies left after their deadline, which is to be seen",
+                f"reply_seconds = {_rounded(_SPANS * took)} hides more; rounds then take so long")  # fmt: skip
+    most = f"; the longest of the latest {len(latest)} rounds took {took:.2g} s" if latest else ""
+    return "ok", f"training is answered in multiples of {every:g} s{most}", ""
+
+
+def _rounded(seconds: float) -> int:
+    return max(1, math.ceil(seconds))
 
 
 def _keys(place: SiteFolder, passphrase: str | None) -> _Said:

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from confide.clients.past import manifests_of, released_models, was_used
+from confide.clients.sitefiles import SiteFiles
 from confide.clients.snapshots import SnapshotStore
-from confide.errors import ConsentError
 from confide.privacy.audit.page import write_page
 from confide.privacy.consent import ConsentEvent, Registry, canonical_subject, from_micros
 from confide.privacy.dp import LEDGER_LABEL, Ledger, PrivacyEvent, Role, person_epsilon, run_epsilon, run_label
 from confide.privacy.dp.events import merge_events
 from confide.privacy.dp.personal import PersonalLosses
-from confide.protocol.keyfiles import site_key
 from confide.protocol.manifest import Manifest
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "Decision",
     "PersonExposure",
     "RunOfPerson",
-    "SiteFiles",
     "describe_person",
     "write_person",
 ]
@@ -39,30 +38,6 @@ HOW_TO_WITHDRAW = (
     "computed from your records; a round in progress is computed again without them. What was released before is "
     "differentially private: it cannot be taken back, and ε bounds what it says about you."
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SiteFiles:
-    """Where a site keeps what the answer is made from. What is of single runs (`state`, `log`, `snapshots`) may be
-    missing: older runs lie elsewhere."""
-
-    site: str
-    registry: Path
-    key: Path
-    ledger: Path
-    personal: Path
-    state: Path
-    log: Path
-    snapshots: Path
-
-    @classmethod
-    def of(cls, site: str, folder: Path, ledger: Path) -> SiteFiles:
-        """The files of a site whose run files lie in one folder, and what outlives runs in another."""
-        return cls(
-            site=site, registry=folder / "consent.db", key=ledger / "site.key", ledger=ledger / "ledger.db",
-            personal=ledger / "personal.db", state=folder / "state.db", log=folder / "federated.db",
-            snapshots=folder / "snapshots.db",
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,12 +128,8 @@ def describe_person(subject: str, files: SiteFiles) -> PersonExposure:
         BudgetError: The ledger cannot be read.
     """
     person = canonical_subject(subject)
-    for path in (files.key, files.registry):
-        if not path.is_file():
-            raise ConsentError("is missing", where=str(path), hint="name the site's folder and its ledger folder")
-    key = site_key(files.key)
-    registry, ledger = Registry(files.registry, key), Ledger.open(files.ledger)
-    try:
+    registry, key = files.open_registry()
+    with closing(registry), closing(Ledger.open(files.ledger)) as ledger:
         history = [event for _, event in registry.history(person)]
         personal = PersonalLosses.open(files.personal)
         try:
@@ -183,9 +154,6 @@ def describe_person(subject: str, files: SiteFiles) -> PersonExposure:
             delta=ledger.budget.delta, unit=ledger.unit, unnoted_charges=unnoted,
             sites=max((event.sites for event in charges.values()), default=1),
         )  # fmt: skip
-    finally:
-        registry.close()
-        ledger.close()
 
 
 def write_person(exposure: PersonExposure, path: Path) -> None:

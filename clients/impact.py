@@ -12,14 +12,13 @@ from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
-from confide.clients.exposure import SiteFiles
 from confide.clients.past import manifests_of, released_models, was_used
+from confide.clients.sitefiles import SiteFiles
 from confide.clients.snapshots import SnapshotStore
 from confide.errors import ConsentError
 from confide.privacy.consent import EventType, Registry, canonical_subject, lineage
 from confide.privacy.consent.state import DENIALS
 from confide.privacy.dp import person_epsilon
-from confide.protocol.keyfiles import site_key
 from confide.protocol.manifest import Manifest
 
 __all__ = ["TouchedRun", "left_since", "named", "touched_runs"]
@@ -86,10 +85,7 @@ def touched_runs(files: SiteFiles, subjects: Iterable[str], since: int | None) -
     Raises:
         ConsentError: The registry or the site key cannot be read, or a person was erased.
     """
-    for path in (files.key, files.registry):
-        if not path.is_file():
-            raise ConsentError("is missing", where=str(path), hint="name the run's folder and its ledger folder")
-    with closing(Registry(files.registry, site_key(files.key))) as registry:
+    with closing(files.open_registry()[0]) as registry:
         gone: Mapping[bytes, frozenset[str] | None]
         gone = named(subjects, registry) if since is None else left_since(registry, since)
         if not gone or not files.snapshots.is_file():

@@ -76,7 +76,9 @@ class ParticipantSource:
         self._held_out: Mask = np.array([key.role_share(p) < held_out for p in records.persons], dtype=np.bool_)
         # Everybody in the table gets a pseudonym, whether or not she was ever asked: so that it can be shown of anybody
         # that she was in no snapshot.
-        registry.enrol(set(records.persons) - registry.erased(records.persons))
+        erased = registry.erased(records.persons)
+        registry.enrol(set(records.persons) - erased)
+        personal.forget_erased([key.locator(p) for p in erased])  # where the ledger was not at hand, it is now
         locators = [key.locator(p) for p in records.persons]
         # New ones in no order: no place tells between whom a person stood in the table, should she be forgotten.
         personal.enrol(random.SystemRandom().sample(locators, len(locators)))

@@ -48,7 +48,8 @@ class SitePolicy:
         release: May this site hand out the trained model?
         statistics: May bounds of columns be learned from noised histograms?
         local_steps_limit: The most steps of training a round.
-        reply_seconds: Training is answered so long after it was asked for, or a multiple of that; 0: when it is done.
+        reply_seconds: Training is answered so long after it was asked for, or a multiple of that (`confide.clients.
+            cutoff`); 0: when it is done. `site.toml` has another default.
         hours: When this site joins and trains, as `(from, to)` in minutes of the day (UTC); empty: at any time.
     """
 
@@ -154,6 +155,8 @@ class SitePolicy:
             ("local_steps_limit", manifest.training.local_steps <= self.local_steps_limit,
              f"<= {self.local_steps_limit}", manifest.training.local_steps),
             ("delta", asked.delta == self.delta, self.delta, asked.delta),
+            ("reply_seconds", manifest.wait_seconds is None or manifest.wait_seconds > self.reply_seconds,
+             f"runs that wait longer than {self.reply_seconds:g} s for replies", f"{manifest.wait_seconds} s"),
             ("statistics", self.statistics or not manifest.statistics, "none", "the bounds of columns"),
             ("data_are_public", asked.unsafe_noise_seed is None or self.data_are_public, "noise that nobody knows",
              "unsafe_noise_seed"),

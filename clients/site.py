@@ -23,10 +23,12 @@ import numpy as np
 from pydantic import ValidationError
 
 from confide.clients.continuity import Continuity, check_ledger
+from confide.clients.cutoff import ReplyTime
 from confide.clients.data.records import SiteRecords
 from confide.clients.ending import OVER, Endings
 from confide.clients.membership import Membership
 from confide.clients.participants import Participants, ParticipantSource
+from confide.clients.past import released_models
 from confide.clients.policy import SitePolicy
 from confide.clients.promised import check_beside_others
 from confide.clients.rounds import NOT_AUTHENTIC, Answer, RoundSteps
@@ -175,6 +177,16 @@ class Site:
         private = manifest.privacy.is_private
         return self.source(manifest).take(self.ledger if private else None, manifest.charges(round_))
 
+    def note_reply(self, reply: ReplyTime) -> None:
+        """Note when a reply left, in the local log: it never leaves, and how long a round took may hang on a person."""
+        took, again, deadline, left = (round(1000 * s) for s in (reply.took, reply.again, reply.deadline, reply.left))
+        with suppress(ConfideError):  # a disk that is full has been told of already
+            self.local_log.append(
+                audit.LocalReply(
+                    run=reply.run, round=reply.round, took=took, again=again, deadline=deadline, left=left
+                )
+            )  # fmt: skip
+
     def close(self) -> None:
         """Release the site's files."""
         self._registry.close()
@@ -258,12 +270,22 @@ class Site:
         model = ModelState(0, weights, run.strategy.initial_state(len(weights)), None)
         if model_digest(model) != run.manifest.initial_model:
             raise SealingError("the initial model is not the manifest's", where=f"run {run.manifest.run}")
+        self._check_beginning(run.manifest)
         self.check(run.manifest)
         run.keys.save()
         self._store.add_run(run.manifest.run, run.manifest.to_bytes(), model, run.keys.storage)
         of = run.manifest
         self.log.append(audit.Joined(run=of.run, manifest=of.digest, roster=of.roster, coordinator=header.checkpoint))
         return Answer(m.JoinReply(ephemeral=run.keys.public.hex()), (self._continuity.sightings(run.manifest),))
+
+    def _check_beginning(self, manifest: Manifest) -> None:
+        """A run that says which earlier one it follows begins with a first or released model of that one, as far as
+        this site took part in it."""
+        if (earlier := manifest.begins_after) is None or (data := self._store.manifest(earlier)) is None:
+            return
+        released = released_models(self.log.path).get(earlier)
+        if manifest.initial_model not in (Manifest.from_bytes(data).initial_model, released and released[0]):
+            raise SealingError(f"does not begin with a model of run {earlier}", where=f"run {manifest.run}")
 
     def _secret(self, run: SiteRun, header: Header, request: Envelope) -> Answer:
         message = m.decode(m.SecretRequest, header.type, request.body)

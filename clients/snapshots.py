@@ -5,6 +5,9 @@ Invariants:
 2. It is durable before the root is logged: a root that its site could not open would prove nothing.
 3. It names nobody: persons stand here under their pseudonyms, in no order. Whoever is erased cannot be found in it any
    more, as the key that makes the pseudonym of the identifier is gone.
+
+A person's place is the number of her pseudonym, counted from 0; snapshots are marks over places. Those who come at one
+time lie in one row: of a million rows, and their index, a first round would cost as much as its whole commitment.
 """
 
 from __future__ import annotations
@@ -25,11 +28,13 @@ from confide.privacy.dp import Role
 __all__ = ["SnapshotStore"]
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS member (place INTEGER PRIMARY KEY, pseudonym BLOB NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS members (first INTEGER PRIMARY KEY, pseudonyms BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS snapshot (
   run TEXT, round INTEGER, slots INTEGER NOT NULL, train BLOB NOT NULL, held_out BLOB NOT NULL,
   PRIMARY KEY (run, round));
 """
+#: Bytes of a pseudonym.
+_WIDTH = 32
 
 
 class SnapshotStore:
@@ -44,11 +49,10 @@ class SnapshotStore:
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        self._path = path
+        self._path, self._rows = path, 0
         try:
             self._db = open_read_only(path) if read_only else open_durable(path, _SCHEMA)
-            self._db.execute("PRAGMA cache_size=-65536")  # KiB: a first round adds everybody, in no order
-            self._places = {p: n for n, p in self._db.execute("SELECT place, pseudonym FROM member")}
+            self._places = self._read_places()
         except (sqlite3.Error, FileNotFoundError) as error:
             raise AuditError(
                 f"is not a readable record of snapshots ({type(error).__name__})", where=str(path),
@@ -77,13 +81,17 @@ class SnapshotStore:
         try:
             self._db.execute("BEGIN IMMEDIATE")
             # Another process at this site may have added persons: places are numbered under the lock.
-            if self._db.execute("SELECT COALESCE(MAX(place), -1) FROM member").fetchone()[0] != len(self._places) - 1:
-                self._places = {p: n for n, p in self._db.execute("SELECT place, pseudonym FROM member")}
+            if self._db.execute("SELECT COUNT(*) FROM members").fetchone()[0] != self._rows:
+                self._places = self._read_places()
             new = [name for names in members.values() for name in names if name not in self._places]
             # No place tells in which order persons came.
             order = np.argsort(np.frombuffer(os.urandom(8 * len(new)), dtype=np.uint64)).tolist()
             added = {new[number]: len(self._places) + place for place, number in enumerate(order)}
-            self._db.executemany("INSERT INTO member VALUES (?, ?)", ((n, p) for p, n in added.items()))
+            if any(len(name) != _WIDTH for name in added):
+                raise ValueError(f"a pseudonym has {_WIDTH} bytes")
+            if added:
+                self._db.execute("INSERT INTO members VALUES (?, ?)", (len(self._places), b"".join(added)))
+            rows = self._rows + bool(added)
             places = self._places | added
             marks = [self._marks([places[name] for name in members.get(role, ())], len(places)) for role in Role]
             self._db.execute(
@@ -98,7 +106,7 @@ class SnapshotStore:
                 raise StorageError(f"cannot be written ({type(error).__name__}): nothing may leave",
                                    where=str(self._path), hint="check the disk") from None  # fmt: skip
             raise
-        self._places = places
+        self._places, self._rows = places, rows
         return _tree(members, slots, keys).root.hex()
 
     def commitment(self, run: str, round_: int, keys: RoundKeys) -> SnapshotCommitment | None:
@@ -136,6 +144,27 @@ class SnapshotStore:
     def close(self) -> None:
         """Release the file."""
         self._db.close()
+
+    def _read_places(self) -> dict[bytes, int]:
+        """Every pseudonym's place.
+
+        Raises:
+            AuditError: Rows are missing, or somebody stands there twice.
+        """
+        there = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        names, self._rows = list[bytes](), 0
+        if "member" in there:  # what an earlier version wrote: a row a person
+            names += [name for (name,) in self._db.execute("SELECT pseudonym FROM member ORDER BY place")]
+        if "members" in there:
+            for first, row in self._db.execute("SELECT first, pseudonyms FROM members ORDER BY first"):
+                if first != len(names) or len(row) % _WIDTH:
+                    raise AuditError("misses pseudonyms", where=str(self._path), hint="restore the site's backup")
+                self._rows += 1
+                names += [row[at : at + _WIDTH] for at in range(0, len(row), _WIDTH)]
+        places = {name: place for place, name in enumerate(names)}
+        if len(places) != len(names):
+            raise AuditError("holds a pseudonym twice", where=str(self._path), hint="restore the site's backup")
+        return places
 
     @staticmethod
     def _marks(places: Sequence[int], size: int) -> bytes:

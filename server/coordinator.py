@@ -78,7 +78,7 @@ class Coordinator:
         log: The coordinator's log.
         before_round: Called with the round's number before its messages go out.
         after_round: Called with each round's outcome; a resumed run tells the latest one again.
-        timeout: Seconds to wait for replies; None waits for ever.
+        timeout: Seconds to wait for replies, where the manifest does not say; None waits for ever.
         store: Where the run lies, from which another process goes on; None: in this one's memory only.
         between: Called again and again while replies are waited for; what it raises ends `run`, as a kill would.
 
@@ -108,7 +108,8 @@ class Coordinator:
         self.log = log
         first = initial_model.astype("<f4").tobytes()
         self._journal: Journal = (store or RunStore()).open(manifest.run, manifest.to_bytes(), first, log)
-        self._exchange = Exchange(grid, identity, manifest, log, self._journal, timeout, between)
+        wait = timeout if manifest.wait_seconds is None else float(manifest.wait_seconds)
+        self._exchange = Exchange(grid, identity, manifest, log, self._journal, wait, between)
         self._catch_up = CatchUp(self._exchange, self._journal, manifest)
         self._members = Members(grid, self._exchange, self._journal, manifest, initial_model)
 

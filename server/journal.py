@@ -250,7 +250,7 @@ class Journal:
         return next((o for o in self.outcomes() if o.round == round_), None)
 
     def finish(self) -> None:
-        """The model is released; only what was, and how the rounds ended, stays."""
+        """The model is released; only what was, the first model and how the rounds ended stay."""
         with self._write(status="finished") as db:
             run = self._run
             db.execute(delete(t.closed).where(t.closed.c.run == run, t.closed.c.step != "release"))
@@ -258,7 +258,6 @@ class Journal:
             db.execute(update(t.total).where(t.total.c.run == run).values(chunks="[]"))
             released = and_(t.message.c.step == "release", t.message.c.kind == "reply")
             db.execute(delete(t.message).where(t.message.c.run == run, ~released))
-            db.execute(update(t.run).where(t.run.c.run == run).values(initial=""))
             self._bulk.forget(db)
 
     # --- parts ----------------------------------------------------------------------------------------------------

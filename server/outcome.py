@@ -80,4 +80,5 @@ def _head(manifest: Manifest, status: str) -> dict[str, Any]:
         "sites": [m.site for m in manifest.members], "min_sites": manifest.min_sites,
         "profile": manifest.sealing.profile, "epsilon": run_loss(manifest), "delta": manifest.privacy.delta,
         "unit": manifest.privacy.unit, "max_sites_per_subject": manifest.privacy.max_sites_per_subject,
+        **({} if manifest.begins_after is None else {"begins_after": manifest.begins_after}),
     }  # fmt: skip

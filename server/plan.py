@@ -35,6 +35,7 @@ def make_manifest(
     layout: Layout,
     statistics: bool = False,
     sites: Collection[str] | None = None,
+    begins_after: str | None = None,
 ) -> Manifest:
     """Fix a run.
 
@@ -46,6 +47,7 @@ def make_manifest(
         layout: How they lie in the vector.
         statistics: Fix the run that learns the schema's unknown bounds, not the training.
         sites: Who takes part; None: the whole roster.
+        begins_after: The earlier run that `initial_model` is of; None: it is new.
 
     Raises:
         ConfigError: Too few sites, one that is not in the roster, or a strategy that this run cannot have.
@@ -91,7 +93,9 @@ def make_manifest(
         statistics=statistics,
         single_updates=strategy.single_updates,
         control_variates=strategy.control_variates,
+        begins_after=begins_after,
         sites_per_round=_per_round(experiment, strategy, members),
+        wait_seconds=experiment.sites.wait_seconds if isinstance(experiment, DeployedRun) else None,
     )
     admit_strategy(strategy, manifest)
     return manifest

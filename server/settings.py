@@ -29,7 +29,7 @@ class ServiceConfig:
         host: Address to bind; None: the endpoint's own host. The port is the endpoint's.
         at_once: How many runs may be under way at once; more wait.
         wait_for_all: Seconds that a run waits for all its sites; then the smallest cohort is enough to begin.
-        timeout: Seconds to wait for the replies of a step.
+        timeout: Seconds to wait for the replies of a step, where the run's manifest does not say.
         tell: Called with each event of note, for the operator; by one thread at a time.
     """
 

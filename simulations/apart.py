@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from confide.clients.cutoff import ReplyTime
 from confide.clients.membership import Membership
 from confide.clients.policy import SitePolicy
 from confide.clients.site import Site
@@ -92,6 +93,10 @@ class SiteApart:
         with suppress(ConfideError):  # a site that has left the run has nothing to show
             self._show(at.run)
         return reply
+
+    def note_reply(self, reply: ReplyTime) -> None:
+        """As `Site.note_reply`."""
+        self._site.note_reply(reply)
 
     def close(self) -> None:
         """Release the site's files, then the site."""

@@ -24,6 +24,7 @@ __all__ = [
     "KeysDestroyed",
     "LocalFault",
     "LocalRefusal",
+    "LocalReply",
     "LocalSnapshot",
     "MetricsReleased",
     "ModelReleased",
@@ -334,6 +335,19 @@ class LocalSnapshot(Record):
     training: int
     held_out: int
     attempts: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalReply(Record):
+    """Local: when a round's `train` reply was done, how much of that something was computed again for, when it was due
+    and when it left: milliseconds since its request. `left` after `deadline`: it was late, which is to be seen."""
+
+    KIND = "local_reply"
+    round: int
+    took: int
+    again: int
+    deadline: int
+    left: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

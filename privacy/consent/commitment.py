@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -68,8 +68,9 @@ class SnapshotCommitment:
 
     def __init__(self, keys: RoundKeys, members: Iterable[bytes], slots: int) -> None:
         self._keys = keys
-        own = [index_of(keys.opening, member) for member in members]
-        own += [index_of(keys.filling, number.to_bytes(8, "big")) for number in range(slots - len(own))]
+        index, filled = _prf(keys.opening), _prf(keys.filling)
+        own = [index(member) for member in members]
+        own += [filled(number.to_bytes(8, "big")) for number in range(slots - len(own))]
         self._leaves, self._shared = _sorted(own)
         self._root: bytes | None = None
 
@@ -158,14 +159,26 @@ def slots_for(population: int, members: int) -> int:
 
 def index_of(key: bytes, member: bytes) -> bytes:
     """PRF(key, member), 32 bytes."""
-    return hashlib.blake2b(member, key=key, digest_size=32).digest()
+    return _prf(key)(member)
+
+
+def _prf(key: bytes) -> Callable[[bytes], bytes]:
+    """PRF(key, ·). The key is taken in once, and copied for every member: that is a third of the work."""
+    keyed = hashlib.blake2b(key=key, digest_size=32)
+
+    def index(member: bytes) -> bytes:
+        taken = keyed.copy()
+        taken.update(member)
+        return taken.digest()
+
+    return index
 
 
 def _sorted(indices: Sequence[bytes]) -> tuple[list[bytes], list[int]]:
     """Leaves in order, and how many leading bits each shares with the next (the last: 0)."""
     if len(indices) < 2:
         return list(indices), [0] * len(indices)
-    first = np.frombuffer(b"".join(index[:8] for index in indices), dtype=">u8").astype(np.uint64)
+    first = np.frombuffer(b"".join(indices), dtype=">u8")[:: _BITS // 64].astype(np.uint64)
     order = np.argsort(first, kind="stable")
     ordered = [indices[place] for place in order.tolist()]
     shared = _leading_zeros(first[order][1:] ^ first[order][:-1])

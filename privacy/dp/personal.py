@@ -13,6 +13,7 @@ Invariants:
 
 5. Of a person who is *forgotten* nothing tells any more which charges held her: her name is taken off her place, and
    she counts as held by every charge that there is or will be. So her loss is never below what it was, nor starts anew.
+   Whoever is erased is forgotten, unless she has asked that it be *kept* which charges held her.
 
 Persons are known by a keyed digest; equal releases are counted together, so the work of a round is one pass over the
 persons for each kind of release, not for each charge.
@@ -51,6 +52,7 @@ CREATE TRIGGER IF NOT EXISTS person_no_return BEFORE INSERT ON person
   WHEN EXISTS (SELECT 1 FROM forgotten WHERE name = NEW.name) BEGIN SELECT RAISE(ABORT, 'was forgotten'); END;
 CREATE TRIGGER IF NOT EXISTS person_no_rename BEFORE UPDATE ON person
   WHEN EXISTS (SELECT 1 FROM forgotten WHERE name = NEW.name) BEGIN SELECT RAISE(ABORT, 'was forgotten'); END;
+CREATE TABLE IF NOT EXISTS kept (name BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TRIGGER IF NOT EXISTS held_no_update BEFORE UPDATE ON held BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER IF NOT EXISTS held_no_delete BEFORE DELETE ON held BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
@@ -134,6 +136,39 @@ class PersonalLosses:
         Raises:
             BudgetError: The disk does not take it, or another program is in the way: asking again finishes it.
         """
+        self._rename(names)
+        deadline = time.monotonic() + _PATIENCE
+        while not self._tidy():
+            if time.monotonic() > deadline:
+                raise BudgetError("a copy of a person's name may still lie in the write-ahead log",
+                                  where=str(self._path), hint="stop the programs that use the ledger, and erase "
+                                  "again to finish")  # fmt: skip
+            time.sleep(0.05)
+
+    def forget_erased(self, names: Sequence[bytes]) -> None:
+        """The same for those of these erased persons who were erased where this file was not at hand. Whatever else
+        reads the file is not waited for: a later call tidies up after it.
+
+        Raises:
+            BudgetError: The disk does not take it.
+        """
+        kept = {name for (name,) in self._db.execute("SELECT name FROM kept")}
+        if new := [name for name in names if name not in kept and name not in self._forgotten]:
+            self._rename(new)
+            self._tidy()
+
+    def keep(self, name: bytes) -> None:
+        """Note an erased person's wish that it be kept which charges held her.
+
+        Raises:
+            BudgetError: The disk does not take it.
+        """
+        try:
+            self._db.execute("INSERT OR IGNORE INTO kept VALUES (?)", (name,))
+        except sqlite3.Error as error:
+            raise self._unwritable(error) from None
+
+    def _rename(self, names: Sequence[bytes]) -> None:
         try:
             self._db.execute("PRAGMA secure_delete=ON")
             self._db.execute("BEGIN IMMEDIATE")
@@ -141,20 +176,26 @@ class PersonalLosses:
             # The place keeps its marks under a name that is nobody's: the chain over all marks holds.
             fresh = ((secrets.token_bytes(32), name) for name in names)
             self._db.executemany("UPDATE person SET name = ? WHERE name = ?", fresh)
+            self._db.executemany("DELETE FROM kept WHERE name = ?", ((name,) for name in names))
             self._db.execute("COMMIT")
-            deadline = time.monotonic() + _PATIENCE
-            while self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
-                if time.monotonic() > deadline:
-                    raise BudgetError("a copy of a person's name may still lie in the write-ahead log",
-                                      where=str(self._path), hint="stop the programs that use the ledger, and erase "
-                                      "again to finish")  # fmt: skip
-                time.sleep(0.05)
         except sqlite3.Error as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise self._unwritable(error) from None
         self._places = {n: p for p, n in self._db.execute("SELECT place, name FROM person")}
         self._forgotten |= set(names)
+
+    def _tidy(self) -> bool:
+        """Empty the write-ahead log, where nobody else reads at this instant."""
+        try:
+            self._db.execute("PRAGMA busy_timeout=0")
+            return not self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                return False
+            raise self._unwritable(error) from None
+        finally:
+            self._db.execute(f"PRAGMA busy_timeout={1000 * _PATIENCE:.0f}")
 
     def hold(self, charge: str, places: NDArray[np.int64]) -> None:
         """Note, durably, whom a charge held. Where it is computed again, everybody it ever held counts.

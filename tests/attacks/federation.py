@@ -351,7 +351,7 @@ class _Tampered:
 
     def __init__(self, site: Site, tamper: Callable[[str, Envelope, Envelope], Envelope | None]) -> None:
         self._site, self._tamper = site, tamper
-        self.policy = site.policy
+        self.policy, self.note_reply = site.policy, site.note_reply
 
     def handle(self, step: str, request: Envelope) -> Envelope:
         changed = self._tamper(self._site.name, request, self._site.handle(step, request))

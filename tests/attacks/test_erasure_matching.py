@@ -6,17 +6,21 @@ The attacker has the site key, her identifier, and the registry, the record of l
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from confide.clients.data.records import SiteRecords
+from confide.clients.exposure import describe_person
+from confide.clients.participants import ParticipantSource
+from confide.clients.sitefiles import SiteFiles
 from confide.clients.snapshots import SnapshotStore
-from confide.privacy.consent import ConsentEvent, EventType, Registry, SiteKey
-from confide.privacy.dp import PrivacyEvent, Role
+from confide.privacy.consent import ConsentEvent, EventType, Registry, SiteKey, now_micros
+from confide.privacy.dp import Ledger, PrivacyEvent, RenyiBudget, Role
 from confide.privacy.dp.personal import PersonalLosses
 from tests.cli.command import confide
 
@@ -94,17 +98,64 @@ def _closed(site: Site) -> Iterator[bytes]:
         yield from (p for (p,) in db.execute("SELECT pseudonym FROM consent_event WHERE type = 'erased'"))
 
 
-def test_an_erased_person_is_not_matched_by_the_rounds_that_held_her(site: Site) -> None:
-    erase(site, "--ledger", site.folder)
+@pytest.mark.parametrize(
+    "arguments", [lambda _: (), lambda site: ("--ledger", site.folder)], ids=["by default", "where the ledger is named"]
+)
+def test_an_erased_person_is_not_matched_by_the_rounds_that_held_her(
+    site: Site, arguments: Callable[[Site], tuple[str | Path, ...]]
+) -> None:
+    erase(site, *arguments(site))
     everybody = {site.pseudonyms[p] for p in GONE}
     assert all(set(matches(site, p)) == everybody for p in GONE), "nothing but that she is one of the erased"
     # What is left of those who were not erased, the control: their patterns are still there.
     assert all(charged_rounds(site, p) == HELD[p] for p in PEOPLE if p not in GONE)
 
 
-def test_the_control_without_the_ledger_every_one_is_matched(site: Site) -> None:
-    erase(site)
+def test_the_control_where_the_rounds_are_kept_every_one_is_matched(site: Site) -> None:
+    erase(site, "--keep-rounds")
     assert all(matches(site, p) == [site.pseudonyms[p]] for p in GONE)
+
+
+def test_a_site_finishes_what_was_erased_where_its_ledger_was_not_at_hand(site: Site) -> None:
+    """As in a registry that several sites of a hospital share: it is erased there, and the site starts later."""
+    with closing(Registry(site.folder / "consent.db", site.key)) as registry:
+        for person in GONE:
+            registry.erase(person)
+    assert all(matches(site, p) == [site.pseudonyms[p]] for p in GONE), "the control: until the site starts"
+    kept = GONE[-1]
+    assert confide("consent", "erase", kept, "--registry", site.folder, "--keep-rounds", "--json").code == 0
+    each, none = np.arange(len(PEOPLE)), np.zeros(len(PEOPLE), dtype=np.float32)
+    records = SiteRecords(none[:, None], none, each, each, PEOPLE)
+    for _ in range(2):
+        with (
+            closing(Registry(site.folder / "consent.db", site.key)) as registry,
+            closing(PersonalLosses(site.folder / "personal.db")) as losses,
+        ):
+            ParticipantSource(registry, site.key, records, losses, "research", 0.2, now_micros)
+            places = losses.enrol([site.key.locator(p) for p in PEOPLE])
+        assert [p for p, place in zip(PEOPLE, places, strict=True) if place == -1] == GONE[:-1]
+    assert all(charged_rounds(site, p) is None for p in GONE[:-1])
+    assert matches(site, kept) == [site.pseudonyms[kept]], "whoever asked that it be kept"
+    for path in site.folder.glob("personal.db*"):
+        assert all(path.read_bytes().count(site.key.locator(p)) <= 1 for p in GONE[:-1]), path.name
+
+
+def test_what_the_site_itself_says_of_the_erased_is_the_same_for_all_of_them(site: Site) -> None:
+    """ε is what the ledger, which anybody can check against the log, says at most; and no run is named."""
+    with closing(Ledger(site.folder / "ledger.db", RenyiBudget.for_limit(16.0, DELTA), "subject", 0.25)) as ledger:
+        for charge, event in CHARGES.items():
+            ledger.reserve(charge, event)
+        most = ledger.epsilon(Role.TRAIN)
+    files = SiteFiles.of("ash", site.folder, site.folder)
+    before = {p: describe_person(p, files) for p in PEOPLE}
+    assert {p: {r for run in before[p].runs for r in run.rounds} for p in PEOPLE} == HELD
+    erase(site)
+    after = {p: describe_person(p, files) for p in PEOPLE}
+    said = [replace(after[p], subject="", role="") for p in GONE]  # her role follows from the site key, for ever
+    assert all(one == said[0] for one in said)
+    assert (after[GONE[0]].runs, after[GONE[0]].forgotten) == ([], True)
+    assert after[GONE[0]].epsilon == pytest.approx(most)
+    assert all(after[p] == before[p] for p in PEOPLE if p not in GONE), "what others are told is what it was"
 
 
 def test_no_file_tells_in_which_order_or_under_which_place_she_was(site: Site) -> None:
@@ -159,11 +210,13 @@ def test_neither_a_program_nor_a_hand_gives_her_a_fresh_place(site: Site) -> Non
                 db.execute(statement, values)
 
 
-def test_erasing_again_with_the_ledger_finishes_what_an_erasure_without_it_left(site: Site) -> None:
-    erase(site)
+def test_erasing_again_finishes_what_an_erasure_that_kept_the_rounds_left(site: Site) -> None:
+    erase(site, "--keep-rounds")
     erase(site, "--ledger", site.folder)
     again = confide("consent", "erase", GONE[0], "--registry", site.folder, "--ledger", site.folder, "--json")
     assert again.last_line == {"subject": GONE[0], "events": 0, "already": True, "forgotten": True}
+    kept = confide("consent", "erase", GONE[0], "--registry", site.folder, "--keep-rounds", "--json")
+    assert kept.last_line == again.last_line, "what is destroyed cannot be kept"
     assert all(charged_rounds(site, p) is None for p in GONE)
     answer = confide("consent", "erase", PEOPLE[4], "--registry", site.folder, "--yes", "--ledger", site.folder / "no")
     assert answer.code == 2

@@ -20,14 +20,16 @@ from cryptography.hazmat.primitives import serialization
 
 from benchmarks.deployment_demo import SITES, WORDS, Demo, ok
 from confide.cli.server import write_model
+from confide.clients import cutoff
 from confide.clients.agent import _Process
 from confide.clients.app import make_client_app
 from confide.clients.assembly import open_site
 from confide.clients.backup import REGISTRY_COPY
+from confide.clients.cutoff import ReplyTime
 from confide.clients.service import agent_config, alone
 from confide.config import SchemaConfig
 from confide.config.run import load_run
-from confide.errors import AuditError, ConfideError, ConfigError, ConsentError, PolicyError, SealingError
+from confide.errors import AuditError, ConfideError, ConfigError, ConsentError, PeerError, PolicyError, SealingError
 from confide.privacy.files import write_private
 from confide.protocol.keyfiles import PASSPHRASE, PASSPHRASE_FILE, is_encrypted, site_key
 from confide.protocol.manifest import Manifest
@@ -92,6 +94,7 @@ def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
     folder = tmp_path_factory.mktemp("federation")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEMO_DATABASE", f"sqlite:///{folder / 'visits.db'}")
+        patch.setattr(cutoff, "_wait_until", lambda _: None)  # sites pad their replies; nobody here looks at the time
         yield Operated(folder)
 
 
@@ -147,10 +150,15 @@ def test_a_folder_that_does_not_hold_together_opens_no_site(
 
 
 @pytest.fixture(scope="module")
-def database() -> Iterator[str]:
-    """An empty PostgreSQL database's URL."""
+def database_server() -> Iterator[Path]:
     with postgres.server() as folder:
-        yield postgres.new_database(folder, "consent")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def database(database_server: Path) -> str:
+    """An empty PostgreSQL database's URL."""
+    return postgres.new_database(database_server, "consent")
 
 
 def test_a_sites_registry_may_lie_in_postgresql(
@@ -191,6 +199,107 @@ def test_a_sites_registry_may_lie_in_postgresql(
     purpose = operated.manifest.purpose
     assert confide("consent", "withdraw", someone, "--purpose", purpose, "--registry", database, *keyed).code == 0
     assert sum(consenting()[0]) == sum(in_file[0]) - 1
+
+
+# --- what a site tells one person, and its consent officer ------------------------------------------------------------
+
+
+def persons_of(operated: Operated, site: Path) -> tuple[list[str], list[str]]:
+    """Whom both runs trained on, and whom they evaluated on."""
+    opened = open_site(str(site), WORDS)
+    try:
+        found = opened.participants(operated.manifest)
+        names = opened.records.persons
+        return [names[i] for i in np.flatnonzero(found.train)], [names[i] for i in np.flatnonzero(found.held_out)]
+    finally:
+        opened.close()
+
+
+def exposure(operated: Operated, site: Path, person: str) -> dict[str, Any]:
+    return dict(ok("audit", "exposure", person, site, *operated.secret, "--json").last_line)
+
+
+def impact(operated: Operated, site: Path, *arguments: str) -> dict[str, Any]:
+    return dict(ok("consent", "impact", *arguments, "--site", site, *operated.secret, "--json").last_line)
+
+
+@pytest.mark.parametrize("where", ["file", "postgresql"])
+def test_a_site_answers_one_person_about_all_its_runs(
+    operated: Operated, site: Path, where: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    if where == "postgresql":
+        url = postgres.new_database(request.getfixturevalue("database_server"), "persons")
+        ok("consent", "copy", site / "consent.db", url)
+        (site / "consent.db").unlink()
+        monkeypatch.setenv("OUR_REGISTRY", url)
+        edit(site, lambda tree: tree["folders"].update(consent="env:OUR_REGISTRY"))
+    train, held_out = persons_of(operated, site)
+    for person, role, rounds in ((train[0], "train", [1, 2]), (held_out[0], "held_out", [3])):
+        found = exposure(operated, site, person)
+        assert (found["site"], found["role"], found["decisions"]) == (
+            "dayton", role, [{"purpose": operated.manifest.purpose, "status": "given"}],
+        )  # fmt: skip
+        assert [run["run"] for run in found["runs"]] == operated.runs
+        for run, released in zip(found["runs"], operated.released, strict=True):
+            assert (run["rounds"], run["model"], run["purpose"]) == (rounds, released.model, operated.manifest.purpose)
+            assert run["recipients"][0] == "sites fitchburg, seattle: sums over the cohort"
+            assert 0 < run["epsilon"] < found["epsilon"] <= 8
+        told = impact(operated, site, person)
+        assert [(r["site"], r["run"], r["rounds"], r["model"]) for r in told["runs"]] == [
+            ("dayton", run, rounds, released.model)
+            for run, released in zip(operated.runs, operated.released, strict=True)
+        ]
+    page = tmp_path / "answer.html"
+    ok("audit", "exposure", train[0], site, *operated.secret, "--out", page)
+    assert all(run in page.read_text() for run in operated.runs)
+    assert not exposure(operated, site, "nobody")["known"]
+
+
+def test_an_officer_sees_what_those_who_have_left_took_part_in(operated: Operated, site: Path) -> None:
+    train, _ = persons_of(operated, site)
+    since = dt.datetime.now(dt.UTC).isoformat()
+    at = ("--registry", site, *operated.secret)
+    ok("consent", "withdraw", train[0], "--purpose", operated.manifest.purpose, *at)
+    ok("consent", "erase", train[1], "--yes", *at)
+    found = impact(operated, site, "--since", since)
+    assert (found["persons"], [r["persons"] for r in found["runs"]]) == (2, [2, 2])
+    words = ok("consent", "impact", "--since", since, "--site", site, *operated.secret).words
+    assert "confide run start RUN.toml --retrain-after NAME" in words
+    # An erasure at a site's own folder finds the ledger by itself: nobody is told any more which rounds held her.
+    gone, left = exposure(operated, site, train[1]), exposure(operated, site, train[0])
+    assert (gone["erased"], gone["forgotten"], gone["runs"]) == (True, True, [])
+    assert gone["epsilon"] >= left["epsilon"] > 0
+    assert [run["run"] for run in left["runs"]] == operated.runs
+    opened = open_site(str(site), WORDS)
+    opened.close()
+
+
+def test_one_persons_part_in_a_round_of_a_deployed_run_is_proved(
+    operated: Operated, exported: Path, tmp_path: Path
+) -> None:
+    train, _ = persons_of(operated, site := operated.demo.sites["dayton"])
+    at = ("--party", "dayton", "--site", site, *operated.secret, "--run", operated.run)
+    for person, round_ in ((train[0], "1"), (train[0], "2")):
+        ok("audit", "prove", exported, "--person", person, "--round", round_, *at, "--out", tmp_path / "proof.json")
+        told = ok("audit", "verify", tmp_path / "proof.json", "--json").last_line
+        assert (told["person"]["run"], told["person"]["round"], told["person"]["role"]) == (
+            operated.run, int(round_), "train",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "code"), [
+    (("audit", "exposure", "ann", "{site}"), 2), (("audit", "exposure", "ann", "{site}", "--ledger", "{site}"), 2),
+    (("consent", "impact", "ann", "--site", "{site}", "--run", "{site}"), 2), (("consent", "impact", "ann"), 2),
+    (("consent", "impact", "ann", "--site", "{empty}"), 2), (("audit", "exposure", "ann", "{empty}"), 2),
+])  # fmt: skip
+def test_questions_about_persons_that_have_no_answer_are_refused(
+    site: Path, tmp_path: Path, arguments: tuple[str, ...], code: int
+) -> None:
+    (tmp_path / "empty").mkdir()
+    answer = confide(*(a.format(site=site, empty=tmp_path / "empty") for a in arguments))
+    assert answer.code == code
+    assert "→" in answer.err
 
 
 def test_a_site_without_its_key_makes_no_other(site: Path) -> None:
@@ -244,6 +353,32 @@ def test_a_site_that_is_ready_passes_every_look(operated: Operated, site: Path) 
     shown = ok("site", "check", site, *operated.secret)
     assert "at least 20 consenting subjects" in shown.words
     assert str(PEOPLE * 17 // 20) not in shown.words, "never how many"
+
+
+def said_of_replies(site: Path, *secret: str | Path) -> tuple[str, str]:
+    done = confide("site", "check", site, *secret, "--json")
+    (found,) = (f for f in done.last_line["findings"] if f["check"] == "reply times")
+    assert found["code"] == 0
+    return found["state"], found["said"] + found["todo"]
+
+
+def test_reply_times_are_looked_at(operated: Operated, site: Path) -> None:
+    state, said = said_of_replies(site, *operated.secret)
+    assert (state, "multiples of 1 s; the longest of the latest 6 rounds took" in said) == ("ok", True), said
+    edit(site, lambda t: t["policy"].update(reply_seconds=3600))
+    state, said = said_of_replies(site, *operated.secret)
+    assert (state, "a run waits 3600 s" in said) == ("warn", True)
+    edit(site, lambda t: t["policy"].update(reply_seconds=0))
+    state, said = said_of_replies(site, *operated.secret)
+    assert (state, "write reply_seconds = 1 into" in said) == ("warn", True)
+    edit(site, lambda t: t["policy"].pop("reply_seconds"))
+    opened = open_site(str(site), WORDS)
+    for left, expected in ((2.0, "ok"), (3.0, "warn")):
+        opened.note_reply(ReplyTime(run="r", round=1, again=1.0, took=left - 0.5, deadline=2.0, left=left))
+        state, said = said_of_replies(site, *operated.secret)
+        assert (state, "1 of the latest 8 replies left after their deadline" in said) == (expected, left > 2)
+    opened.close()
+    assert "reply_seconds = 8 hides more" in said
 
 
 def _no_table(site: Path) -> None:
@@ -598,6 +733,113 @@ def test_a_sites_log_goes_on_under_its_new_key_and_verification_follows_the_rost
     assert (after / "logs" / "dayton.log").read_bytes().startswith(log)
     shutil.copy(before / "logs" / "roster.json", after / "logs")
     assert confide("audit", "verify", after).code == AuditError.exit_code, "without the rotation nobody knows the key"
+
+
+# --- a run after another ----------------------------------------------------------------------------------------------
+
+
+def run_file(federation: Operated, name: str, **sections: dict[str, Any]) -> Path:
+    """What the earlier runs asked for, in one round, at less ε."""
+    tree = tomllib.loads((federation.demo.folder / "short.toml").read_text())
+    small = {"run": {"name": name, "rounds": 1, "report_metrics_every": 1}, "privacy": {"epsilon": 0.5}}
+    for section, values in (*small.items(), *sections.items()):
+        tree[section] = {**tree[section], **values}
+    path = federation.demo.folder / f"{name}.toml"
+    path.write_text(to_toml(tree))
+    return path
+
+
+def start(federation: Operated, path: Path, *arguments: str) -> Any:
+    return confide("run", "start", path, "--federation", federation.fed, *arguments, "--json")
+
+
+def keep_released(federation: Operated) -> Path:
+    """As the service leaves it when a run ends."""
+    place = federation.fed / "runs" / federation.run
+    place.mkdir(parents=True)
+    write_model(place, federation.manifest, federation.released[0])
+    (place / "result.json").write_text(json.dumps(finished(federation.manifest, federation.released[0])))
+    return place
+
+
+def test_a_model_is_trained_anew_without_whoever_has_left(operated: Operated, tmp_path: Path) -> None:
+    later = moved(operated, tmp_path / "later")
+    train, _ = persons_of(later, site := later.demo.sites["dayton"])
+    gone, stayed = train[:2]
+    ok("consent", "withdraw", gone, "--purpose", later.manifest.purpose, "--registry", site, *later.secret)
+    told = start(later, run_file(later, "anew"), "--retrain-after", later.run)
+    assert (told.code, told.last_line["begins_after"]) == (0, later.run), told.err
+    manifest, weights = later.load(run := told.last_line["run"])
+    assert np.array_equal(weights, later.load(later.run)[1])
+    assert (manifest.begins_after, manifest.initial_model) == (later.run, later.manifest.initial_model)
+    released = later._drive(run)
+    assert not np.array_equal(released.weights, later.released[0].weights)
+    assert finished(manifest, released)["begins_after"] == later.run
+    assert [r["run"] for r in exposure(later, site, gone)["runs"]] == later.runs
+    assert [r["run"] for r in exposure(later, site, stayed)["runs"]] == [*later.runs, run]
+    assert later.demo.status(run)["begins_after"] == later.run
+    assert "not erasure" in ok("run", "start", run_file(later, "more"), "--federation", later.fed, "--retrain-after",
+                               later.run).words  # fmt: skip
+
+
+def test_a_run_goes_on_from_a_released_model_and_a_later_one_goes_back_to_it(
+    operated: Operated, tmp_path: Path
+) -> None:
+    """The last model before somebody's first exposure is the one that the first run that held her began with."""
+    later = moved(operated, tmp_path / "later")
+    place = keep_released(later)
+    told = start(later, run_file(later, "on"), "--go-on-from", later.run)
+    assert told.code == 0, told.err
+    manifest, weights = later.load(run := told.last_line["run"])
+    assert np.array_equal(weights, later.released[0].weights)
+    assert (manifest.initial_model, manifest.begins_after) == (later.released[0].model, later.run)
+    assert start(later, run_file(later, "early"), "--retrain-after", run).code == 2, "it has not ended"
+    later._drive(run)
+    told = start(later, run_file(later, "back"), "--retrain-after", run)
+    manifest, weights = later.load(told.last_line["run"])
+    assert (manifest.initial_model, manifest.begins_after) == (later.released[0].model, run)
+    later._drive(manifest.run)
+    model = place / "model.safetensors"
+    write_model(place, operated.load(operated.runs[1])[0], operated.released[1])
+    assert start(later, run_file(later, "other"), "--go-on-from", later.run).code == 2, "another run's model"
+    model.unlink()
+    assert start(later, run_file(later, "none"), "--go-on-from", later.run).code == 2
+
+
+@pytest.mark.parametrize(("sections", "arguments"), [
+    ({"run": {"purpose": "research/other"}}, ("--retrain-after", "{run}")),
+    ({"model": {"kind": "mlp", "hidden": [4]}}, ("--retrain-after", "{run}")),
+    ({}, ("--retrain-after", "nobody")), ({}, ("--retrain-after", "")), ({}, ("--go-on-from", "../{run}")),
+    ({}, ("--retrain-after", "{run}", "--go-on-from", "{run}")),
+])  # fmt: skip
+def test_no_run_begins_after_what_is_not_its_like(
+    operated: Operated, sections: dict[str, Any], arguments: tuple[str, ...]
+) -> None:
+    before = ok("run", "status", "--federation", operated.fed, "--json").last_line
+    asked = [a.format(run=operated.run) for a in arguments]
+    assert start(operated, run_file(operated, "unlike", **sections), *asked).code == 2
+    assert ok("run", "status", "--federation", operated.fed, "--json").last_line == before
+
+
+def test_sites_refuse_a_beginning_that_is_not_what_its_manifest_says(operated: Operated, tmp_path: Path) -> None:
+    later, wrong = moved(operated, tmp_path / "later"), []
+    asked = load_run(run_file(later, "liar"))
+    roster = FederationFolder(later.fed).state.roster
+    assert roster is not None
+    for name, after in (("control", None), ("liar", later.run)):
+        weights = later.load(later.run)[1] + np.float32(1)
+        manifest = make_manifest(asked, roster=roster, schema=asked.schema_, initial_model=weights,
+                                 layout=later.manifest.layout, begins_after=after)  # fmt: skip
+        store = RunStore(run_store(later.fed))
+        store.submit(manifest.run, manifest.to_bytes(), weights.astype("<f4").tobytes())
+        store.close()
+        try:
+            later._drive(manifest.run)
+        except PeerError:
+            wrong.append(name)
+    assert wrong == ["liar"]
+    refusals = ok("site", "status", later.demo.sites["dayton"], "--json").last_line["refusals"]
+    assert f"does not begin with a model of run {later.run}" in refusals[-1]["reason"]
 
 
 # --- backup and restore -----------------------------------------------------------------------------------------------

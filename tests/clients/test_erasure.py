@@ -21,7 +21,8 @@ EVENT = PrivacyEvent(
 )  # fmt: skip
 
 
-def test_a_site_whose_table_still_holds_an_erased_person_goes_on_without_her(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_site_whose_table_still_holds_an_erased_person_goes_on_without_her(tmp_path: Path, kept: bool) -> None:
     tree = experiment_tree(
         str(write_people(tmp_path, people=12)), run={"rounds": 3}, sites={"min_subjects": 2},
         training={"local_steps": 1}, privacy={"sample_rate": 1.0}, sealing={"profile": "masked"},
@@ -41,7 +42,8 @@ def test_a_site_whose_table_still_holds_an_erased_person_goes_on_without_her(tmp
         trained = watch.of("train", site="ash", rounds=range(1, 2))
         person, other = min(trained), max(trained)
         at_ash = ("--registry", out / "sites" / "ash", "--key", out / "ledgers" / "ash" / "site.key")
-        assert confide("consent", "erase", person, "--yes", *at_ash).code == 0
+        wish = ("--keep-rounds",) if kept else ()
+        assert confide("consent", "erase", person, "--yes", *wish, *at_ash).code == 0
         watch.on_round, watch.readings = lambda _seen: None, []
         product.simulate(out=out, resume=True)
     assert person not in watch.of()
@@ -49,9 +51,10 @@ def test_a_site_whose_table_still_holds_an_erased_person_goes_on_without_her(tmp
     assert confide("audit", "verify", out).code == 0
     gone, still = (confide("audit", "exposure", p, out, "--json").last_line for p in (person, other))
     assert (gone["known"], gone["erased"], gone["consent"], gone["decisions"]) == (True, True, [], [])
-    assert [run["rounds"] for run in gone["runs"]] == [[1]]
+    assert [run["rounds"] for run in gone["runs"]] == ([[1]] if kept else [])
     assert (still["erased"], [run["rounds"] for run in still["runs"]]) == (False, [[1, 2, 3]])
-    assert 0 < gone["epsilon"] < still["epsilon"]
+    assert 0 < gone["epsilon"] < still["epsilon"] if kept else gone["epsilon"] >= still["epsilon"] > 0
+    assert gone["forgotten"] != kept
     shown = confide("audit", "exposure", person, out, "--out", tmp_path / "page.html")
     assert "erased" in shown.out
     assert "to withdraw" not in shown.out

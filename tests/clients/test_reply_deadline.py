@@ -4,6 +4,7 @@ moves as training does; nothing here waits or measures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from confide.clients import app, cutoff
+from confide.config.site import REPLY_SECONDS
 from confide.errors import BudgetError, ConsentError, SealingError
+from confide.privacy.audit.log import stored_entries
+from confide.privacy.audit.records import LocalReply
 from tests.clients.test_consent_decides import withdraw
 from tests.clients.test_withdrawals import ROUNDS, leaving, observe
 from tests.clients.watching import TrainCall, Watch
@@ -36,8 +40,17 @@ class Clock:
         self.now = instant
 
 
-def spans(folder: Path, every: float, leave: Callable[[pytest.MonkeyPatch, Watch], None]) -> list[float]:
-    """How long each request to train was held, at `ash`; one that trains nothing is the last."""
+def spans(
+    folder: Path, every: float, leave: Callable[[pytest.MonkeyPatch, Watch], None], again: float = TRAINING
+) -> list[float]:
+    """How long each request to train was held, at `ash`; one that trains nothing is the last.
+
+    Args:
+        folder: New; the run's.
+        every: The sites' `reply_seconds`.
+        leave: Who leaves, and when.
+        again: How long it takes to train what is trained again.
+    """
     found = list[float]()
     folder.mkdir()
 
@@ -47,7 +60,7 @@ def spans(folder: Path, every: float, leave: Callable[[pytest.MonkeyPatch, Watch
         site = [""]
 
         def slow(seen: Watch, name: str, call: TrainCall) -> Any:
-            clock.now += TRAINING
+            clock.now += TRAINING if seen.attempts[seen.round, name] == 1 else again
             site[0] = name
             return on_train(seen, name, call)
 
@@ -58,9 +71,9 @@ def spans(folder: Path, every: float, leave: Callable[[pytest.MonkeyPatch, Watch
                 member.policy = replace(member.policy, reply_seconds=every)
 
         @contextmanager
-        def seen_released(seconds: float) -> Iterator[None]:
+        def seen_released(*arguments: Any) -> Iterator[None]:
             started = clock.now
-            with real(seconds):
+            with real(*arguments):
                 yield
             if site[0] == "ash" and clock.now > started:
                 found.append(clock.now - started)
@@ -74,9 +87,6 @@ def spans(folder: Path, every: float, leave: Callable[[pytest.MonkeyPatch, Watch
 
 
 def test_a_withdrawal_before_the_cut_off_does_not_move_the_reply(tmp_path: Path) -> None:
-    def nobody(_patch: pytest.MonkeyPatch, _watch: Watch) -> None:
-        pass
-
     person = min(observe_persons(tmp_path))
     gone = leaving("before the cut-off", withdraw, person)
     assert spans(tmp_path / "a", 60.0, nobody) == spans(tmp_path / "b", 60.0, gone) == [60.0] * ROUNDS
@@ -85,6 +95,61 @@ def test_a_withdrawal_before_the_cut_off_does_not_move_the_reply(tmp_path: Path)
     assert spans(tmp_path / "d", 0.0, leaving("before the cut-off", withdraw, person)) == [
         TRAINING, 2 * TRAINING, TRAINING,
     ]  # fmt: skip
+
+
+def nobody(_patch: pytest.MonkeyPatch, _watch: Watch) -> None:
+    """Nobody leaves."""
+
+
+def test_what_a_site_does_by_default_hides_a_recomputation_of_any_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round takes ten times the span, and leaves in time to be computed twice, whether or not it is."""
+    person = min(observe_persons(tmp_path))
+    assert spans(tmp_path / "a", REPLY_SECONDS, nobody) == [2 * TRAINING] * ROUNDS
+    assert (
+        spans(tmp_path / "b", REPLY_SECONDS, leaving("before the cut-off", withdraw, person)) == [2 * TRAINING] * ROUNDS
+    )
+    # The control: without that time the next multiple of the span tells that a round was computed again.
+    monkeypatch.setattr(cutoff, "_HEADROOM", 1.0)
+    assert spans(tmp_path / "c", REPLY_SECONDS, nobody) == [TRAINING] * ROUNDS
+    assert spans(tmp_path / "d", REPLY_SECONDS, leaving("before the cut-off", withdraw, person)) == [
+        TRAINING,
+        2 * TRAINING,
+        TRAINING,
+    ]
+
+
+def test_what_is_late_leaves_at_the_next_multiple_and_the_local_log_says_so(tmp_path: Path) -> None:
+    person = min(observe_persons(tmp_path))
+    for folder, again, left in (("a", TRAINING + 1, 24), ("b", 25.5, 36)):
+        gone = leaving("before the cut-off", withdraw, person)
+        assert spans(tmp_path / folder, 6.0, gone, again) == [24.0, left, 24.0], "21 s leave with the others, 35.5 late"
+        log = tmp_path / folder / "out" / "sites" / "ash" / "local.db"
+        told = [e for e, _ in stored_entries(log) if isinstance(e, LocalReply)][:ROUNDS]
+        assert [(e.round, e.deadline, e.left) for e in told] == [
+            (1, 24_000, 24_000), (2, 24_000, 1000 * left), (3, 24_000, 24_000),
+        ]  # fmt: skip
+        assert [e.took for e in told if not e.again] == [10_000] * 2
+        assert not [e for e, _ in stored_entries(log.with_name("federated.db")) if isinstance(e, LocalReply)]
+
+
+@given(st.floats(0.01, 1e5), st.floats(0.1, 1e4), st.floats(0, 1))
+def test_a_round_that_is_computed_again_leaves_when_it_would_have_left_otherwise(
+    took: float, every: float, again: float
+) -> None:
+    """Whatever the span: as long as the second computation takes no longer than the whole round."""
+    left = list[float]()
+    for more in (0.0, again * took):
+        with pytest.MonkeyPatch.context() as patch:
+            clock = Clock(patch)
+            with cutoff.released_at_deadline(every):
+                reply = cutoff._answering.get()
+                assert reply is not None
+                reply.again = more
+                clock.now += took + more
+            left.append(clock.now)
+    assert left[1] == pytest.approx(left[0]) or math.isclose((2 * took) % every, 0, abs_tol=1e-6 * every), "at an edge"
 
 
 def observe_persons(folder: Path) -> set[str]:

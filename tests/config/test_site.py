@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from confide.clients.policy import SitePolicy
 from confide.clients.training.code import package_digest
 from confide.config import ModelConfig
-from confide.config.site import load_site, site_template
+from confide.config.site import REPLY_SECONDS, load_site, site_template
 from confide.errors import ConfigError, PolicyError
 from confide.privacy.audit import records as audit
 from tests.attacks.federation import is_refusal, open_federation, refusal_of
@@ -44,6 +44,14 @@ def test_the_template_is_read_and_allows_nothing() -> None:
         else line for line in text.splitlines()
     )  # fmt: skip
     assert SitePolicy.of(load_site(tomllib.loads(everything))).profiles == {"sealed"}, "its commented lines are valid"
+
+
+def test_replies_are_padded_unless_the_operator_says_that_they_are_not() -> None:
+    template = tomllib.loads(site_template("ash", "heart", 40, coordinator_key=KEY))
+    assert template["policy"]["reply_seconds"] == REPLY_SECONDS > 0
+    assert SitePolicy.of(load_site(template)).reply_seconds == REPLY_SECONDS
+    assert SitePolicy.of(load_site(tree())).reply_seconds == REPLY_SECONDS, "a site.toml that an earlier version wrote"
+    assert SitePolicy.of(load_site(tree(reply_seconds=0))).reply_seconds == 0
 
 
 def test_without_the_coordinators_key_there_is_no_policy() -> None:
@@ -112,6 +120,7 @@ LINES: list[tuple[dict[str, Any], str]] = [
     ({"held_out": 0.5}, "site.toml [policy] held_out"),
     ({"population": 41}, "site.toml [policy] population"),
     ({"max_sites_per_subject": 2}, "site.toml [policy] max_sites_per_subject"),
+    ({"reply_seconds": 60.0}, "site.toml [policy] reply_seconds"),
     ({"coordinator_key": b"x" * 32}, "site.toml [policy] coordinator_key"),
     ({"federation": "another"}, "site.toml federation"),
 ]
@@ -123,7 +132,7 @@ def test_a_refusal_names_the_line_of_policy_and_stands_in_both_logs_of_the_site(
         allowed = site.policy
         for number, (changes, line) in enumerate(LINES):
             federation.set_policy("ash", **{k: v for k, v in changes.items() if k != "coordinator_key"})
-            made = federation.manifest.model_copy(update={"run": f"run-{number}"})
+            made = federation.manifest.model_copy(update={"run": f"run-{number}", "wait_seconds": 60})
             if "coordinator_key" in changes:
                 made = made.model_copy(update={"coordinator_key": "00" * 32})
             answer = refusal_of(federation.join(["ash"], made)["ash"])
@@ -134,7 +143,8 @@ def test_a_refusal_names_the_line_of_policy_and_stands_in_both_logs_of_the_site(
             local = [e for e in site.local_log.entries() if isinstance(e, audit.LocalRefusal)]
             assert line in local[-1].reason
             site.policy = allowed
-        made = federation.manifest.model_copy(update={"run": "good"})
+        federation.set_policy("ash", reply_seconds=59.0)
+        made = federation.manifest.model_copy(update={"run": "good", "wait_seconds": 60})
         assert not is_refusal(federation.join(["ash"], made)["ash"]), "the control"
 
 

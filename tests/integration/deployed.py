@@ -149,7 +149,7 @@ def open_site(folder: str, name: str, passphrase: str | None = None) -> Any:
         held_out=experiment.data.held_out, min_sites=experiment.sites.min_sites,
         min_subjects=experiment.sites.min_subjects, population=sources.population[name],
         epsilon_limit=privacy.site_epsilon_limit, delta=privacy.delta, release=True,
-        local_steps_limit=experiment.training.local_steps,
+        local_steps_limit=experiment.training.local_steps, reply_seconds=kept["reply_seconds"],
     )  # fmt: skip
     chain = (SignedRoster.model_validate_json(kept["roster"]),)
     me = chain[-1].roster.member(name)
@@ -175,9 +175,12 @@ class Deployment:
         folder: Where everything lies.
         tree: The experiment.
         passphrase: Of the sites' vaults; None: run keys in memory only.
+        reply_seconds: The span in which the sites answer training.
     """
 
-    def __init__(self, folder: Path, tree: Mapping[str, Any], passphrase: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, tree: Mapping[str, Any], passphrase: str | None = None, reply_seconds: float = 0.0
+    ) -> None:
         from confide.config import load_experiment
         from confide.simulations.sources import load_sources
         from confide.simulations.world import World
@@ -188,7 +191,7 @@ class Deployment:
                       folder / "logs")  # fmt: skip
         self.names = list(world.sites)
         kept = {
-            "tree": dict(tree),
+            "tree": dict(tree), "reply_seconds": reply_seconds,
             "identities": {name: site.identity.key.private_bytes_raw().hex() for name, site in world.sites.items()},
             "coordinator": world.coordinator.key.private_bytes_raw().hex(),
             "coordinator_key": world.coordinator.public_key.hex(),
@@ -286,9 +289,9 @@ def wait_until(condition: Callable[[], bool], what: str, patience: float = PATIE
 
 @contextmanager
 def deployment(folder: Path, sites: int = 3, people: int = 60, passphrase: str | None = None,
-               **sections: dict[str, Any]) -> Iterator[Deployment]:  # fmt: skip
+               reply_seconds: float = 0.0, **sections: dict[str, Any]) -> Iterator[Deployment]:  # fmt: skip
     """A federation over a slice of RAND, with nothing started."""
-    with Deployment(folder, rand_tree(folder, sites, people, **sections), passphrase) as made:
+    with Deployment(folder, rand_tree(folder, sites, people, **sections), passphrase, reply_seconds) as made:
         yield made
 
 

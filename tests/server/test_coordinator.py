@@ -407,6 +407,20 @@ def test_a_late_answer_is_waited_for_until_the_timeout(
     assert faults(federation) == ([] if waited else [(step, 2, "birch", "no answer in time")])
 
 
+def test_the_manifest_says_how_long_is_waited(
+    federation: Federation, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(exchange_module, "time", clock)
+    federation.world.manifest = federation.world.manifest.model_copy(update={"wait_seconds": 60})
+    grid = federation.grid()
+    grid.__class__ = LateGrid
+    grid.late, grid.clock, grid.asked = ("train", 2, 90.0), clock, {}  # type: ignore[attr-defined]
+    federation.coordinator(grid, after_round=script.outcomes.append, timeout=1000.0).run()
+    assert "birch" not in script.cohorts()[1]
+    assert 60 <= clock.now < 61
+
+
 # --- hostile replies --------------------------------------------------------------------------------------------------
 
 #: What arrives in place of a sealed update, and what the coordinator notes of it.

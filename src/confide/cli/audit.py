@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from confide.cli.render import Display, err, number, out, plain, show_json, table, when
+from confide.cli.site_setup import PassphraseFile
 from confide.errors import AuditError, ConfigError
 
 if TYPE_CHECKING:
@@ -133,10 +134,14 @@ def prove(
         str | None, typer.Option(help="Or a person's part in --round, by identifier. Run at the site.")
     ] = None,
     round_: Annotated[int | None, typer.Option("--round", help="The round that --person is about.")] = None,
+    site: Annotated[
+        Path | None, typer.Option("--site", help="The folder of the deployed site that --person is about.")
+    ] = None,
     ledger: Annotated[
         Path | None, typer.Option(help="The sites' ledger folder. Default: ledgers/ in the folder.")
     ] = None,
     run: _Run = None,
+    passphrase_file: PassphraseFile = None,
     out_file: Annotated[Path, typer.Option("--out", help="The proof file.")] = Path("proof.json"),
     as_json: _Json = False,
 ) -> None:
@@ -145,10 +150,11 @@ def prove(
     `confide audit verify FILE` checks it.
     """
     from confide.clients.attest import attest
-    from confide.clients.exposure import SiteFiles
+    from confide.clients.sitefiles import SiteFiles
     from confide.privacy.audit.participation import find_snapshot
     from confide.privacy.audit.proof import find_charge, make_proof
     from confide.privacy.audit.verify import verify as check
+    from confide.protocol.keyfiles import passphrase_from
     from confide.protocol.rosterbook import RosterBook
 
     if sum(given is not None for given in (entry, charge, person)) != 1 or (person is None) != (round_ is None):
@@ -157,7 +163,10 @@ def prove(
     evidence = check(folder, run=run, rosters=RosterBook.read(folder))
     if person is not None and round_ is not None:
         number = find_snapshot(evidence, party, round_)
-        files = SiteFiles.of(party, folder / "sites" / party, (ledger or folder / "ledgers") / party)
+        if site is not None:
+            files = SiteFiles.deployed(site, passphrase_from(passphrase_file))
+        else:
+            files = SiteFiles.of(party, folder / "sites" / party, (ledger or folder / "ledgers") / party)
         data = attest(person, round_, evidence, files)
     else:
         number = entry if entry is not None else find_charge(evidence, party, charge or "")
@@ -203,25 +212,23 @@ def export(folder: _Folder, as_json: _Json = False) -> None:
 @app.command("exposure")
 def exposure(
     subject: Annotated[str, typer.Argument(help="The person's identifier, as in the site's table.")],
-    folder: _Folder,
+    folder: Annotated[Path, typer.Argument(help="The site's folder (site.toml), or a simulated run's output folder.")],
     ledger: Annotated[
-        Path | None, typer.Option(help="The sites' ledger folder. Default: ledgers/ in the folder.")
+        Path | None, typer.Option(help="A simulated run's ledger folder. Default: ledgers/ in the folder.")
     ] = None,
     site: Annotated[
         str | None, typer.Option(help="Whose answer, where several sites hold her. Default: the first that does.")
     ] = None,
+    passphrase_file: PassphraseFile = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="Also write the answer as a page.")] = None,
     as_json: _Json = False,
 ) -> None:
     """Answer one person (GDPR Art. 15): purposes, rounds, models, ε, recipients, how to withdraw. Run at the site."""
-    from confide.clients.exposure import SiteFiles, describe_person, write_person
+    from confide.clients.exposure import describe_person, write_person
+    from confide.clients.sitefiles import sites_of
+    from confide.protocol.keyfiles import passphrase_from
 
-    ledgers = ledger or folder / "ledgers"
-    sites = sorted(p for p in (folder / "sites").glob("*") if (p / "consent.db").is_file())
-    if not sites:
-        raise ConfigError("holds no site (sites/NAME/consent.db)", where=str(folder),
-                          hint="give the output folder of a run, at the site")  # fmt: skip
-    answers = [describe_person(subject, SiteFiles.of(p.name, p, ledgers / p.name)) for p in sites]
+    answers = [describe_person(subject, files) for files in sites_of(folder, ledger, passphrase_from(passphrase_file))]
     if site is not None and site not in {a.site for a in answers}:
         raise ConfigError(f"there is no site {site!r} in {folder}", where="--site",
                           hint=f"there are {', '.join(a.site for a in answers)}")  # fmt: skip

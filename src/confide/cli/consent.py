@@ -6,7 +6,8 @@ Every command takes `--json` and then prints one object:
 - import: {file, format, events, types, rejected, rejections: [{line, pointer, field, reason}], dry_run, added,
   known, erased: events of erased persons that were passed over}
 - grant, withdraw: {purpose, type, effective_at, valid_until, notice_digest, events: how many were recorded, sequence}
-- erase: {subject, events: how many closed what was on record, already, forgotten: with --ledger}
+- erase: {subject, events: how many closed what was on record, already, forgotten: which charges held her, where
+  a ledger was found}
 - notice add: {digest, purposes, covers_beneath, sequence}
 - notice list: {notices: [{digest, purposes, covers_beneath, sequence, registered_at}]}
 - check: {differences: [{purpose, pseudonym, kind}], rebuilt}; exit 4 where there are some and nothing was rebuilt

@@ -28,13 +28,17 @@ _LOSSES = "personal.db"
 DESTROYED = "her personal key: nobody, this site included, can compute any more which events were hers"
 STAYS = (
     "her events without a name, closed for every purpose (while few are erased, which history was hers may be "
-    "guessed); a tombstone, so that this identifier is never enrolled again; in the ledger folder, which charges held "
-    "her (personal.db), so that her spent ε does not start anew. Models released before stay: their ε bounds what they "
-    "say about her"
+    "guessed); a tombstone, so that this identifier is never enrolled again; in the ledger folder, that she was here "
+    "(personal.db): she counts as held by every charge, so her spent ε never starts anew. Models released before stay: "
+    "their ε bounds what they say about her"
 )
-STAYS_COARSE = STAYS.replace(
-    "which charges held her (personal.db), so that her spent ε does not start anew",
+STAYS_KEPT = STAYS.replace(
     "that she was here (personal.db): she counts as held by every charge, so her spent ε never starts anew",
+    "which charges held her (personal.db), so that her spent ε does not start anew",
+)
+NO_LOSSES = (
+    "personal.db, which says what charges held her, was not found beside the registry or the key: where there is one, "
+    "erase her again with --ledger; a site does it by itself when it starts and its table still names her"
 )
 YOURS = (
     "backups of the registry until they have expired, copies of it in other runs' folders, files of imports and "
@@ -103,56 +107,86 @@ def erase(
     ] = None,
     ledger: Annotated[
         Path | None,
-        typer.Option("--ledger", help="The site's ledger folder: also destroy there which charges held her."),
+        typer.Option("--ledger", help="The site's ledger folder, where it is not the one of its site.toml or key."),
     ] = None,
+    keep_rounds: Annotated[
+        bool,
+        typer.Option("--keep-rounds", help="Keep on record which charges held her: leads to her events, see docs."),
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Erase a person, for ever: her key is destroyed, and the identifier is never enrolled again.
 
-    With --ledger nothing is left that tells which charges held her: she counts as held by all of them from now on.
+    Nothing is left that tells which charges held her: she counts as held by all of them from now on. Before, confide
+    audit exposure --out tells her which did; with --keep-rounds it does so afterwards, too.
     """
     from confide.privacy.consent.desk import ConsentDesk
     from confide.privacy.consent.erasure import DEFAULT_GROUND
 
     if ground is not None and not (ground.isprintable() and 0 < len(ground) <= 200):
         raise ConfigError("is empty, too long, or does not print", where="--ground", hint="at most 200 characters")
-    if ledger is not None and not (ledger / _LOSSES).is_file():
-        raise ConfigError("is missing", where=str(ledger / _LOSSES), hint="--ledger names the folder that holds "
-                          "ledger.db and personal.db; leave it out where nothing was ever charged")  # fmt: skip
+    losses, stays, forgotten = _record_of_losses(registry, key, ledger), STAYS_KEPT if keep_rounds else STAYS, False
     with ConsentDesk(registry, key, key_box(passphrase_file)) as desk:
         already = desk.is_erased(subject)
         if not already and desk.pseudonym(subject) is None:
             raise ConsentError("the registry holds nothing about such a person", where=subject,
                                hint="check the identifier: it is the one of the site's table")  # fmt: skip
         if not yes and not already:
-            _confirm(subject, as_json=as_json)
+            _confirm(subject, stays, as_json=as_json)
         added = desk.erase(subject, ground or DEFAULT_GROUND)
-        if ledger is not None:
-            _forget(ledger / _LOSSES, desk.locator(subject))
+        if losses is not None:
+            forgotten = _forget(losses, desk.locator(subject), keep=keep_rounds)
     if as_json:
         told = {"subject": subject, "events": added, "already": already}
-        show_json(told if ledger is None else told | {"forgotten": True})
+        show_json(told if losses is None else told | {"forgotten": forgotten})
         return
-    destroyed = DESTROYED if ledger is None else f"{DESTROYED}; and which charges held her"
     show("Erased before; nothing was left to destroy" if already else f"Erased: {subject}", [
-        ("destroyed", destroyed), ("stays", STAYS if ledger is None else STAYS_COARSE), ("left to you", YOURS),
+        ("destroyed", f"{DESTROYED}; and which charges held her" if forgotten else DESTROYED), ("stays", stays),
+        *([("not found", NO_LOSSES)] if losses is None else []), ("left to you", YOURS),
     ])  # fmt: skip
 
 
-def _forget(losses: Path, locator: bytes) -> None:
+def _record_of_losses(registry: str, key: Path | None, ledger: Path | None) -> Path | None:
+    """Where the site keeps which charges held whom: in the folder that was named, in the ledger folder of the site
+    whose registry or key it is, or beside these. None where nothing was ever charged there.
+
+    Raises:
+        ConfigError: The folder that was named holds none, or the site's `site.toml` cannot be read.
+    """
+    from confide.config.site import load_site
+    from confide.privacy.consent.storage import is_url
+
+    if ledger is not None:
+        if not (ledger / _LOSSES).is_file():
+            raise ConfigError("is missing", where=str(ledger / _LOSSES), hint="--ledger names the folder that holds "
+                              "ledger.db and personal.db; leave it out where nothing was ever charged")  # fmt: skip
+        return ledger / _LOSSES
+    places = [*([] if is_url(registry) else [Path(registry)]), *([] if key is None else [key.parent])]
+    for place in places:
+        config = place / "site.toml"
+        named = [place / load_site(config).folders.ledger] if config.is_file() else []
+        for folder in (*named, place):
+            if (folder / _LOSSES).is_file():
+                return folder / _LOSSES
+    return None
+
+
+def _forget(losses: Path, locator: bytes, *, keep: bool) -> bool:
+    """Is it destroyed which charges held her? An erasure that destroyed it before cannot be taken back."""
     from confide.privacy.dp.personal import PersonalLosses
 
     with closing(PersonalLosses(losses)) as record:
-        record.forget([locator])
+        record.keep(locator) if keep else record.forget([locator])
+        return record.is_forgotten(locator)
 
 
-def _confirm(subject: str, *, as_json: bool) -> None:
+def _confirm(subject: str, stays: str, *, as_json: bool) -> None:
     if as_json:
         raise ConfigError("cannot be asked with --json", where="confide consent erase", hint="add --yes")
     err.print(f"{subject} will be erased. This cannot be undone.", markup=False, soft_wrap=True)
     err.print(f"Destroyed: {DESTROYED}.", markup=False, soft_wrap=True)
-    err.print(f"Stays: {STAYS}.", markup=False, soft_wrap=True)
+    err.print(f"Stays: {stays}.", markup=False, soft_wrap=True)
     try:
         typed = typer.prompt("Type the identifier to erase her", err=True, default="", show_default=False).strip()
     except typer.Abort:  # nobody is there to type

@@ -1,8 +1,8 @@
 """`confide run start | status | stop`: the runs of a federation.
 
 `--json` prints: start: {run, sites, min_sites, rounds, epsilon, position: how many are before it,
-learns: columns whose bounds it learns}; status: {runs:
-[{run, status, round, rounds, sites, min_sites, result}]}; stop: {run, status}.
+learns: columns whose bounds it learns, begins_after: the earlier run whose model it begins with, or null}; status:
+{runs: [{run, status, round, rounds, sites, min_sites, begins_after, result}]}; stop: {run, status}.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -20,6 +20,13 @@ from confide.cli.render import number, out, show_json, table
 from confide.cli.server import Store
 from confide.cli.site_setup import AsJson
 from confide.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from confide.protocol.manifest import Manifest
+    from confide.server.runs import RunStore
 
 __all__ = ["app"]
 
@@ -39,6 +46,12 @@ def start(
     bounds: Annotated[
         str | None, typer.Option("--bounds", help="The run that has learned the bounds which the file leaves out.")
     ] = None,
+    retrain_after: Annotated[
+        str | None, typer.Option("--retrain-after", help="Begin with the model that this finished run began with.")
+    ] = None,
+    go_on_from: Annotated[
+        str | None, typer.Option("--go-on-from", help="Begin with the model that this finished run has released.")
+    ] = None,
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
@@ -46,16 +59,21 @@ def start(
 
     A file that leaves out bounds (schema.bounds = "learn") starts the run that learns them. When that has ended, and
     the sites' operators have written them into site.toml, the same file with --bounds starts the training.
+
+    With --retrain-after a model is trained anew without whoever has left the sites since. Do it on dates that were
+    declared beforehand, whether or not anybody has: a retraining that follows on a withdrawal would announce it.
     """
     from confide.clients.data.preprocess import encoded_width
     from confide.clients.training.admission import admit_model
     from confide.clients.training.models import build_model, initial_model
     from confide.config.run import load_run
+    from confide.server.beginning import require_same
     from confide.server.federation import FederationFolder
     from confide.server.outcome import run_loss
     from confide.server.plan import make_manifest
     from confide.server.runs import RunStore
     from confide.server.service import run_store
+    from confide.simulations import HONEST
 
     asked, roster = load_run(file), FederationFolder(federation).state.roster
     if roster is None:
@@ -67,28 +85,35 @@ def start(
     inputs, outputs = encoded_width(schema), asked.data.label.outputs
     admit_model(build_model(asked.model, inputs, outputs), inputs, outputs)
     weights, layout = initial_model(asked.model, inputs, outputs, asked.run.seed)
-    manifest = make_manifest(
-        asked, roster=roster, schema=schema, initial_model=weights, layout=layout, sites=asked.sites.names,
-        statistics=bool(schema.unknown_bounds),
-    )  # fmt: skip
     runs = RunStore(run_store(federation, store))
     try:
-        before = sum(status in ("waiting", "running", "stopping") for status in runs.runs().values())
+        before, weights = _beginning(runs, federation, retrain_after, go_on_from) or (None, weights)
+        manifest = make_manifest(
+            asked, roster=roster, schema=schema, initial_model=weights, layout=layout, sites=asked.sites.names,
+            statistics=bool(schema.unknown_bounds), begins_after=before.run if before is not None else None,
+        )  # fmt: skip
+        if before is not None:
+            require_same(before, manifest, f"after run {before.run}")
+        position = sum(status in ("waiting", "running", "stopping") for status in runs.runs().values())
         runs.submit(manifest.run, manifest.to_bytes(), weights.astype("<f4").tobytes())
     finally:
         runs.close()
     epsilon = run_loss(manifest)
     if as_json:
         show_json({"run": manifest.run, "sites": [m.site for m in manifest.members], "min_sites": manifest.min_sites,
-                   "rounds": manifest.rounds, "epsilon": epsilon, "position": before,
-                   "learns": list(schema.unknown_bounds)})  # fmt: skip
+                   "rounds": manifest.rounds, "epsilon": epsilon, "position": position,
+                   "learns": list(schema.unknown_bounds), "begins_after": manifest.begins_after})  # fmt: skip
         return
     out.print(table(f"Run {manifest.run}", [
         ("purpose", manifest.purpose), ("sites", ", ".join(m.site for m in manifest.members)),
         ("smallest cohort", str(manifest.min_sites)), ("rounds", str(manifest.rounds)),
-        ("ε of this run", f"{number(epsilon, 2)} per {manifest.privacy.unit}"), ("runs before it", str(before)),
+        ("ε of this run", f"{number(epsilon, 2)} per {manifest.privacy.unit}"), ("runs before it", str(position)),
         *([("learns the bounds of", ", ".join(schema.unknown_bounds))] if schema.unknown_bounds else []),
+        *([("begins with", f"the model that {before.run} {'began with' if retrain_after else 'has released'}")]
+          if before is not None else []),
     ]))  # fmt: skip
+    if retrain_after is not None:
+        out.print(HONEST, markup=False, soft_wrap=True)
     out.print(f"watch it: confide run status --federation {federation}", markup=False, soft_wrap=True)
 
 
@@ -162,12 +187,48 @@ def _described(federation: Path, store: str | None) -> list[dict[str, Any]]:
             found.append({
                 "run": name, "status": state, "round": min(runs.next_round(name), manifest.rounds),
                 "rounds": manifest.rounds, "sites": [m.site for m in manifest.members],
-                "min_sites": manifest.min_sites,
+                "min_sites": manifest.min_sites, "begins_after": manifest.begins_after,
                 "result": json.loads(result.read_text()) if result.is_file() else None,
             })  # fmt: skip
     finally:
         runs.close()
     return found
+
+
+def _beginning(
+    runs: RunStore, federation: Path, retrain_after: str | None, go_on_from: str | None
+) -> tuple[Manifest, NDArray[np.float32]] | None:
+    """An earlier run, and which of its models another one is to begin with; None: fresh weights."""
+    from confide.server.beginning import earlier_run, first_model
+
+    if retrain_after is not None and go_on_from is not None:
+        raise ConfigError("are two beginnings", where="--retrain-after, --go-on-from", hint="give one of them")
+    name = retrain_after if retrain_after is not None else go_on_from
+    if name is None:
+        return None
+    where = f"--{'go-on-from' if retrain_after is None else 'retrain-after'} {name[:128]}"
+    manifest, data = earlier_run(runs, name, where)
+    if retrain_after is not None:
+        return manifest, first_model(manifest, data, where)
+    return manifest, _released(federation, name, where)
+
+
+def _released(federation: Path, run: str, where: str) -> NDArray[np.float32]:
+    """The model that a run has released, as it lies in the run's folder."""
+    from confide.clients.training.artifact import load_model
+    from confide.clients.training.models import flatten
+    from confide.server.service import RESULT, RUNS
+
+    folder = federation / RUNS / run
+    found = load_model(folder / "model.safetensors")
+    try:
+        told = json.loads((folder / RESULT).read_text()).get("model")
+    except (OSError, ValueError):
+        told = None
+    if (found.card.run, found.card.digest) != (run, told):
+        raise ConfigError("its folder does not hold the model that it has released", where=where,
+                          hint=f"restore {folder} from a backup")  # fmt: skip
+    return flatten(found.module)
 
 
 def _learned(federation: Path, run: str, wanted: Sequence[str]) -> dict[str, tuple[float, float]]:

@@ -27,7 +27,10 @@ from confide.config.load import read_toml, validate
 from confide.config.section import Section as _Section
 from confide.config.strategy import StrategyConfig
 
-__all__ = ["DeployedRun", "RunDataConfig", "RunSitesConfig", "load_run"]
+__all__ = ["MAX_WAIT", "DeployedRun", "RunDataConfig", "RunSitesConfig", "load_run"]
+
+#: Seconds that a step ever waits for replies: a week.
+MAX_WAIT = 7 * 86_400
 
 
 class RunDataConfig(_Section):
@@ -45,11 +48,14 @@ class RunSitesConfig(_Section):
     """`[sites]`: who takes part (`names`; left out: all members), and how few may.
 
     `min_sites` is the smallest cohort that is ever summed; left out: two thirds of those who take part, at least 3.
+    `wait_seconds`: how long a step waits for the sites' replies. A site answers after twice what a round takes, and a
+    part of its `reply_seconds`; it refuses a run that waits no longer than these.
     """
 
     names: tuple[str, ...] | None = None
     min_sites: Annotated[int, Field(ge=3)] | None = None
     min_subjects: Annotated[int, Field(ge=1)] = 20
+    wait_seconds: Annotated[int, Field(ge=1, le=MAX_WAIT)] = 3600
 
 
 class DeployedRun(_Section):

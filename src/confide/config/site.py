@@ -16,11 +16,22 @@ from confide.config.experiment import LabelConfig, Purpose, SchemaConfig
 from confide.config.load import read_toml, validate
 from confide.config.strategy import STRATEGY_OPTIONS
 
-__all__ = ["DeviceConfig", "FoldersConfig", "PolicyConfig", "SiteConfig", "SourceConfig", "load_site", "site_template"]
+__all__ = [
+    "REPLY_SECONDS",
+    "DeviceConfig",
+    "FoldersConfig",
+    "PolicyConfig",
+    "SiteConfig",
+    "SourceConfig",
+    "load_site",
+    "site_template",
+]
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
 _BUILT_IN = ("logistic", "mlp")
+#: The span in whose multiples a site answers training, where its operator says nothing else.
+REPLY_SECONDS = 1.0
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 
 
@@ -70,8 +81,9 @@ class PolicyConfig(_Section):
 
     `models`: built-in names, or `module:function` for code that is installed here; each of these needs its line in
     `model_digests`, the digest of the package's files. `strategies`, `strategy_digests`: the same for strategies; none
-    given: the built-in ones. `reply_seconds`: training is answered so long after it was asked for, whatever happened at
-    the site meanwhile; longer than a round ever takes, and shorter than the coordinator waits; 0: when it is done.
+    given: the built-in ones. `reply_seconds`: training is answered so long after it was asked for, or a multiple of
+    that, which leaves time to compute a round again; shorter than a run waits for replies; 0: when it is done, and so
+    how long a site takes is to be seen.
     `hours`: `"22:00-06:00"`, UTC; none given: at any time.
     """
 
@@ -91,7 +103,7 @@ class PolicyConfig(_Section):
     ledger_epsilon_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
     delta: Annotated[float, Field(gt=0, lt=0.1)] = 1e-5
     local_steps_limit: Annotated[int, Field(ge=0)] = 0
-    reply_seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 0.0
+    reply_seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = REPLY_SECONDS
     release: bool = False
     statistics: bool = False
     hours: tuple[str, ...] = ()
@@ -175,6 +187,7 @@ def site_template(
         "name": name,
         "federation": federation,
         "population": population,
+        "reply_seconds": REPLY_SECONDS,
         "endpoint": f'endpoint = "{endpoint}"' if endpoint else '# endpoint = "host:port"          # from the kit',
         "key": f'coordinator_key = "{coordinator_key}"' if coordinator_key
         else '# coordinator_key = "…"           # from the kit',
@@ -218,13 +231,14 @@ population = {population}
 #                                   # [policy.strategy_digests]
 # epsilon_limit = 2.0               # the most that one run may ask for
 # local_steps_limit = 100           # a round
-# reply_seconds = 300               # training is answered so long after it was asked for: longer than a round takes
 ledger_epsilon_limit = 8.0          # for the ledger's lifetime
 delta = 1e-5
 held_out = 0.2
 min_sites = 3
 min_subjects = 20
 # max_sites_per_subject = 1         # persons here may be at so many sites of a federation: no run may assume fewer
+reply_seconds = {reply_seconds:<4g}                # training is answered so long after it was asked for, or a multiple
+#                                   # of that; longer than twice a round hides most of how long it took; 0: no padding
 release = false                     # may this site hand out the trained model?
 statistics = false                  # may bounds of columns be learned from noised histograms?
 # hours = ["22:00-06:00"]           # UTC; left out: at any time

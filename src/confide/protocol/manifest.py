@@ -20,6 +20,7 @@ from confide.config import (
     StrategyConfig,
     TrainingConfig,
 )
+from confide.config.run import MAX_WAIT
 from confide.privacy.digest import digest
 from confide.privacy.dp import PrivacyEvent, Role, metrics, statistics
 from confide.privacy.dp.events import merge_events
@@ -40,6 +41,8 @@ def _computable(sigma: float) -> float:
 NoiseMultiplier = Annotated[float, AfterValidator(_computable)]
 
 
+#: Left out of the bytes where they say nothing: a run that was begun before they existed keeps its digest.
+_LATER = ("wait_seconds", "begins_after")
 #: Draws that are remembered: of the round under way, those around it, and the last.
 _KEPT_DRAWS = 8
 
@@ -104,6 +107,10 @@ class Manifest(_Part):
     control_variates: bool = False
     #: How many sites each round is drawn for (profile `open`); None: every round is everybody's.
     sites_per_round: Annotated[int, Field(ge=3)] | None = None
+    #: How long the coordinator waits for the sites' replies of a step; None: as long as it likes.
+    wait_seconds: Annotated[int, Field(ge=1, le=MAX_WAIT)] | None = None
+    #: The earlier run that began with the same first model, or released it; None: its weights are fresh.
+    begins_after: str | None = None
     #: A statistics run: its two rounds learn the bounds that the schema leaves out, and nothing is trained.
     statistics: bool = False
 
@@ -171,7 +178,8 @@ class Manifest(_Part):
 
     @cached_property
     def _bytes(self) -> bytes:
-        return self.model_dump_json(by_alias=False).encode()
+        unsaid = {name for name in _LATER if getattr(self, name) is None}
+        return self.model_dump_json(by_alias=False, exclude=unsaid).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:

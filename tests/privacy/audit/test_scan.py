@@ -135,6 +135,6 @@ def test_what_is_noised_is_not_what_the_data_say(finished: Found) -> None:
 
 def test_all_fields_of_all_federated_records_have_an_origin() -> None:
     """A new field has to be thought about here."""
-    local = {"LocalSnapshot", "LocalRefusal", "LocalFault", "ConsentRead"}
+    local = {"LocalSnapshot", "LocalRefusal", "LocalReply", "LocalFault", "ConsentRead"}
     kinds: list[Any] = [kind for kind in r.Record.__subclasses__() if kind.__name__ not in local]
     assert {f.name for kind in kinds for f in fields(kind)} == set().union(*ORIGIN.values())

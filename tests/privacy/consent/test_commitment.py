@@ -93,7 +93,7 @@ def test_the_root_is_that_of_the_textbook(members: set[bytes]) -> None:
 
 def test_indices_that_agree_in_their_first_64_bits_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody finds such a pair of a PRF's; so here the PRF is a poor one."""
-    monkeypatch.setattr(module, "index_of", lambda _key, member: b"12345678" + member.rjust(24, b"\0"))
+    monkeypatch.setattr(module, "_prf", lambda _key: lambda member: b"12345678" + member.rjust(24, b"\0"))
     members = [bytes([n]) for n in range(1, 40)]
     tree = SnapshotCommitment(KEYS, members, 0)
     for name in (*members, b"\xff", b"\0"):

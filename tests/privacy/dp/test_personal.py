@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from confide.errors import BudgetError
-from confide.privacy.dp import PrivacyEvent, RenyiBudget, Role
+from confide.privacy.dp import PrivacyEvent, RenyiBudget, Role, personal
 from confide.privacy.dp.accounting import rdp, rdp_epsilon
 from confide.privacy.dp.personal import PersonalLosses
 
@@ -253,3 +253,65 @@ def test_a_file_is_read_without_being_made_or_changed(tmp_path: Path) -> None:
     found.close()
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- the erased -------------------------------------------------------------------------------------------------------
+
+
+def test_the_erased_are_forgotten_unless_they_asked_otherwise_and_nobody_else_is(losses: PersonalLosses) -> None:
+    places = losses.enrol(NAMES)
+    losses.hold("c", places[:3])
+    losses.keep(NAMES[1])
+    losses.forget_erased(NAMES[:2])
+    assert [losses.is_forgotten(name) for name in NAMES] == [True, False, False, False, False]
+    assert losses.charges_of(NAMES[1]) == losses.charges_of(NAMES[2]) == ["c"]
+    assert list(losses.enrol(NAMES))[1:] == list(places)[1:]
+    losses.forget([NAMES[1]])
+    assert losses.is_forgotten(NAMES[1]), "erased again without that wish"
+    losses.keep(NAMES[1])
+    assert losses.charges_of(NAMES[1]) is None, "what is destroyed cannot be kept"
+
+
+def test_who_was_erased_before_the_first_charge_is_forgotten_too_so_that_nothing_tells_her_from_others(
+    losses: PersonalLosses,
+) -> None:
+    losses.forget_erased(NAMES[:1])
+    places = losses.enrol(NAMES)
+    assert places[0] == -1
+    losses.hold("c", places[1:2])
+    assert losses.epsilons({"c": event()}, DELTA)[-1] == losses.epsilons({"c": event()}, DELTA)[places[1]] > 0
+
+
+def test_a_reader_in_the_way_does_not_keep_a_site_from_starting(
+    losses: PersonalLosses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses.hold("c", losses.enrol(NAMES))
+    path = tmp_path / "personal.db"
+    reader = sqlite3.connect(path, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT COUNT(*) FROM person").fetchone()
+    monkeypatch.setattr(personal.time, "sleep", lambda _: pytest.fail("it waits"))
+    losses.forget_erased(NAMES[3:4])
+    assert losses.is_forgotten(NAMES[3])
+    reader.close()
+    losses.forget_erased(NAMES[3:])
+    for file in tmp_path.glob("personal.db*"):
+        assert file.read_bytes().count(NAMES[3]) <= 1, file.name
+
+
+def test_a_file_of_an_earlier_version_is_read_and_written(tmp_path: Path) -> None:
+    """It had no list of those who asked that their rounds be kept."""
+    path = tmp_path / "personal.db"
+    made = PersonalLosses(path)
+    made.hold("c", made.enrol(NAMES))
+    made.close()
+    db = sqlite3.connect(path)
+    db.execute("DROP TABLE kept")
+    db.commit()
+    db.close()
+    PersonalLosses.open(path).close()
+    again = PersonalLosses(path)
+    again.keep(NAMES[0])
+    again.forget_erased(NAMES[:2])
+    assert [again.is_forgotten(name) for name in NAMES[:3]] == [False, True, False]
+    again.close()
