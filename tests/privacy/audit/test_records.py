@@ -26,7 +26,7 @@ KINDS: list[type[r.Record]] = [
     for kind in map(vars(r).get, r.__all__)
     if isinstance(kind, type) and issubclass(kind, r.Record) and kind is not r.Record
 ]
-LOCAL = {"local_snapshot", "local_refusal", "local_fault", "consent_read"}
+LOCAL = {"local_snapshot", "local_refusal", "local_reply", "local_fault", "consent_read"}
 #: Of an auditor who reads no record of a real person: its numbers are about persons that she has invented.
 AUDITORS = {"attack_result"}
 TEXT = st.text()
@@ -296,7 +296,7 @@ def test_one_persons_withdrawal_changes_neither_number_nor_size_of_entries(start
 
     def withdraw(world: Any, round_: int) -> None:
         if round_ == 2:
-            person, pseudonym = sorted(world._pseudonyms["birch"].items())[0]
+            person, pseudonym = sorted(world._maker._pseudonyms["birch"].items())[0]
             world._maker._registries["birch"].append([
                 ConsentEvent(
                     event_id="leaves", pseudonym=pseudonym, purpose="research/test", type=EventType.WITHDRAWN,
