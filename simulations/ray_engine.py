@@ -38,6 +38,8 @@ __all__ = ["RayEngine"]
 _log = logging.getLogger(__name__)
 #: Seconds for Flower's engine to begin, and to end after it was told to.
 _BEGIN_SECONDS, _END_SECONDS = 120.0, 90.0
+#: Variables of the environment that are put back when the run is over; Flower sets one of them, too.
+_CHANGED = ("PYTHONPATH", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
 _LOOK_AGAIN, _CONNECT_SECONDS = 0.05, 10.0
 
 
@@ -88,6 +90,10 @@ class RayEngine:
         """Connected to Ray: a cluster's, or one that is started here and ends with the run."""
         import ray
 
+        if ray.is_initialized():
+            raise ConfigError("Ray is in use in this process already", where="--engine ray",
+                              hint="ray.shutdown() first: the run begins and ends it by itself")  # fmt: skip
+        before = dict(os.environ)
         os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # no warning about a default that will change
         scratch = tempfile.mkdtemp(prefix="confide-ray-")  # short: sockets lie in it
         try:
@@ -96,6 +102,9 @@ class RayEngine:
         finally:
             ray.shutdown()
             shutil.rmtree(scratch, ignore_errors=True)
+            for name in _CHANGED:
+                os.environ.pop(name, None)
+                os.environ.update({name: before[name]} if name in before else {})
 
     def _knock(self) -> None:
         """Ray would try for minutes."""
