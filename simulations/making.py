@@ -69,8 +69,9 @@ class SiteMaker:
         self._sources, self._experiment = sources, sources.experiment
         self._runs, self._ledgers, self._coordinator = run_folder, ledger_folder, coordinator
         self._identity, self._member, self._vault, self._carried = identity, member, vault, carried
-        self._registries: dict[str, Registry] = {}
-        self._pseudonyms: dict[str, dict[str, bytes]] = {}
+        #: Of the sites that were made here: registry, and the pseudonyms of its persons.
+        self.registries: dict[str, Registry] = {}
+        self.pseudonyms: dict[str, dict[str, bytes]] = {}
 
     def make(self, name: str) -> Site:
         """Make a site, or open it again."""
@@ -85,7 +86,7 @@ class SiteMaker:
         if self._carried is not None and not (run_folder / "consent.db").exists():
             _carry(self._carried / name / "consent.db", run_folder / "consent.db")
         registry = Registry(run_folder / "consent.db", key)
-        self._registries[name] = registry
+        self.registries[name] = registry
         self._record_consent(name, registry, key)
         poisoned = {p.site: p.factor for p in experiment.scenario.poisoned}
         kind = partial(PoisonedSite, factor=poisoned[name]) if name in poisoned else Site
@@ -143,7 +144,7 @@ class SiteMaker:
     def _record_consent(self, name: str, registry: Registry, key: SiteKey) -> None:
         experiment, records = self._experiment, self._sources.records[name]
         if self._carried is not None:
-            self._pseudonyms[name] = registry.pseudonyms(records.persons)
+            self.pseudonyms[name] = registry.pseudonyms(records.persons)
             return
         begun = registry.head() > 0  # what was recorded then stands
         if self._sources.consent is not None:
@@ -151,45 +152,46 @@ class SiteMaker:
             mine = [e for e in self._sources.consent if e.subject in here]
             asked = {e.subject for e in mine}
             names = registry.enrol(asked - registry.erased(asked))  # nobody is erased before a run that begins
-            self._pseudonyms[name] = names
+            self.pseudonyms[name] = names
             if not begun:
                 registry.append([filed(e, names[e.subject], key) for e in mine])
             return
         fraction = experiment.consent.simulate.fraction if experiment.consent.simulate else 0.0
         seed = experiment.run.seed
         given = [p for p in records.persons if _share(seed, "consent", name, p) < fraction]
-        self._pseudonyms[name] = registry.enrol(set(given) - registry.erased(given))
+        self.pseudonyms[name] = registry.enrol(set(given) - registry.erased(given))
         if not begun:
-            registry.append([self._simulated(name, p, EventType.GIVEN, 0) for p in given])
+            registry.append([self.simulated(name, p, EventType.GIVEN, 0) for p in given])
 
     def _withdraw(self, name: str, fraction: float, round_: int) -> None:
-        registry, seed = self._registries[name], self._experiment.run.seed
+        registry, seed = self.registries[name], self._experiment.run.seed
         standing = registry.snapshot(self._experiment.run.purpose, now_micros()).participants
         leaving = [
             p
-            for p, pseudonym in self._pseudonyms[name].items()
+            for p, pseudonym in self.pseudonyms[name].items()
             if pseudonym in standing and _share(seed, f"withdraw-{round_}", name, p) < fraction
         ]
-        registry.append([self._simulated(name, p, EventType.WITHDRAWN, round_) for p in leaving])
+        registry.append([self.simulated(name, p, EventType.WITHDRAWN, round_) for p in leaving])
 
     def _change(self, name: str, churn: Churn, round_: int) -> None:
         """Some who consent withdraw, some who do not give consent, as both stand before the round."""
-        registry, seed = self._registries[name], self._experiment.run.seed
+        registry, seed = self.registries[name], self._experiment.run.seed
         standing = registry.snapshot(self._experiment.run.purpose, now_micros()).participants
         draw = {p: _share(seed, f"churn-{round_}", name, p) for p in self._sources.records[name].persons}
-        known = self._pseudonyms[name]
+        known = self.pseudonyms[name]
         consents = {p for p in draw if p in known and known[p] in standing}
         coming = [p for p in draw if p not in consents and draw[p] < churn.give]
         known |= registry.enrol(set(coming) - registry.erased(coming))
         registry.append([
-            *(self._simulated(name, p, EventType.WITHDRAWN, round_) for p in consents if draw[p] < churn.withdraw),
-            *(self._simulated(name, p, EventType.GIVEN, round_) for p in coming if p in known),
+            *(self.simulated(name, p, EventType.WITHDRAWN, round_) for p in consents if draw[p] < churn.withdraw),
+            *(self.simulated(name, p, EventType.GIVEN, round_) for p in coming if p in known),
         ])  # fmt: skip
 
-    def _simulated(self, site: str, person: str, kind: EventType, round_: int) -> ConsentEvent:
+    def simulated(self, site: str, person: str, kind: EventType, round_: int) -> ConsentEvent:
+        """What an officer records of a person: now, for the run's purpose."""
         return ConsentEvent(
             event_id=f"simulated-{kind}-{round_}-{hashlib.sha256(f'{site}/{person}'.encode()).hexdigest()[:32]}",
-            pseudonym=self._pseudonyms[site][person],
+            pseudonym=self.pseudonyms[site][person],
             purpose=self._experiment.run.purpose,
             type=kind,
             effective_at=now_micros(),

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import threading
@@ -37,7 +38,9 @@ __all__ = ["RayEngine"]
 _log = logging.getLogger(__name__)
 #: Seconds for Flower's engine to begin, and to end after it was told to.
 _BEGIN_SECONDS, _END_SECONDS = 120.0, 90.0
-_LOOK_AGAIN = 0.05
+#: Variables of the environment that are put back when the run is over; Flower sets one of them, too.
+_CHANGED = ("PYTHONPATH", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
+_LOOK_AGAIN, _CONNECT_SECONDS = 0.05, 10.0
 
 
 class RayEngine:
@@ -59,7 +62,12 @@ class RayEngine:
         self._address = address
 
     def check(self, experiment: Experiment, sites: int) -> None:
-        """Whatever runs in one process runs here."""
+        """Whatever runs in one process runs here, if the cluster answers at all.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        self._knock()
 
     def prepare(self, keeping: Keeping, sources: Sources) -> None:
         """The world makes its own parties."""
@@ -82,6 +90,10 @@ class RayEngine:
         """Connected to Ray: a cluster's, or one that is started here and ends with the run."""
         import ray
 
+        if ray.is_initialized():
+            raise ConfigError("Ray is in use in this process already", where="--engine ray",
+                              hint="ray.shutdown() first: the run begins and ends it by itself")  # fmt: skip
+        before = dict(os.environ)
         os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # no warning about a default that will change
         scratch = tempfile.mkdtemp(prefix="confide-ray-")  # short: sockets lie in it
         try:
@@ -90,10 +102,26 @@ class RayEngine:
         finally:
             ray.shutdown()
             shutil.rmtree(scratch, ignore_errors=True)
+            for name in _CHANGED:
+                os.environ.pop(name, None)
+                os.environ.update({name: before[name]} if name in before else {})
+
+    def _knock(self) -> None:
+        """Ray would try for minutes."""
+        if self._address in (None, "auto"):
+            return
+        host, _, port = self._address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+        except (OSError, ValueError, OverflowError) as error:
+            raise ConfigError(f"no Ray cluster answers there ({type(error).__name__})",
+                              where=f"--ray-address {self._address[:200]}",
+                              hint="name the head's HOST:PORT, as ray start has printed it") from None  # fmt: skip
 
     def _connect(self, scratch: str) -> None:
         import ray
 
+        self._knock()
         if self._address is None:
             # Its processes find this package where this one has found it.
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))

@@ -96,7 +96,8 @@ class World:
         self._ending = False
         #: Other processes of this simulation that have the sites.
         self.elsewhere: Elsewhere | None = None
-        self._maker = SiteMaker(
+        #: Makes the sites, and has their officers.
+        self.maker = SiteMaker(
             sources, run_folder, ledger_folder, coordinator=self.coordinator.public_key, identity=self._identity,
             member=lambda name: self._members[name],
             vault=lambda name: keeping.vault(name) if keeping is not None else None, carried=carried,
@@ -165,8 +166,8 @@ class World:
         if self.elsewhere is not None:
             self.elsewhere.before_round(round_)
         for name in self.sites.open:
-            self._maker.withdraw_until(name, round_, since=round_ - 1)
-            self._maker.churn(name, round_)
+            self.maker.withdraw_until(name, round_, since=round_ - 1)
+            self.maker.churn(name, round_)
 
     def export(self) -> None:
         """Write what may travel of the logs into the log folder, and each local log beside its site's files.
@@ -251,8 +252,8 @@ class World:
 
     def _open_site(self, name: str) -> Site:
         """Make a site, or open it again; and what was to happen there up to this round has happened."""
-        site = self._maker.make(name)
-        self._maker.withdraw_until(name, self._round)
+        site = self.maker.make(name)
+        self.maker.withdraw_until(name, self._round)
         return site
 
     def _found(self) -> tuple[tuple[SignedRoster, ...], dict[str, Membership]]:

@@ -560,9 +560,9 @@ def withdraw(federation: Machines, after: float) -> int:
     """Somebody whom the site trains on withdraws so many seconds from now; who."""
     site = federation.sites[SITE]
     here = int(np.flatnonzero(site.participants(federation.manifest).train)[0])
-    event = federation.world._maker._simulated(SITE, site.records.persons[here], EventType.WITHDRAWN, 1)
+    event = federation.world.maker.simulated(SITE, site.records.persons[here], EventType.WITHDRAWN, 1)
     at = now_micros() + int(after * 1e6)
-    federation.world._maker._registries[SITE].append([replace(event, effective_at=at)])
+    federation.world.maker.registries[SITE].append([replace(event, effective_at=at)])
     return here
 
 

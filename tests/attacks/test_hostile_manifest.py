@@ -78,7 +78,7 @@ def test_min_subjects_cannot_be_moved_until_the_exact_number_of_consenting_peopl
     before, counted = probe("before"), int(site.participants(federation.manifest).train.sum())
     marks = site.participants(federation.manifest)
     person = next(p for p, trains in zip(site.records.persons, marks.train, strict=True) if trains)
-    world._maker._registries["ash"].append([world._maker._simulated("ash", person, EventType.WITHDRAWN, 1)])
+    world.maker.registries["ash"].append([world.maker.simulated("ash", person, EventType.WITHDRAWN, 1)])
     assert int(site.participants(federation.manifest).train.sum()) == counted - 1, "one person has withdrawn"
     assert probe("after") == before, (
         f"answers changed with one person; joined up to {15 + sum(before) - 1} of {counted}"

@@ -69,7 +69,7 @@ def withdraw(registry: Registry, person: str) -> None:
 
 def registry_of(watch: Watch, site: str) -> Registry:
     assert watch.world is not None
-    return watch.world._maker._registries[site]
+    return watch.world.maker.registries[site]
 
 
 @dataclass

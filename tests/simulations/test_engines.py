@@ -168,6 +168,14 @@ def test_an_address_of_ray_is_for_ray(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@needs_ray
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:70000", "nowhere", "ray://127.0.0.1:x"])
+def test_a_cluster_that_does_not_answer_is_said_before_anything_is_written(address: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no Ray cluster answers"):
+        simulate(tree(tmp_path), out=tmp_path / "out", engine="ray", ray_address=address)
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_ray_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "ray" else find(name, *a))

@@ -296,8 +296,8 @@ def test_one_persons_withdrawal_changes_neither_number_nor_size_of_entries(start
 
     def withdraw(world: Any, round_: int) -> None:
         if round_ == 2:
-            person, pseudonym = sorted(world._maker._pseudonyms["birch"].items())[0]
-            world._maker._registries["birch"].append([
+            person, pseudonym = sorted(world.maker.pseudonyms["birch"].items())[0]
+            world.maker.registries["birch"].append([
                 ConsentEvent(
                     event_id="leaves", pseudonym=pseudonym, purpose="research/test", type=EventType.WITHDRAWN,
                     effective_at=now_micros(), lawful_basis="simulated",
