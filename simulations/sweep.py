@@ -28,7 +28,7 @@ from confide.simulations.result import Progress, Result
 from confide.simulations.sweep_axes import values_of
 from confide.simulations.sweep_cells import read_cell
 from confide.simulations.sweep_check import Quote, check_cells, quote, refuse_uncharged
-from confide.simulations.sweep_cost import ask, still_to_charge
+from confide.simulations.sweep_cost import ask, give_keys, still_to_charge
 from confide.simulations.sweep_memory import cores
 from confide.simulations.sweep_page import write_sweep_figure, write_sweep_page
 from confide.simulations.sweep_place import Job, SweepPlan, load_plan, locked, resumed_plan
@@ -130,13 +130,19 @@ def _begun(found: SweepPlan, progress: Callable[[SweepProgress], None]) -> Sweep
         raise ConfigError("is there already and is not an empty folder", where=f"--out {folder}",
                           hint="name a new folder: sweeps are never overwritten; --resume goes on with one that was "
                           "interrupted")  # fmt: skip
-    found = check_cells(found, lambda job: progress(SweepProgress(job.number, len(found.jobs), job.point.label)))
+    found, keys = check_cells(found, lambda job: progress(SweepProgress(job.number, len(found.jobs), job.point.label)))
     try:
         (folder / "cells").mkdir(parents=True, exist_ok=True)
         found.write()
     except OSError as error:
         raise ConfigError(f"cannot be made: {error.strerror}", where=f"--out {folder}",
                           hint="name a folder you may write to") from None  # fmt: skip
+    if found.ledgers is not None:
+        try:
+            give_keys(keys, found.ledgers)
+        except OSError as error:
+            raise ConfigError(f"cannot be made: {error.strerror}", where=f"--ledger {found.ledgers}",
+                              hint="name a folder you may write to") from None  # fmt: skip
     return found
 
 

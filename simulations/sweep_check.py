@@ -21,7 +21,7 @@ from confide.simulations.planning import any_bounds
 from confide.simulations.result import json_number
 from confide.simulations.sources import load_sources
 from confide.simulations.sweep_axes import name_cell
-from confide.simulations.sweep_cost import SweepCost, ask, people_digest, take_keys, total
+from confide.simulations.sweep_cost import SweepCost, ask, keys_in, people_digest, total
 from confide.simulations.sweep_place import Job, SweepPlan
 from confide.simulations.world import World
 
@@ -54,8 +54,9 @@ class _Checked:
     people: str
 
 
-def check_cells(found: SweepPlan, told: Callable[[Job], None]) -> SweepPlan:
-    """The plan with what each cell takes and charges, and with what all of them cost.
+def check_cells(found: SweepPlan, told: Callable[[Job], None]) -> tuple[SweepPlan, dict[str, bytes]]:
+    """The plan with what each cell takes and charges, and with what all of them cost; and the keys of the sites that
+    share ledgers.
 
     Raises:
         BudgetError: The ledgers do not hold all cells together.
@@ -65,13 +66,12 @@ def check_cells(found: SweepPlan, told: Callable[[Job], None]) -> SweepPlan:
         checked = _check_all(found, Path(scratch), told)
         found = replace(found, jobs=tuple(c.job for c in checked))
         if found.ledgers is None:
-            return found
+            return found, {}
         ledgers = Path(scratch) / "ledgers"
         cost = _cost(found, checked, ledgers)
         charges = merge_events(event for c in checked for event in c.job.charges)
         ask(dict.fromkeys(cost.ledgers, charges), ledgers, found.ledgers, len(checked))
-        take_keys(ledgers, found.ledgers)
-        return replace(found, cost=cost)
+        return replace(found, cost=cost), keys_in(ledgers)
 
 
 def quote(found: SweepPlan, told: Callable[[Job], None]) -> Quote:

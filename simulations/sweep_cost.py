@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -24,14 +23,15 @@ from confide.privacy.digest import digest
 from confide.privacy.dp import Ledger, PrivacyEvent, Role, person_epsilon
 from confide.privacy.dp.events import merge_events
 from confide.privacy.dp.statement import LEDGER
+from confide.privacy.files import write_private
 from confide.protocol.manifest import Manifest
 from confide.simulations.keeping import KEPT
 from confide.simulations.result import json_number
 from confide.simulations.sources import Sources
 
-__all__ = ["LedgerCost", "SweepCost", "ask", "people_digest", "still_to_charge", "take_keys", "total"]
+__all__ = ["LedgerCost", "SweepCost", "ask", "give_keys", "keys_in", "people_digest", "still_to_charge", "total"]
 
-_MANIFEST, _STATISTICS, _LEARNED = "manifest.json", "statistics", "learned.json"
+_MANIFEST, _STATISTICS, _LEARNED, _KEY = "manifest.json", "statistics", "learned.json", "site.key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,14 +187,15 @@ def people_digest(sources: Sources) -> str:
     return digest("people of a sweep", *parts).hex()
 
 
-def take_keys(made: Path, ledgers: Path) -> None:
-    """Give every site its key before any cell runs: roles are for ever, and no two cells may race for the first.
+def keys_in(ledgers: Path) -> dict[str, bytes]:
+    """The sites' keys, by site."""
+    return {path.parent.name: path.read_bytes() for path in ledgers.glob(f"*/{_KEY}")}
 
-    Args:
-        made: Ledger folders that the check has made, or copied from `ledgers`.
-    """
-    for path in made.glob("*/site.key"):
-        target = ledgers / path.parent.name / path.name
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, target)
+
+def give_keys(keys: Mapping[str, bytes], ledgers: Path) -> None:
+    """Give every site its key before any cell runs: roles are for ever, and no two cells may race for the first."""
+    for site, key in keys.items():
+        path = ledgers / site / _KEY
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_private(path, key)

@@ -138,6 +138,16 @@ def test_a_sweep_that_would_overspend_is_refused_before_its_first_cell(tmp_path:
     assert not (tmp_path / "more").exists()
 
 
+def test_a_folder_that_cannot_be_made_leaves_no_ledger_behind(tmp_path: Path) -> None:
+    tree = private_tree(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        confide.sweep(tree, over=OVER, out=tmp_path / "file" / "out", ledger=tmp_path / "ledgers")
+    assert made(tmp_path) == ["file"]
+    with pytest.raises(ConfigError, match="cannot be made"):
+        confide.sweep(tree, over=OVER, out=tmp_path / "out", ledger=tmp_path / "file" / "ledgers")
+
+
 def test_cells_that_deal_people_out_differently_are_refused(tmp_path: Path) -> None:
     """What she has lost would stand partly in one ledger, partly in another."""
     tree = private_tree(tmp_path)

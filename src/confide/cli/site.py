@@ -5,7 +5,8 @@
 - site, unit, neighbours, delta, epsilon_limit; held_out: share of persons.
 - roles: [{role, epsilon: RDP filter, of the whole ledger; used: share of the budget; charges; open_charges}].
 - runs: [{run; rounds: those charged; roles: [{role, steps, noise_multiplier, sample_rate}]; epsilon: PRV, of this run
-  alone, its parameters fixed beforehand}]. Null: a role's charges differ in σ or q.
+  alone, its parameters fixed beforehand; sites: at how many a person may lie, as the run assumed}]. Null: a role's
+  charges differ in σ or q.
 - persons: {recorded: is there a personal.db; enrolled; never_exposed; quantiles: {percent: ε};
   histogram: [[above, up to, persons]]; infinite: persons without a finite ε; unnoted_charges; uncharged_notes;
   at_most: nobody's ε is above it}. ε by RDP filter, over the charges that held the person.

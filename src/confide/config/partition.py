@@ -21,6 +21,7 @@ class PartitionConfig(Section):
 
     A person lies at one site. `overlap` is the share of people whose records are dealt out to several, up to
     `privacy.max_sites_per_subject`; of a natural partition it is the largest share that the table may have of them.
+    Whether she consents, and in which role she is, is then decided at each of her sites by itself.
     """
 
     kind: Literal["natural", "iid", "dirichlet", "quantity", "shards"] = "natural"

@@ -487,11 +487,13 @@ def _edit(party: str, kind: type[r.Record], where: dict[str, Any], **fields: Any
     return lambda book: book.change(party, book.index(party, kind, **where), **fields)
 
 
-def _noise(book: Logbook) -> None:
-    number = book.index("birch", r.Charged, round=2)
-    event = json.loads(book.logs["birch"][number].record.event)  # type: ignore[attr-defined]
-    event["noise_multiplier"] = "9.0"
-    book.change("birch", number, event=json.dumps(event, sort_keys=True, separators=(",", ":")))
+def _charged_as(**fields: Any) -> Lie:
+    def lie(book: Logbook) -> None:
+        number = book.index("birch", r.Charged, round=2)
+        event = json.loads(book.logs["birch"][number].record.event) | fields  # type: ignore[attr-defined]
+        book.change("birch", number, event=json.dumps(event, sort_keys=True, separators=(",", ":")))
+
+    return lie
 
 
 def _fewer(count: int) -> Lie:
@@ -618,7 +620,9 @@ LIES: dict[str, tuple[Lie, str, tuple[type[r.Record], dict[str, Any]] | None]] =
     "a metric was not charged": (
         _delete("birch", r.Charged, round=3), "birch", (r.UpdateCommitted, {"round": 3})),
     "an update was charged afterwards": (_charged_later, "ash", (r.UpdateCommitted, {"round": 1})),
-    "a charge tells of more noise": (_noise, "birch", (r.Charged, {"round": 2})),
+    "a charge tells of more noise": (
+        _charged_as(noise_multiplier="9.0"), "birch", (r.Charged, {"round": 2})),
+    "a charge is composed over other sites": (_charged_as(sites=2), "birch", (r.Charged, {"round": 2})),
     "the charges cost more than promised": (_two_charges_more, "doum", None),
     "a charge was taken back though its update was sealed": (_settled, "cedar", (r.Settled, {})),
     "a cohort is too small": (_fewer(2), COORDINATOR, (r.Cohort, {"round": 2})),
