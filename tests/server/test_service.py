@@ -6,20 +6,22 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterator
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
 from benchmarks.deployment_demo import WORDS
+from confide.cli.server import run as serve
 from confide.cli.server import write_model
 from confide.errors import ConfigError, StorageError
 from confide.privacy.audit import records as audit
 from confide.protocol.manifest import Manifest
 from confide.server.coordinator import Released
 from confide.server.federation import FederationFolder
-from confide.server.service import MOST_AT_ONCE, Service, ServiceConfig, run_store
+from confide.server.service import AT_ONCE, MOST_AT_ONCE, Service, ServiceConfig, run_store
 from tests.integration.staged import COORDINATOR, SITES, Staged
 from tests.server.served import Served, copied, served
 
@@ -63,6 +65,12 @@ def test_as_many_runs_are_under_way_as_the_operator_allows(federation: Served, a
     federation.stop()
     assert (turns(federation) == 1) == (at_once == 1)
     verified(federation, *runs)
+
+
+def test_the_command_says_what_the_service_does() -> None:
+    assert signature(serve).parameters["at_once"].default == AT_ONCE
+    (option,) = get_type_hints(serve, include_extras=True)["at_once"].__metadata__
+    assert (option.min, option.max) == (1, MOST_AT_ONCE)
 
 
 @pytest.mark.parametrize("at_once", [0, MOST_AT_ONCE + 1])
