@@ -28,6 +28,8 @@ from tests.server.served import Served, copied, served
 ASH, BIRCH, CEDAR, DOGWOOD = SITES
 #: Three of the four.
 FEWER = {"sites": {"names": [ASH, BIRCH, CEDAR]}}
+#: Long enough that another one ends before it.
+LONG = {"run": {"rounds": 8, "report_metrics_every": 8}}
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +99,12 @@ def test_a_run_whose_sites_are_away_and_one_that_nobody_wants_hold_up_no_other(f
 
 def test_a_stop_takes_effect_while_replies_are_waited_for_and_ends_that_run_alone(federation: Served) -> None:
     """One site works on both, and answers neither. The other of the two goes on."""
-    stopped, other = (federation.submit(name, **FEWER) for name in ("stopped", "other"))
-    held = [federation.hold(ASH, run, "train") for run in (stopped, other)]
+    stopped, other = (federation.submit(name, **LONG, **FEWER) for name in ("stopped", "other"))
     federation.start()
     federation.come(ASH, BIRCH, CEDAR)
     federation.until_asked(BIRCH, stopped, "train")
     federation.until_asked(BIRCH, other, "train")
+    held = [federation.hold(ASH, run, "train") for run in (stopped, other)]
     federation.ask_to_stop(stopped)
     assert federation.result(stopped)["status"] == "stopped"
     assert not federation.ended(other)
@@ -120,12 +122,13 @@ def test_a_stop_takes_effect_while_replies_are_waited_for_and_ends_that_run_alon
 def test_a_site_that_was_away_is_told_of_an_end_when_it_comes_though_another_run_is_under_way(
     federation: Served,
 ) -> None:
-    stopped, other = federation.submit("stopped"), federation.submit("other", **FEWER)
-    held = federation.hold(ASH, other, "seal")
+    stopped, other = federation.submit("stopped", **LONG), federation.submit("other", **LONG, **FEWER)
+    gone = federation.hold(DOGWOOD, stopped, "train")
     federation.start()
     federation.come(*SITES)
-    gone = federation.hold(DOGWOOD, stopped, "train")
     federation.until_asked(DOGWOOD, stopped, "train")
+    federation.until_asked(ASH, other, "train")
+    held = federation.hold(ASH, other, "train")
     federation.sites[DOGWOOD].end()
     gone.set()
     federation.sites.pop(DOGWOOD).join()
@@ -179,7 +182,7 @@ def test_a_disk_that_takes_nothing_ends_the_service_and_no_run(federation: Serve
         raise StorageError("is full", where=str(place))
 
     first = federation.submit("first", **FEWER)
-    second = federation.submit("second", run={"rounds": 8, "report_metrics_every": 8}, **FEWER)
+    second = federation.submit("second", **LONG, **FEWER)
     federation.start(finish=full)
     federation.come(ASH, BIRCH, CEDAR)
     error = federation.join()
