@@ -94,7 +94,7 @@ class TakenRun:
             return
         manifest, place = Manifest.from_bytes(held[0]), shared.config.folder / RUNS / run
         place.mkdir(parents=True, exist_ok=True)
-        shared.config.tell(f"run {run}: round {store.next_round(run)} of {manifest.rounds}")
+        shared.config.tell(f"run {run}: round {min(store.next_round(run), manifest.rounds)} of {manifest.rounds}")
         coordinator: list[Coordinator] = []
 
         def start(grid: Grid) -> Coordinator:

@@ -15,6 +15,7 @@ from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node as NodeProto
 from flwr.supercore.inflatable.inflatable_object import (
@@ -91,6 +92,12 @@ class NodeClient:
         request = ActivateNodeRequest(public_key=self.key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         self.number = self.client.ActivateNode(request).node_id
         return self
+
+    def live(self) -> None:
+        """Say that the node is still there."""
+        self.client.SendNodeHeartbeat(
+            SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        )
 
     @property
     def node(self) -> NodeProto:

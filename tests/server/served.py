@@ -7,8 +7,9 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,10 @@ class PlayedSite:
     Args:
         folder: The site's.
         port: The link's.
-        before: Called with (site, run, step, round) before a request is answered; may wait.
+        before: Called with (site, run, step, round) before a request is answered: what to wait for, if anything.
     """
 
-    def __init__(self, folder: Path, port: int, before: Callable[[str, str, str, int], None]) -> None:
+    def __init__(self, folder: Path, port: int, before: Callable[[str, str, str, int], threading.Event | None]) -> None:
         self._folder, self._port, self._before = folder, port, before
         self.name, self.error = folder.name, list[BaseException]()
         self._ending = threading.Event()
@@ -89,7 +90,11 @@ class PlayedSite:
         step = message.metadata.message_type.rpartition(".")[2]
         request = from_records(message.content)
         header = header_of(request)
-        self._before(self.name, header.run, step, header.round)
+        held, deadline = self._before(self.name, header.run, step, header.round), time.monotonic() + PATIENCE
+        while held is not None and not held.wait(5.0):
+            assert time.monotonic() < deadline, f"{self.name} is held for ever"
+            with suppress(httpx.HTTPError):
+                node.live()
         with _ONE:
             answer = site.handle(step, request)
         node.push(Message(to_records(answer), reply_to=message))
@@ -153,11 +158,9 @@ class Served:
         port = int(FederationFolder(self.fed).state.endpoint.rpartition(":")[2])
         self.sites |= {name: PlayedSite(self.made.sites[name], port, self._before) for name in sites}
 
-    def _before(self, site: str, run: str, step: str, round_: int) -> None:
+    def _before(self, site: str, run: str, step: str, round_: int) -> threading.Event | None:
         self.asked.append((site, run, step, round_))
-        held = self._held.get((site, run, step))
-        if held is not None:
-            assert held.wait(PATIENCE)
+        return self._held.get((site, run, step))
 
     def hold(self, site: str, run: str, step: str) -> threading.Event:
         """Have a site wait before it answers this step of a run, until the event is set."""

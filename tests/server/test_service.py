@@ -6,26 +6,30 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterator
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
 from benchmarks.deployment_demo import WORDS
+from confide.cli.server import run as serve
 from confide.cli.server import write_model
 from confide.errors import ConfigError, StorageError
 from confide.privacy.audit import records as audit
 from confide.protocol.manifest import Manifest
 from confide.server.coordinator import Released
 from confide.server.federation import FederationFolder
-from confide.server.service import MOST_AT_ONCE, Service, ServiceConfig, run_store
+from confide.server.service import AT_ONCE, MOST_AT_ONCE, Service, ServiceConfig, run_store
 from tests.integration.staged import COORDINATOR, SITES, Staged
 from tests.server.served import Served, copied, served
 
 ASH, BIRCH, CEDAR, DOGWOOD = SITES
 #: Three of the four.
 FEWER = {"sites": {"names": [ASH, BIRCH, CEDAR]}}
+#: Long enough that another one ends before it.
+LONG = {"run": {"rounds": 8, "report_metrics_every": 8}}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +69,12 @@ def test_as_many_runs_are_under_way_as_the_operator_allows(federation: Served, a
     verified(federation, *runs)
 
 
+def test_the_command_says_what_the_service_does() -> None:
+    assert signature(serve).parameters["at_once"].default == AT_ONCE
+    (option,) = get_type_hints(serve, include_extras=True)["at_once"].__metadata__
+    assert (option.min, option.max) == (1, MOST_AT_ONCE)
+
+
 @pytest.mark.parametrize("at_once", [0, MOST_AT_ONCE + 1])
 def test_another_number_of_runs_is_no_service(federation: Served, at_once: int) -> None:
     config = ServiceConfig(folder=federation.fed, store=run_store(federation.fed), finish=write_model, at_once=at_once)
@@ -89,12 +99,12 @@ def test_a_run_whose_sites_are_away_and_one_that_nobody_wants_hold_up_no_other(f
 
 def test_a_stop_takes_effect_while_replies_are_waited_for_and_ends_that_run_alone(federation: Served) -> None:
     """One site works on both, and answers neither. The other of the two goes on."""
-    stopped, other = (federation.submit(name, **FEWER) for name in ("stopped", "other"))
-    held = [federation.hold(ASH, run, "train") for run in (stopped, other)]
+    stopped, other = (federation.submit(name, **LONG, **FEWER) for name in ("stopped", "other"))
     federation.start()
     federation.come(ASH, BIRCH, CEDAR)
     federation.until_asked(BIRCH, stopped, "train")
     federation.until_asked(BIRCH, other, "train")
+    held = [federation.hold(ASH, run, "train") for run in (stopped, other)]
     federation.ask_to_stop(stopped)
     assert federation.result(stopped)["status"] == "stopped"
     assert not federation.ended(other)
@@ -112,12 +122,13 @@ def test_a_stop_takes_effect_while_replies_are_waited_for_and_ends_that_run_alon
 def test_a_site_that_was_away_is_told_of_an_end_when_it_comes_though_another_run_is_under_way(
     federation: Served,
 ) -> None:
-    stopped, other = federation.submit("stopped"), federation.submit("other", **FEWER)
-    held = federation.hold(ASH, other, "seal")
+    stopped, other = federation.submit("stopped", **LONG), federation.submit("other", **LONG, **FEWER)
+    gone = federation.hold(DOGWOOD, stopped, "train")
     federation.start()
     federation.come(*SITES)
-    gone = federation.hold(DOGWOOD, stopped, "train")
     federation.until_asked(DOGWOOD, stopped, "train")
+    federation.until_asked(ASH, other, "train")
+    held = federation.hold(ASH, other, "train")
     federation.sites[DOGWOOD].end()
     gone.set()
     federation.sites.pop(DOGWOOD).join()
@@ -171,7 +182,7 @@ def test_a_disk_that_takes_nothing_ends_the_service_and_no_run(federation: Serve
         raise StorageError("is full", where=str(place))
 
     first = federation.submit("first", **FEWER)
-    second = federation.submit("second", run={"rounds": 8, "report_metrics_every": 8}, **FEWER)
+    second = federation.submit("second", **LONG, **FEWER)
     federation.start(finish=full)
     federation.come(ASH, BIRCH, CEDAR)
     error = federation.join()
