@@ -216,7 +216,7 @@ class Site:
         try:
             if len(request.body) > self._most_body(header.run):
                 raise SealingError("is larger than any honest request", where=f"run {header.run[:64]}")
-            stored = self._store.stored_reply(_place(header), request.digest)
+            stored = self._store.stored_reply(header.address, request.digest)
             if stored is not None:
                 return stored
             if (why := self._store.halted()) is not None:
@@ -316,15 +316,9 @@ class Site:
     ) -> Envelope:
         """A signed reply to the coordinator, with the state of the log as it is now."""
         return seal_envelope(
-            self.identity,
-            address,
-            recipient=self.policy.coordinator,
-            type_=message.TYPE,
-            body=message.to_bytes(),
-            checkpoint=self.log.checkpoint().short,
-            chunks=chunks,
-            request=request.digest,
-        )
+            self.identity, address, recipient=self.policy.coordinator, type_=message.TYPE, body=message.to_bytes(),
+            checkpoint=self.log.checkpoint().short, chunks=chunks, request=request.digest,
+        )  # fmt: skip
 
     def _refuse(self, header: Header, request: Envelope, error: ConfideError) -> Envelope:
         # Tracebacks would keep whatever was refused, which may be large.
@@ -343,7 +337,7 @@ class Site:
         except StorageError as lost:
             self.last_refusal = lost
             raise
-        return self._sign(_place(header), request, answer)
+        return self._sign(header.address, request, answer)
 
     def _note_refusal(self, header: Header, error: ConfideError, answer: m.Refusal) -> None:
         self.local_log.append(audit.LocalRefusal(run=header.run, step=header.step, reason=str(error)))
@@ -401,8 +395,3 @@ class Site:
             )
             self._runs[manifest.run] = known
         return known
-
-
-def _place(header: Header) -> Address:
-    """Where in the run a message says it belongs."""
-    return Address(**{name: getattr(header, name) for name in Address.model_fields})

@@ -24,8 +24,9 @@ from pathlib import Path
 
 from confide.errors import AuditError, StorageError
 from confide.privacy.audit.checkpoint import Checkpoint, parse_note, sign_note
+from confide.privacy.audit.entries import decode, encode
 from confide.privacy.audit.merkle import Tree, leaf_hash
-from confide.privacy.audit.records import Record, decode, encode
+from confide.privacy.audit.records import Record
 from confide.privacy.database import open_durable, open_read_only
 from confide.privacy.files import write_private
 

@@ -40,6 +40,7 @@ from confide.clients.run import model_digest
 from confide.clients.store import ModelState
 from confide.errors import SealingError
 from confide.privacy.audit import records as audit
+from confide.privacy.audit.entries import decode
 from confide.privacy.audit.log import Log
 from confide.privacy.digest import framed
 from confide.privacy.sealing import Accumulator, Agreement, Payload, Profile
@@ -636,7 +637,7 @@ class _Tail:
         self._log, self._read = log, log.size
 
     def new(self, kind: type[audit.Record]) -> list[Any]:
-        entries = (audit.decode(self._log.entry(number)[1])[0] for number in range(self._read, self._log.size))
+        entries = (decode(self._log.entry(number)[1])[0] for number in range(self._read, self._log.size))
         return [record for record in entries if isinstance(record, kind)]
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from confide.errors import ConfideError
 from confide.privacy.audit import records as audit
-from confide.privacy.audit.records import decode
+from confide.privacy.audit.entries import decode
 from confide.protocol.envelope import MAX_BODY, Address, Envelope, seal_envelope
 from tests.attacks.federation import Federation, header_of, open_federation, resign
 from tests.attacks.hostile_bytes import HOSTILE, PROFILES, SIDES, corpus

@@ -12,7 +12,7 @@ from flwr.app import Message
 import confide
 from confide.errors import BudgetError
 from confide.privacy.dp import Ledger, RenyiBudget, Role
-from confide.simulations import runner
+from confide.simulations import execution
 from confide.simulations.grid import LocalGrid
 from tests.clients.watching import Watch, ledger_rows, watch_runs
 from tests.support import SITES
@@ -141,7 +141,7 @@ def test_an_update_that_was_never_sealed_settles_its_charge_to_nothing(
         seals.append(site)
         return len(seals) == 2
 
-    monkeypatch.setattr(runner, "LocalGrid", lambda app, sites, **_: LocalGrid(app, sites, drop=drop))
+    monkeypatch.setattr(execution, "LocalGrid", lambda app, sites, **_: LocalGrid(app, sites, drop=drop))
     result = confide.simulate(make_experiment(privacy=WHOLE), out=tmp_path / "out")
     assert result.rounds_abandoned == 1
     settled = {s: [r for r in ledger_rows(tmp_path / "out" / "ledgers", s) if r[1] == "settle"] for s in SITES}

@@ -206,7 +206,9 @@ def test_a_site_that_abstains_is_told_apart(nobody: Observed, tmp_path: Path) ->
             return snapshot(self, *args, **kwargs)
 
         patch.setattr(Registry, "snapshot", abstaining)
-        patch.setattr("confide.simulations.runner._Run._exact", lambda _self, _weights: None)  # it asks sites, too
+        patch.setattr(
+            "confide.simulations.execution.Execution._exact", lambda _self, _weights: None
+        )  # it asks sites, too
 
     observed = observe(tmp_path, arrange)
     assert observed.transcript.messages != nobody.transcript.messages

@@ -58,7 +58,7 @@ def record_runs(patch: pytest.MonkeyPatch) -> list[Transcript]:
             self._mine.messages.append(_seen(site, "from", reply, self.bytes_up - up))
             return reply
 
-    patch.setattr("confide.simulations.runner.LocalGrid", Recorder)
+    patch.setattr("confide.simulations.execution.LocalGrid", Recorder)
     return found
 
 

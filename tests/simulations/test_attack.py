@@ -18,10 +18,11 @@ from confide.clients.data.records import SiteRecords
 from confide.errors import AuditError, ConfigError
 from confide.privacy.audit import attacks
 from confide.privacy.audit.checkpoint import Checkpoint, sign_note
+from confide.privacy.audit.entries import encode
 from confide.privacy.audit.evidence import load_evidence
 from confide.privacy.audit.log import parse_line
 from confide.privacy.audit.merkle import Tree, leaf_hash
-from confide.privacy.audit.records import AttackResult, encode
+from confide.privacy.audit.records import AttackResult
 from confide.privacy.audit.verify import verify
 from confide.privacy.dp import SecureRandom
 from confide.simulations import attack

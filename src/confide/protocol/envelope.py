@@ -88,6 +88,11 @@ class Header(Address):
     #: State of the sender's log, `size:root`: whoever keeps the envelope can prove later what the log held.
     checkpoint: LogState
 
+    @property
+    def address(self) -> Address:
+        """Where in the run the message says it belongs."""
+        return Address(**{name: getattr(self, name) for name in Address.model_fields})
+
 
 @dataclass(frozen=True, slots=True)
 class Envelope:

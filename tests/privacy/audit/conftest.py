@@ -95,7 +95,7 @@ class _Lossy(LocalGrid):
 @pytest.fixture(scope="session")
 def retried(start: Callable[..., Run]) -> Run:
     """A run that may retry, and had to: rounds 2 and 3 were summed at the second attempt, without one site each."""
-    with mock.patch("confide.simulations.runner.LocalGrid", _Lossy):
+    with mock.patch("confide.simulations.execution.LocalGrid", _Lossy):
         return start("sealed", sealing={"retry": True})
 
 

@@ -18,6 +18,7 @@ from unittest import mock
 import confide
 from confide.privacy.audit import records as r
 from confide.privacy.audit.checkpoint import Checkpoint, sign_note
+from confide.privacy.audit.entries import encode
 from confide.privacy.audit.log import export_log, parse_line
 from confide.privacy.audit.merkle import leaf_hash, tree_root
 from confide.protocol.identity import Identity
@@ -127,12 +128,12 @@ class Line:
     @property
     def data(self) -> bytes:
         """The line in the file."""
-        return self.salt.hex().encode() + b" " + r.encode(self.record, self.at) + b"\n"
+        return self.salt.hex().encode() + b" " + encode(self.record, self.at) + b"\n"
 
     @property
     def leaf(self) -> bytes:
         """Its leaf hash."""
-        return leaf_hash(self.salt + r.encode(self.record, self.at))
+        return leaf_hash(self.salt + encode(self.record, self.at))
 
 
 class Logbook:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from confide.errors import AuditError
 from confide.privacy.audit import records as r
+from confide.privacy.audit.entries import decode, encode
 from confide.privacy.consent import ConsentEvent, EventType, now_micros
 from tests.privacy.audit.logbook import COORDINATOR, Run
 
@@ -94,12 +95,12 @@ def example(kind: type[r.Record]) -> r.Record:
 
 @given(any_record(), st.integers(0, 2**60))
 def test_every_entry_comes_back_as_it_was(record: r.Record, at: int) -> None:
-    assert r.decode(r.encode(record, at)) == (record, at)
+    assert decode(encode(record, at)) == (record, at)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.KIND)
 def test_an_entry_is_canonical_json_with_its_kind_version_and_time(kind: type[r.Record]) -> None:
-    data = r.encode(example(kind), 5)
+    data = encode(example(kind), 5)
     tree = json.loads(data)
     assert (tree["kind"], tree["v"], tree["at"]) == (kind.KIND, 1, 5)
     assert data == json.dumps(tree, sort_keys=True, separators=(",", ":")).encode("ascii")
@@ -116,7 +117,7 @@ def test_every_kind_of_the_module_is_tested_here() -> None:
 
 def test_canonical_json_is_that_of_rfc_8785() -> None:
     for kind in KINDS:
-        data = r.encode(example(kind), 1_700_000_000_000_000)
+        data = encode(example(kind), 1_700_000_000_000_000)
         assert rfc8785.dumps(json.loads(data)) == data
 
 
@@ -176,10 +177,10 @@ CHANGES: dict[str, Change] = {
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 @pytest.mark.parametrize("kind", [r.Joined, r.Cohort, r.LocalSnapshot], ids=lambda k: k.KIND)
 def test_any_other_form_is_refused(kind: type[r.Record], change: str) -> None:
-    honest = r.encode(example(kind), 5)
-    assert r.decode(honest) == (example(kind), 5)  # the control
+    honest = encode(example(kind), 5)
+    assert decode(honest) == (example(kind), 5)  # the control
     with pytest.raises(AuditError):
-        r.decode(CHANGES[change](json.loads(honest)))
+        decode(CHANGES[change](json.loads(honest)))
 
 
 WRONG_VALUES: dict[Any, list[Any]] = {
@@ -193,11 +194,11 @@ WRONG_VALUES: dict[Any, list[Any]] = {
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.KIND)
 def test_a_field_holds_its_own_type_only(kind: type[r.Record]) -> None:
     """A float in a field would be a metric in a log; any other type, a crash of whoever reads it."""
-    honest, accepted = json.loads(r.encode(example(kind), 5)), []
+    honest, accepted = json.loads(encode(example(kind), 5)), []
     for name, hint in field_types(kind).items():
         for wrong in WRONG_VALUES[hint]:
             try:
-                r.decode(_dump({**honest, name: wrong}))
+                decode(_dump({**honest, name: wrong}))
             except AuditError:
                 continue
             accepted.append((name, wrong))
@@ -210,13 +211,13 @@ def test_a_field_holds_its_own_type_only(kind: type[r.Record]) -> None:
 ).map(lambda tree: json.dumps(tree).encode()))  # fmt: skip
 def test_nothing_else_is_an_entry(data: bytes) -> None:
     with pytest.raises(AuditError):
-        r.decode(data)
+        decode(data)
 
 
 @pytest.mark.parametrize("value", [0.5, float("nan"), float("inf")])
 def test_a_float_cannot_be_logged(value: float) -> None:
     with pytest.raises((TypeError, ValueError, AuditError)):
-        r.decode(r.encode(r.Opened(run="r", round=value, transcript="x", model="y", saturated="0"), 5))  # type: ignore[arg-type]
+        decode(encode(r.Opened(run="r", round=value, transcript="x", model="y", saturated="0"), 5))  # type: ignore[arg-type]
 
 
 # --- what travels ----------------------------------------------------------------------------------------------------
