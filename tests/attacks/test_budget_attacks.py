@@ -47,10 +47,11 @@ Scene = tuple[Manifest, tuple[str, ...], dict[str, Any], str, Any]
 
 
 @pytest.fixture
-def federation(tmp_path: Path) -> Iterator[Machines]:
-    """Four sites that have not joined yet."""
+def federation(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Machines]:
+    """Four sites that have not joined yet; by a parameter, with another limit of ε than the usual one."""
     sites = {"min_sites": 3, "min_subjects": 1, "population": {"default": 12}}
-    made = Machines(tmp_path / "f", sites=sites)
+    more = {"privacy": {"site_epsilon_limit": request.param}} if hasattr(request, "param") else {}
+    made = Machines(tmp_path / "f", sites=sites, **more)
     yield made
     made.world.close()
 
@@ -414,6 +415,7 @@ def test_a_put_back_site_does_not_train_with_keys_that_it_refused(rolled_back: M
     assert not takes_part(rolled_back), "its peers saw a later state and are in the cohort"
 
 
+@pytest.mark.parametrize("federation", [100.0], indirect=True, ids=["room for several runs"])
 def test_a_put_back_site_cannot_outgrow_what_its_peers_have_seen(rolled_back: Machines) -> None:
     """Refused requests make its log longer; a run that it never agrees on keys for shows that log to its peers."""
     for _ in range(40):
@@ -464,6 +466,7 @@ def test_sixteen_invented_neighbours_do_not_hide_what_was_seen(
     assert takes_part(rolled_back), "the control: nobody who has seen more is asked"
 
 
+@pytest.mark.parametrize("federation", [100.0], indirect=True, ids=["room for several runs"])
 def test_overlapping_runs_stop_nobody(federation: Machines) -> None:
     """No false alarm: two runs take turns, and each peer keeps states that were signed in the other."""
     go_to(federation, "one")
