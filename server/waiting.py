@@ -50,12 +50,14 @@ class Waiting:
         """
         runs = {run: status for run, status in self._store.runs().items() if run not in going}
         for run, status in runs.items():
-            # Neither asks a site for anything more.
-            if status == "stopping" or (status == "finished" and not self._ended(run)):
+            # Neither asks a site for anything more; one that is releasing already is no longer stopped.
+            stops = status == "stopping" and not self._store.releasing(run)
+            if stops or (status == "finished" and not self._ended(run)):
                 return run
         if not room:
             return None
-        begun, waiting = ([run for run, s in runs.items() if s == status] for status in ("running", "waiting"))
+        begun = [run for run, status in runs.items() if status in ("running", "stopping")]
+        waiting = [run for run, status in runs.items() if status == "waiting"]
         found = next((run for run in (*begun, *waiting) if self._can_begin(run, frozenset(there))), None)
         self._asked = {run: asked for run, asked in self._asked.items() if run in runs and run != found}
         return found
