@@ -43,8 +43,8 @@ from confide.config import load_experiment
 from confide.privacy.dp import PrivacyEvent, RenyiBudget, Role, SecureRandom, calibrate
 from confide.simulations import simulate
 from confide.simulations.evaluation import ExactEvaluator
-from confide.simulations.frontier import WATERMARK, Line, Panel, Point, write_frontier
 from confide.simulations.sources import Sources, builtin_example, load_sources
+from confide.simulations.sweeps.frontier import WATERMARK, Line, Panel, Point, write_frontier
 from confide.simulations.world import World
 
 Mask = NDArray[np.bool_]

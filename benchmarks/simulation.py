@@ -35,7 +35,8 @@ from confide.clients.training.plan import TrainingPlan
 from confide.clients.training.stacked import Chain, Work, train_stacked
 from confide.config import ModelConfig, TrainingConfig
 from confide.privacy.dp import SecureRandom
-from confide.simulations import grouping, simulate
+from confide.simulations import simulate
+from confide.simulations.engines import grouping
 
 FEATURES, CLASSES, HIDDEN, BATCH, RATE = 784, 10, 128, 10, 0.1
 CONTENDERS = ("confide", "confide_vectorised", "plain_loop", "flower_ray", "pfl")

@@ -4,11 +4,11 @@ from confide.simulations.place import finished_result
 from confide.simulations.planning import plan
 from confide.simulations.result import HONEST, Plan, Progress, Result
 from confide.simulations.runner import simulate
-from confide.simulations.sweep import SweepProgress, plan_sweep, sweep
-from confide.simulations.sweep_check import Quote
-from confide.simulations.sweep_cost import SweepCost
-from confide.simulations.sweep_place import finished_sweep
-from confide.simulations.sweep_result import Sweep
+from confide.simulations.sweeps.check import Quote
+from confide.simulations.sweeps.cost import SweepCost
+from confide.simulations.sweeps.place import finished_sweep
+from confide.simulations.sweeps.result import Sweep
+from confide.simulations.sweeps.sweep import SweepProgress, plan_sweep, sweep
 from confide.simulations.tracking import Tracker, open_tracker
 
 __all__ = [

@@ -20,14 +20,15 @@ from confide.privacy.dp import metrics as dp_metrics
 from confide.privacy.sealing import make_profile
 from confide.server.coordinator import Coordinator, Released, RoundOutcome
 from confide.server.runs import RunStore
-from confide.simulations import grouping as stacks
-from confide.simulations.engine import Drive, Engine, run_over
+from confide.simulations.engines import grouping as stacks
+from confide.simulations.engines.engine import Drive, Engine, run_over
+from confide.simulations.engines.grid import NODE_CONFIG_SITE, LocalGrid
+from confide.simulations.engines.looking import held_out_now, model_now
+from confide.simulations.engines.workers import WorkersEngine
 from confide.simulations.evaluation import ExactEvaluator
 from confide.simulations.figures import write_figures
 from confide.simulations.folders import write_json
-from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
 from confide.simulations.lines import RoundLines
-from confide.simulations.looking import held_out_now, model_now
 from confide.simulations.page import write_index
 from confide.simulations.place import Place
 from confide.simulations.planning import schedule_epsilon
@@ -40,7 +41,6 @@ from confide.simulations.result import (
     intervals_from_json,
 )
 from confide.simulations.scenario import Unreachable, honest
-from confide.simulations.workers import WorkersEngine
 from confide.simulations.world import World
 
 __all__ = ["Ending", "Execution", "Told"]

@@ -17,7 +17,7 @@ import torch
 from confide.errors import ConfideError, ConfigError, PeerError, StorageError
 from confide.privacy.flushing import GroupCommit
 from confide.simulations.earlier import earlier_run, ledgers_of, retraining
-from confide.simulations.engine import Engine, engine_of, find_engine, use_engine
+from confide.simulations.engines.engine import Engine, engine_of, find_engine, use_engine
 from confide.simulations.execution import Ending, Execution, Told
 from confide.simulations.folders import run_folders, write_json
 from confide.simulations.keeping import KEPT

@@ -17,7 +17,7 @@ from confide.protocol.bounds import learned_bounds
 from confide.server.app import make_server_app
 from confide.server.coordinator import Coordinator, Released
 from confide.server.runs import RunStore
-from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
+from confide.simulations.engines.grid import NODE_CONFIG_SITE, LocalGrid
 from confide.simulations.world import World
 
 __all__ = ["STATISTICS", "learn_bounds", "read_learned"]

@@ -24,7 +24,7 @@ from typing import Any
 
 from confide.errors import ConfigError, StorageError
 from confide.simulations.result import Result
-from confide.simulations.sweep_result import Cell, Sweep
+from confide.simulations.sweeps.result import Cell, Sweep
 
 __all__ = ["Tracker", "open_tracker"]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import struct
+import threading
 from pathlib import Path
 
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
@@ -23,6 +24,8 @@ __all__ = ["MAGIC", "Vault", "close_vault_file", "open_vault_file"]
 #: How every such file begins.
 MAGIC = b"confide1"
 _HEAD = struct.Struct(">8sIII16s")
+#: Two derivations that begin at once in two threads may wait for each other for ever, in OpenSSL.
+_ONE_AT_A_TIME = threading.Lock()
 #: RFC 9106's second recommended choice: 64 MiB, 3 passes, 4 lanes.
 _MEMORY, _ITERATIONS, _LANES = 64 * 1024, 3, 4
 _MOST_MEMORY, _MOST_ITERATIONS, _MOST_LANES = 256 * 1024, 10, 16
@@ -115,4 +118,5 @@ def open_vault_file(content: bytes, passphrase: str, name: str) -> bytes:
 def _derive(head: bytes, passphrase: str) -> bytes:
     _, memory, iterations, lanes, salt = _HEAD.unpack(head)
     kdf = Argon2id(salt=salt, length=32, iterations=iterations, lanes=lanes, memory_cost=memory)
-    return kdf.derive(passphrase.encode())
+    with _ONE_AT_A_TIME:
+        return kdf.derive(passphrase.encode())

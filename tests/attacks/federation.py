@@ -31,7 +31,7 @@ from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
 from confide.protocol.sightings import watchers_of
 from confide.server.coordinator import Coordinator
-from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
+from confide.simulations.engines.grid import NODE_CONFIG_SITE, LocalGrid
 from confide.simulations.sources import load_sources
 from confide.simulations.world import World
 from tests.support import experiment_tree, write_people

@@ -62,7 +62,7 @@ from confide.protocol.envelope import (
 )
 from confide.protocol.flower import from_records, to_records
 from confide.protocol.identity import Identity
-from confide.simulations.grid import LocalGrid
+from confide.simulations.engines.grid import LocalGrid
 from tests.attacks.federation import CHECKPOINT, Federation, Sum, header_of, is_refusal, refusal_of
 
 Chunks = tuple[bytes, ...]

@@ -34,7 +34,7 @@ from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest, Member
 from confide.protocol.sightings import pack_sightings, watchers_of
 from confide.simulations.runner import simulate
-from confide.simulations.sweep import sweep
+from confide.simulations.sweeps.sweep import sweep
 from confide.simulations.world import World
 from tests.attacks.federation import header_of, is_refusal, open_federation, refusal_of
 from tests.attacks.machines import Machines

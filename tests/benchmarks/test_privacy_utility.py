@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.privacy_utility import CELLS, main, measure, parse_cells, people_of, pool
-from confide.simulations.frontier import WATERMARK
+from confide.simulations.sweeps.frontier import WATERMARK
 
 TINY = ("run.rounds=1", "run.report_metrics_every=1", "training.local_steps=2")
 

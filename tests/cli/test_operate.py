@@ -42,7 +42,7 @@ from confide.server.outcome import finished
 from confide.server.plan import make_manifest
 from confide.server.runs import RunStore
 from confide.server.service import Service, ServiceConfig, run_store
-from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
+from confide.simulations.engines.grid import NODE_CONFIG_SITE, LocalGrid
 from tests.cli.command import confide, to_toml
 from tests.integration.test_agent import connect_proxy
 from tests.privacy import postgres

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from confide.cli import sweep_display
 from confide.simulations import Progress, SweepProgress
-from confide.simulations.frontier import WATERMARK
+from confide.simulations.sweeps.frontier import WATERMARK
 from tests.cli.command import Answer, confide, files_under, spawn, to_toml
 
 SHORT = ("--set", "run.rounds=1", "--set", "training.local_steps=2")

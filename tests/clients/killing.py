@@ -52,7 +52,7 @@ from confide.privacy.sealing.vault import Vault
 from confide.protocol import messages as m
 from confide.protocol.envelope import Envelope
 from confide.protocol.flower import from_records
-from confide.simulations.grid import LocalGrid
+from confide.simulations.engines.grid import LocalGrid
 from tests.attacks.federation import Federation, header_of
 from tests.forked import answer_jobs, wrap
 

@@ -13,7 +13,7 @@ import confide
 from confide.errors import BudgetError
 from confide.privacy.dp import Ledger, RenyiBudget, Role
 from confide.simulations import execution
-from confide.simulations.grid import LocalGrid
+from confide.simulations.engines.grid import LocalGrid
 from tests.clients.watching import Watch, ledger_rows, watch_runs
 from tests.support import SITES
 

@@ -12,7 +12,7 @@ from flwr.app import Message
 from confide.privacy.audit.log import LOG_SUFFIX
 from confide.protocol.envelope import Header
 from confide.protocol.flower import from_records
-from confide.simulations.grid import LocalGrid
+from confide.simulations.engines.grid import LocalGrid
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from confide.protocol.flower import from_records
 from confide.server.coordinator import Coordinator
 from confide.server.journal import Journal
 from confide.server.runs import RunStore
-from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
+from confide.simulations.engines.grid import NODE_CONFIG_SITE, LocalGrid
 from confide.simulations.keeping import KEPT, Keeping
 from confide.simulations.sources import load_sources
 from confide.simulations.world import COORDINATOR, FEDERATION, World

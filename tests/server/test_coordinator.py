@@ -22,7 +22,7 @@ from confide.protocol import messages as m
 from confide.protocol.envelope import Envelope
 from confide.protocol.flower import from_records
 from confide.server.coordinator import Coordinator, RoundOutcome
-from confide.simulations.grid import LocalGrid
+from confide.simulations.engines.grid import LocalGrid
 from tests.attacks.federation import Federation, header_of, open_federation, resign
 
 Drop = Callable[[FlowerMessage, str], bool]

@@ -19,7 +19,7 @@ from confide.protocol import messages as m
 from confide.protocol.flower import from_records, to_records
 from confide.server.ending import Endings, log_end, tell_end
 from confide.server.runs import RunStore
-from confide.simulations.grid import LocalGrid
+from confide.simulations.engines.grid import LocalGrid
 from confide.simulations.world import World
 from tests.attacks.federation import Federation, open_federation
 from tests.server.nodes import NodeClient, listening, new_key

@@ -24,7 +24,7 @@ from confide.protocol.flower import from_records
 from confide.protocol.manifest import Manifest
 from confide.server.coordinator import Coordinator, Released
 from confide.server.runs import RunStore
-from confide.simulations.grid import LocalGrid
+from confide.simulations.engines.grid import LocalGrid
 from confide.simulations.world import FEDERATION
 from tests.attacks.federation import Federation, header_of, open_federation
 

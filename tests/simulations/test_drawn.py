@@ -16,7 +16,7 @@ from confide.privacy.audit.log import stored_entries
 from confide.privacy.audit.verify import verify
 from confide.protocol import messages as m
 from confide.server.catchup import CatchUp
-from confide.simulations import grouping
+from confide.simulations.engines import grouping
 from tests.attacks.federation import Federation, refusal_of
 from tests.support import experiment_tree, write_people
 

@@ -20,11 +20,12 @@ from confide.config import load_experiment
 from confide.errors import ConfigError, StorageError
 from confide.protocol.keyfiles import is_encrypted
 from confide.protocol.roster import verify_chain
-from confide.simulations import Progress, apart, simulate
-from confide.simulations.apart import SitesApart
-from confide.simulations.deployment import MOST_SITES, DeploymentEngine
+from confide.simulations import Progress, simulate
+from confide.simulations.engines import apart
+from confide.simulations.engines.apart import SitesApart
+from confide.simulations.engines.deployment import MOST_SITES, DeploymentEngine
+from confide.simulations.engines.provisioning import found_parties, provision
 from confide.simulations.keeping import KEPT, Keeping
-from confide.simulations.provisioning import found_parties, provision
 from tests.cli.command import confide, to_toml
 from tests.integration.deployed import ROOT, rand_tree
 

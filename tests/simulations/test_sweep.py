@@ -15,11 +15,11 @@ import pytest
 import confide
 from confide.errors import BudgetError, ConfigError, DataError, PolicyError
 from confide.privacy.dp import Ledger, RenyiBudget, Role
-from confide.simulations.frontier import WATERMARK, Line, Panel, Point, write_frontier
 from confide.simulations.result import Epsilon, Result
-from confide.simulations.sweep_charts import curves
-from confide.simulations.sweep_page import write_sweep_page
-from confide.simulations.sweep_result import Cell, Sweep
+from confide.simulations.sweeps.charts import curves
+from confide.simulations.sweeps.frontier import WATERMARK, Line, Panel, Point, write_frontier
+from confide.simulations.sweeps.page import write_sweep_page
+from confide.simulations.sweeps.result import Cell, Sweep
 from tests.support import experiment_tree, write_people
 
 SHORT = {"rounds": 1, "report_metrics_every": 1}

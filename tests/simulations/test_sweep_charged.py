@@ -17,7 +17,7 @@ from confide.errors import BudgetError, ConfigError
 from confide.privacy.dp import Ledger, PrivacyEvent, Role, person_epsilon
 from confide.privacy.dp.accounting import rdp_epsilon
 from confide.privacy.dp.events import merge_events
-from confide.simulations import sweep_cells
+from confide.simulations.sweeps import cells
 from tests.cli import command
 from tests.cli.command import to_toml
 from tests.simulations.test_sweep import SHORT, made
@@ -203,14 +203,14 @@ def test_a_cell_that_died_while_it_ended_is_neither_lost_nor_charged_again(
     class Killed(BaseException):
         pass
 
-    written = sweep_cells.write_json
+    written = cells.write_json
 
     def die(path: Path, tree: Any) -> None:
         written(path, tree)
         if path.name == "cell.json":
             raise Killed
 
-    monkeypatch.setattr(sweep_cells, "write_json", die)
+    monkeypatch.setattr(cells, "write_json", die)
     with pytest.raises(Killed):
         confide.sweep(tree, over=OVER, out=out, ledger=ledgers)
     monkeypatch.undo()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import confide
 from confide.errors import ConfigError, DataError, PeerError, PolicyError
-from confide.simulations.sweep_memory import available_bytes, peak_bytes, workers_within
+from confide.simulations.sweeps.memory import available_bytes, peak_bytes, workers_within
 from tests.simulations.test_sweep import SHORT
 from tests.support import experiment_tree, write_people
 

@@ -9,7 +9,7 @@ import torch
 from confide.clients.training.models import build_model
 from confide.clients.training.stacked import Chain, Work
 from confide.clients.training.trainer import TRAIN
-from confide.simulations.together import answer_together
+from confide.simulations.engines.together import answer_together
 from tests.clients.training.test_stacked import work
 from tests.clients.training.test_trainer import CPU, INPUTS, LOGISTIC, MLP, make_plan
 
@@ -40,7 +40,7 @@ def test_each_gets_what_it_would_get_alone_however_often_it_trains() -> None:
 
 
 def test_they_are_trained_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from confide.simulations import together
+    from confide.simulations.engines import together
 
     seen: list[int] = []
     train = together.train_stacked

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from confide.errors import ConfigError, StorageError
 from confide.privacy.audit.verify import verify
 from confide.simulations import simulate
-from confide.simulations.crew import Crew
-from confide.simulations.grouping import Grouping
+from confide.simulations.engines.crew import Crew
+from confide.simulations.engines.grouping import Grouping
 from confide.simulations.result import Progress
 from tests.simulations.test_drawn import NAMES, tree, weights
 
@@ -55,7 +55,7 @@ LEAVING = {"withdrawals": [{"round": 2, "fraction": 0.3}]}
 @pytest.fixture(autouse=True)
 def small_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that there are several."""
-    monkeypatch.setattr("confide.simulations.grouping.TOGETHER", 3)
+    monkeypatch.setattr("confide.simulations.engines.grouping.TOGETHER", 3)
 
 
 @pytest.mark.parametrize("make", [many, everybody], ids=["drawn", "sealed"])
@@ -111,7 +111,8 @@ def test_a_process_that_dies_ends_the_run_which_is_resumed_with_another_number(
 def test_no_process_outlives_the_one_that_simulates(tmp_path: Path) -> None:
     (tmp_path / "tree.json").write_text(json.dumps(many(tmp_path, run={"rounds": 400})))
     program = (
-        "import json, os, sys\nfrom confide.simulations import grouping, simulate\ngrouping.TOGETHER = 3\n"
+        "import json, os, sys\nfrom confide.simulations import simulate\n"
+        "from confide.simulations.engines import grouping\ngrouping.TOGETHER = 3\n"
         "import multiprocessing\n"
         "def say(_):\n"
         "    print(' '.join(str(p.pid) for p in multiprocessing.active_children()), flush=True)\n"

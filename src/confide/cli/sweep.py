@@ -118,7 +118,7 @@ def _processes(text: str) -> int | None:
 
 
 def _show(found: Sweep) -> None:
-    from confide.simulations.sweep_page import describe_best, describe_cost, describe_whole, show_value
+    from confide.simulations.sweeps.page import describe_best, describe_cost, describe_whole, show_value
 
     for warning in found.warnings:
         out.print(f"[bold white on red] {warning} [/]")
@@ -158,7 +158,7 @@ def _show(found: Sweep) -> None:
 
 def _show_quote(quote: Quote) -> None:
     from confide.privacy.dp import LEDGER_LABEL, run_label
-    from confide.simulations.sweep_page import show_value
+    from confide.simulations.sweeps.page import show_value
 
     shown = Table(box=None, padding=(0, 2, 0, 0), title=f"Plan of the sweep {quote.name}: nothing has run",
                   title_justify="left", title_style="bold")  # fmt: skip

@@ -12,7 +12,7 @@ from flwr.app import Error, Message
 
 from confide.protocol.envelope import Header
 from confide.protocol.flower import from_records
-from confide.simulations.grid import LocalGrid
+from confide.simulations.engines.grid import LocalGrid
 from confide.simulations.result import Progress
 from tests.privacy.audit.logbook import KeyRing, Run
 from tests.support import experiment_tree, write_people

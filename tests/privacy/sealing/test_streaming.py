@@ -27,7 +27,7 @@ from confide.protocol import messages as m
 from confide.protocol.envelope import Address, Envelope, Header, seal_envelope
 from confide.protocol.identity import Identity
 from confide.server.coordinator import Coordinator
-from confide.simulations.grid import NODE_CONFIG_SITE, LocalGrid
+from confide.simulations.engines.grid import NODE_CONFIG_SITE, LocalGrid
 from tests.privacy.sealing.stream_large import payloads
 
 MIB, GIB = 2**20, 2**30

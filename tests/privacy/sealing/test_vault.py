@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +279,19 @@ def test_a_destroyed_entry_is_overwritten_and_gone_and_the_others_stay(
     assert kept.load("other") == b"other keys"
     kept.destroy(NAME)  # there is nothing to do
     assert kept.load("other") == b"other keys"
+
+
+def test_threads_that_derive_keys_at_once_do_not_wait_for_each_other_for_ever() -> None:
+    """Without their taking turns, OpenSSL's Argon2id never returned here."""
+    content, opened = close_vault_file(b"kept", "a passphrase", "entry"), list[bytes]()
+
+    def derive() -> None:
+        for _ in range(3):
+            opened.append(open_vault_file(content, "a passphrase", "entry"))
+
+    threads = [threading.Thread(target=derive, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert opened == [b"kept"] * 9

@@ -28,8 +28,8 @@ from confide.environment import switches
 from confide.errors import ConfigError, PeerError
 from confide.server.coordinator import Released
 from confide.server.process import log_file
-from confide.simulations.apart import forget_seen
-from confide.simulations.engine import Drive, run_over
+from confide.simulations.engines.apart import forget_seen
+from confide.simulations.engines.engine import Drive, run_over
 from confide.simulations.keeping import Keeping
 from confide.simulations.sources import Sources
 
@@ -145,7 +145,7 @@ def _engine(drive: Drive) -> Iterator[Grid]:
     """Flower's engine in a thread of its own, for as long as its grid is used."""
     from flwr.simulation import run_simulation
 
-    from confide.simulations.ray_backend import PlacedGrid, SitesApp, sites_stay
+    from confide.simulations.engines.ray_backend import PlacedGrid, SitesApp, sites_stay
 
     names, over, grids = tuple(drive.world.sites), threading.Event(), list[Grid]()
     server, failed = ServerApp(), list[BaseException]()

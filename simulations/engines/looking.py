@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from confide.simulations.apart import read_seen
+from confide.simulations.engines.apart import read_seen
 from confide.simulations.world import World
 
 __all__ = ["held_out_now", "model_now"]

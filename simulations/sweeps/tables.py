@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from confide.privacy.files import write_atomically
-from confide.simulations.sweep_result import Cell, Sweep
+from confide.simulations.sweeps.result import Cell, Sweep
 
 __all__ = ["results_table", "rounds_table", "write_tables"]
 

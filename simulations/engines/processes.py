@@ -1,4 +1,4 @@
-"""The processes that `--engine deployment` starts: `python -m confide.simulations.processes coordinator` and `… agent`.
+"""The processes that `--engine deployment` starts: `python -m` this module, with `coordinator` or `agent`.
 
 The first line of standard input is the whole order, in JSON. When it closes, whoever gave the order is gone, and so is
 the process: an agent ends its own processes first. The coordinator says on standard output, a line of JSON each, where
@@ -26,14 +26,14 @@ from confide.privacy.files import write_atomically
 from confide.server.coordinator import Coordinator, Released, RoundOutcome
 from confide.server.link import LinkConfig
 from confide.server.process import CoordinatorConfig, run_coordinator
+from confide.simulations.engines.provisioning import LOOPBACK, found_parties
 from confide.simulations.keeping import KEPT, Keeping
 from confide.simulations.making import FEDERATION
-from confide.simulations.provisioning import LOOPBACK, found_parties
 
 __all__ = ["main", "outcome_from_json", "raised", "released_from_json"]
 
 #: A file of the coordinator's beside its log, and the site factory that executors are given.
-_WEIGHTS, _FACTORY = "released.bin", "confide.simulations.apart:open_site"
+_WEIGHTS, _FACTORY = "released.bin", "confide.simulations.engines.apart:open_site"
 #: Seconds for the sites' processes to start, on however slow a machine.
 _PATIENCE = 600.0
 

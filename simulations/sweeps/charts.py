@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from confide.privacy.audit.chart import Series, line_chart
-from confide.simulations.frontier import WATERMARK
-from confide.simulations.sweep_result import Cell, Sweep, show_value, without_seed
+from confide.simulations.sweeps.frontier import WATERMARK
+from confide.simulations.sweeps.result import Cell, Sweep, show_value, without_seed
 
 __all__ = ["PROFILE", "Cost", "Curve", "costs", "curves", "rounds_chart"]
 

@@ -20,9 +20,9 @@ from confide.protocol.manifest import Manifest
 from confide.simulations.planning import any_bounds
 from confide.simulations.result import json_number
 from confide.simulations.sources import load_sources
-from confide.simulations.sweep_axes import name_cell
-from confide.simulations.sweep_cost import SweepCost, ask, keys_in, people_digest, total
-from confide.simulations.sweep_place import Job, SweepPlan
+from confide.simulations.sweeps.axes import name_cell
+from confide.simulations.sweeps.cost import SweepCost, ask, keys_in, people_digest, total
+from confide.simulations.sweeps.place import Job, SweepPlan
 from confide.simulations.world import World
 
 __all__ = ["Quote", "check_cells", "quote", "refuse_uncharged"]

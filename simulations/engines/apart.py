@@ -32,9 +32,9 @@ from confide.privacy.files import write_atomically
 from confide.protocol.envelope import Envelope, Header
 from confide.protocol.manifest import Manifest
 from confide.protocol.standing import Standing
+from confide.simulations.engines.provisioning import found_parties
 from confide.simulations.making import FEDERATION, SiteMaker
 from confide.simulations.place import attached_place
-from confide.simulations.provisioning import found_parties
 from confide.simulations.statistics import STATISTICS, read_learned
 
 __all__ = ["Seen", "SiteApart", "SitesApart", "forget_seen", "open_site", "read_seen"]

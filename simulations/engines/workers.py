@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from confide.config import Experiment
 from confide.errors import PeerError
 from confide.server.coordinator import Released
-from confide.simulations.crew import Ask, Crew
-from confide.simulations.engine import Drive, run_over
-from confide.simulations.grid import SimulatedGrid, off_the_wire, on_the_wire
-from confide.simulations.grouping import Grouping
+from confide.simulations.engines.crew import Ask, Crew
+from confide.simulations.engines.engine import Drive, run_over
+from confide.simulations.engines.grid import SimulatedGrid, off_the_wire, on_the_wire
+from confide.simulations.engines.grouping import Grouping
 from confide.simulations.keeping import Keeping
 from confide.simulations.place import LOCAL
 from confide.simulations.sources import Sources

@@ -1,7 +1,7 @@
 """Where the sites of a simulated run live: the engines. Coordinator, sites, messages and the run's folder are the same
 on all of them; only Flower's `Grid` differs, and so the processes. See ADR 24.
 
-`local` is the runner's own; the others have the sites in other processes, where `simulations/apart.py` opens them.
+`local` is the runner's own; the others have the sites in other processes, where `apart.py` opens them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from confide.config import Experiment
 from confide.errors import ConfigError
 from confide.server.app import make_server_app
 from confide.server.coordinator import Coordinator, Released, RoundOutcome
-from confide.simulations.grouping import Grouping
+from confide.simulations.engines.grouping import Grouping
 from confide.simulations.keeping import Keeping
 from confide.simulations.place import LOCAL, Place
 from confide.simulations.scenario import Unreachable
@@ -92,11 +92,11 @@ def find_engine(name: str, ray_address: str | None = None) -> Engine | None:
     if ray_address is not None and name != RAY:
         raise ConfigError("is for --engine ray", where="--ray-address", hint="name both, or neither")
     if name == RAY:
-        from confide.simulations.ray_engine import RayEngine
+        from confide.simulations.engines.ray_engine import RayEngine
 
         return RayEngine(ray_address)
     if name == DEPLOYMENT:
-        from confide.simulations.deployment import DeploymentEngine
+        from confide.simulations.engines.deployment import DeploymentEngine
 
         return DeploymentEngine()
     if name != LOCAL:

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from confide.simulations.frontier import WATERMARK
 from confide.simulations.result import Result, json_number
-from confide.simulations.sweep_cost import SweepCost
+from confide.simulations.sweeps.cost import SweepCost
+from confide.simulations.sweeps.frontier import WATERMARK
 
 __all__ = ["EPSILON", "SEED", "Cell", "Setting", "Sweep", "show_value", "without_seed"]
 

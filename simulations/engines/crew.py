@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from confide.clients.app import make_client_app
 from confide.errors import ConfideError, StorageError
 from confide.privacy.flushing import GroupCommit, flush_commits
-from confide.simulations.grid import NODE_CONFIG_SITE, context_of, off_the_wire, on_the_wire
-from confide.simulations.grouping import Grouping
-from confide.simulations.together import answer_together
+from confide.simulations.engines.grid import NODE_CONFIG_SITE, context_of, off_the_wire, on_the_wire
+from confide.simulations.engines.grouping import Grouping
+from confide.simulations.engines.together import answer_together
 from confide.simulations.world import World
 
 __all__ = ["Ask", "Crew"]

@@ -27,7 +27,7 @@ from flwr.simulation.ray_transport.ray_actor import ClientAppActor
 from flwr.supercore.run import Run
 
 from confide.clients.app import make_client_app
-from confide.simulations.apart import SitesApart
+from confide.simulations.engines.apart import SitesApart
 
 __all__ = ["PlacedGrid", "SitesApp", "sites_stay"]
 

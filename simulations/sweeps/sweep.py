@@ -25,16 +25,16 @@ from confide.privacy.dp.statement import LEDGER
 from confide.simulations.folders import fresh_folder, write_json
 from confide.simulations.planning import Source
 from confide.simulations.result import Progress, Result
-from confide.simulations.sweep_axes import values_of
-from confide.simulations.sweep_cells import read_cell
-from confide.simulations.sweep_check import Quote, check_cells, quote, refuse_uncharged
-from confide.simulations.sweep_cost import ask, give_keys, still_to_charge
-from confide.simulations.sweep_memory import cores
-from confide.simulations.sweep_page import write_sweep_figure, write_sweep_page
-from confide.simulations.sweep_place import Job, SweepPlan, load_plan, locked, resumed_plan
-from confide.simulations.sweep_result import Cell, Sweep
-from confide.simulations.sweep_tables import write_tables
-from confide.simulations.sweep_workers import run_beside, run_in_turn
+from confide.simulations.sweeps.axes import values_of
+from confide.simulations.sweeps.cells import read_cell
+from confide.simulations.sweeps.check import Quote, check_cells, quote, refuse_uncharged
+from confide.simulations.sweeps.cost import ask, give_keys, still_to_charge
+from confide.simulations.sweeps.memory import cores
+from confide.simulations.sweeps.page import write_sweep_figure, write_sweep_page
+from confide.simulations.sweeps.place import Job, SweepPlan, load_plan, locked, resumed_plan
+from confide.simulations.sweeps.result import Cell, Sweep
+from confide.simulations.sweeps.tables import write_tables
+from confide.simulations.sweeps.workers import run_beside, run_in_turn
 
 __all__ = ["SweepProgress", "plan_sweep", "sweep"]
 

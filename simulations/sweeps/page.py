@@ -11,9 +11,9 @@ from markupsafe import Markup
 
 from confide.privacy.audit.page import write_page
 from confide.privacy.dp import LEDGER_LABEL, run_label
-from confide.simulations.frontier import Line, Panel, Point, write_frontier
-from confide.simulations.sweep_charts import Cost, costs, curves, rounds_chart
-from confide.simulations.sweep_result import EPSILON, Setting, Sweep, show_value
+from confide.simulations.sweeps.charts import Cost, costs, curves, rounds_chart
+from confide.simulations.sweeps.frontier import Line, Panel, Point, write_frontier
+from confide.simulations.sweeps.result import EPSILON, Setting, Sweep, show_value
 
 __all__ = [
     "describe_best",

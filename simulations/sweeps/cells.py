@@ -19,8 +19,8 @@ from confide.simulations.keeping import KEPT, Keeping
 from confide.simulations.place import experiment_text, finished_result
 from confide.simulations.result import Progress, Result, json_number
 from confide.simulations.runner import simulate
-from confide.simulations.sweep_place import Job
-from confide.simulations.sweep_result import Cell
+from confide.simulations.sweeps.place import Job
+from confide.simulations.sweeps.result import Cell
 
 __all__ = ["read_cell", "run_cell"]
 

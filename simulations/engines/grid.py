@@ -18,8 +18,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from confide.simulations.grouping import Grouping
-from confide.simulations.together import answer_together
+from confide.simulations.engines.grouping import Grouping
+from confide.simulations.engines.together import answer_together
 
 __all__ = ["NODE_CONFIG_SITE", "LocalGrid", "SimulatedGrid", "context_of", "off_the_wire", "on_the_wire"]
 

@@ -19,8 +19,8 @@ from confide.privacy.sealing import Size
 from confide.simulations.folders import write_json
 from confide.simulations.place import difference, experiment_text, inputs_digest
 from confide.simulations.planning import Rooted, Source, load_source
-from confide.simulations.sweep_axes import AxisPoint, name_cell, points_of, read_axes
-from confide.simulations.sweep_cost import SweepCost
+from confide.simulations.sweeps.axes import AxisPoint, name_cell, points_of, read_axes
+from confide.simulations.sweeps.cost import SweepCost
 
 __all__ = ["Job", "SweepPlan", "finished_sweep", "load_plan", "locked", "resumed_plan"]
 

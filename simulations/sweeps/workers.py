@@ -21,10 +21,10 @@ from typing import Any, NoReturn
 from confide.environment import silence_third_parties
 from confide.errors import ConfideError, PeerError
 from confide.simulations.result import Progress
-from confide.simulations.sweep_axes import name_cell
-from confide.simulations.sweep_cells import run_cell
-from confide.simulations.sweep_memory import available_bytes, cores, peak_bytes, workers_within
-from confide.simulations.sweep_place import Job
+from confide.simulations.sweeps.axes import name_cell
+from confide.simulations.sweeps.cells import run_cell
+from confide.simulations.sweeps.memory import available_bytes, cores, peak_bytes, workers_within
+from confide.simulations.sweeps.place import Job
 
 __all__ = ["run_beside", "run_in_turn"]
 

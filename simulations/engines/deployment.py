@@ -1,8 +1,8 @@
 """`--engine deployment`: the run as a deployed federation of this machine. A federation is founded beside the run, its
 coordinator and every site's agent are processes of their own, and talk over TLS on the loopback interface.
 
-What is simulated still: whose records lie where, who consents, and the officers (`simulations/apart.py`), all of which
-the executors read from the run's folder. The policy of its sites is the simulation's, not a `site.toml`'s.
+What is simulated still: whose records lie where, who consents, and the officers (`apart.py`), all of which the
+executors read from the run's folder. The policy of its sites is the simulation's, not a `site.toml`'s.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import IO, Any
 from confide.config import Experiment
 from confide.errors import ConfideError, ConfigError, PeerError
 from confide.server.coordinator import Released
-from confide.simulations.apart import forget_seen
-from confide.simulations.engine import Drive
+from confide.simulations.engines.apart import forget_seen
+from confide.simulations.engines.engine import Drive
+from confide.simulations.engines.processes import outcome_from_json, raised, released_from_json
+from confide.simulations.engines.provisioning import found_parties, provision
 from confide.simulations.keeping import Keeping
-from confide.simulations.processes import outcome_from_json, raised, released_from_json
-from confide.simulations.provisioning import found_parties, provision
 from confide.simulations.sources import Sources
 
 __all__ = ["MOST_SITES", "DeploymentEngine"]
@@ -36,7 +36,7 @@ MOST_SITES = 12
 _LOOK_AGAIN = 0.5
 #: Seconds for processes to end by themselves: an agent waits for its site's last request.
 _GRACE = 45.0
-_MODULE = "confide.simulations.processes"
+_MODULE = "confide.simulations.engines.processes"
 
 
 class DeploymentEngine:
