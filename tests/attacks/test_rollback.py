@@ -43,10 +43,11 @@ EVERYTHING = ("sites", "ledgers", "logs")
 
 
 @pytest.fixture
-def federation(tmp_path: Path) -> Iterator[Machines]:
-    """Four sites that have agreed on keys."""
+def federation(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Machines]:
+    """Four sites that have agreed on keys; by a parameter, with another limit of ε than the usual one."""
     sites = {"min_sites": 3, "min_subjects": 1, "population": {"default": 12}}
-    made = Machines(tmp_path / "f", sites=sites)
+    more = {"privacy": {"site_epsilon_limit": request.param}} if hasattr(request, "param") else {}
+    made = Machines(tmp_path / "f", sites=sites, **more)
     made.agree()
     yield made
     made.world.close()
@@ -255,6 +256,7 @@ def joined(federation: Machines) -> Machines:
     return federation
 
 
+@pytest.mark.parametrize("federation", [100.0], indirect=True, ids=["room for several runs"])
 def test_a_site_whose_whole_state_was_put_back_is_told_by_its_peers_and_stops_for_good(rolled_back: Machines) -> None:
     joined(rolled_back)
     answer = refusal_of(rolled_back.hand_over(SITE))

@@ -933,7 +933,7 @@ def _is_new(machines: Machines, seen: str) -> bool:
     if not seen:
         return True
     folder = machines.folder / "ledgers" / VICTIM
-    tables = {"ledger.db": ("genesis", "entry", "roles"), "personal.db": ("person", "held", "forgotten")}
+    tables = {"ledger.db": ("genesis", "entry", "roles"), "personal.db": ("person", "held", "forgotten", "kept")}
     assert {f.name for f in folder.iterdir()} == {*tables, "site.key"}
     said = []
     for file, names in tables.items():
