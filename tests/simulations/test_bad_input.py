@@ -281,8 +281,8 @@ def test_a_person_at_two_sites(desk: Desk) -> None:
     desk.refuse(
         3,
         "data error people.csv: one subject has records at sites ash and birch\n"
-        "  → each person's loss is accounted at one site: give the person one site, or declare the share of such people "
-        "with partition.overlap, and ε is composed over her sites\n",
+        "  → each person's loss is accounted at one site: give the person one site, or declare the share of such "
+        "people with partition.overlap, and ε is composed over her sites\n",
     )
 
 
