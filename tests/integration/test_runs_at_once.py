@@ -21,6 +21,7 @@ def turns(made: Staged, runs: list[str]) -> int:
     return sum(a != b for a, b in pairwise(order))
 
 
+@chaos
 def test_two_runs_at_once_end_as_each_would_alone_though_the_coordinator_dies_in_the_middle_of_both(
     tmp_path: Path,
 ) -> None:

@@ -57,7 +57,7 @@ def verified(one: Served, *runs: str) -> None:
         assert one.made.evidence(run).findings == []
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("at_once", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_as_many_runs_are_under_way_as_the_operator_allows(federation: Served, at_once: int) -> None:
     runs = [federation.submit(name) for name in ("one", "two")]
     federation.start(at_once=at_once)
@@ -157,6 +157,7 @@ def test_a_run_that_waits_for_its_sites_is_stopped_at_once_also_where_there_is_n
     assert federation.entries(COORDINATOR, audit.RunEnded, waits) == [], "nobody was ever asked"
 
 
+@pytest.mark.long
 def test_a_stop_that_comes_while_sites_release_the_model_comes_too_late(federation: Served) -> None:
     """They have logged that they handed it over: the run ends as their logs say."""
     run = federation.submit("late", **FEWER)
@@ -199,6 +200,7 @@ def test_a_disk_that_takes_nothing_ends_the_service_and_no_run(federation: Serve
     verified(federation, first, second)
 
 
+@pytest.mark.long
 def test_a_new_certificate_waits_for_the_runs_under_way_and_new_runs_for_it(federation: Served) -> None:
     run = federation.submit("first", **FEWER)
     held = federation.hold(ASH, run, "train")

@@ -93,7 +93,9 @@ def told(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in ("run_id", "seconds", "out")}
 
 
-@pytest.mark.parametrize("engine", [pytest.param("ray", marks=needs_ray), "deployment"])
+@pytest.mark.parametrize(
+    "engine", [pytest.param("ray", marks=needs_ray), pytest.param("deployment", marks=pytest.mark.long)]
+)
 def test_the_engine_changes_nothing_of_a_run(engine: str, local: Path, tmp_path: Path) -> None:
     line, left = run_apart(tmp_path, engine)
     out = tmp_path / engine

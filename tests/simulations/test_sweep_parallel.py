@@ -64,7 +64,7 @@ def test_a_killed_worker_is_named_the_others_stop_and_what_finished_is_as_it_wou
     assert (state_of(out)["status"], state_of(out)["finished"]) == ("failed", len(ended))
     killed = int(lost.value.where[-1])
     for number, folder in folders.items():
-        if folder.exists() and number not in ended | {killed}:
+        if (folder / "status.json").exists() and number not in ended | {killed}:
             assert state_of(folder)["status"] == "interrupted"
     begun = {n: state_of(f)["run_id"] for n, f in folders.items() if (f / "resume" / "manifest.json").exists()}
 
