@@ -111,7 +111,7 @@ class Waiting:
         manifest = SimpleNamespace(
             federation="f", roster_version=1, run="r", digest="0" * 64, members=members, rounds=9, min_sites=3,
             sealing=SealingConfig.model_validate({"profile": "sealed", "bits": 20}), vector_size=lambda _: SIZE,
-            single_updates=False, wait_seconds=None,
+            single_updates=False, wait_seconds=None, sites_per_round=None,
             layout=SimpleNamespace(size=SIZE), trains_in=lambda _: True,
             member=lambda site: next(x for x in members if x.site == site), to_bytes=lambda: b"{}",
         )  # fmt: skip
