@@ -33,7 +33,7 @@ SEED = 7
 PATIENCE = 600.0
 #: Only where nothing is measured may a developer do without it; where tests count it is installed (extra: test).
 needs_ray = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None and os.environ.get("CI") is None, reason="pip install 'confide[ray]'"
+    importlib.util.find_spec("ray") is None and not os.environ.get("CONFIDE_CI"), reason="pip install 'confide[ray]'"
 )
 
 
