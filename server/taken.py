@@ -38,6 +38,8 @@ from confide.server.settings import RESULT, RUNS, ServiceConfig
 
 __all__ = ["Shared", "TakenRun"]
 
+_STOPPED = "stopped by confide run stop"
+
 
 class _StopRun(Interrupted):
     """Somebody wants the run stopped."""
@@ -95,6 +97,12 @@ class TakenRun:
         manifest, place = Manifest.from_bytes(held[0]), shared.config.folder / RUNS / run
         place.mkdir(parents=True, exist_ok=True)
         shared.config.tell(f"run {run}: round {min(store.next_round(run), manifest.rounds)} of {manifest.rounds}")
+        if (ended := store.status(run)) in ("stopped", "failed"):
+            # It was over before anybody took it, or an earlier process noted that and died before it wrote down why.
+            self._over("stopped" if ended == "stopped" else "failed", log)
+            why = _STOPPED if ended == "stopped" else "failed; the coordinator was killed before it wrote down why"
+            self._end(failed(manifest, ended, why, {}), log)
+            return
         coordinator: list[Coordinator] = []
 
         def start(grid: Grid) -> Coordinator:
@@ -112,7 +120,7 @@ class TakenRun:
             if not manifest.statistics:
                 shared.config.finish(place, manifest, released)
         except _StopRun:
-            result = failed(manifest, "stopped", "stopped by confide run stop", {})
+            result = failed(manifest, "stopped", _STOPPED, {})
             self._over("stopped", log)
         except StorageError:
             raise

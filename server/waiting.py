@@ -52,7 +52,7 @@ class Waiting:
         for run, status in runs.items():
             # Neither asks a site for anything more; one that is releasing already is no longer stopped.
             stops = status == "stopping" and not self._store.releasing(run)
-            if stops or (status == "finished" and not self._ended(run)):
+            if stops or (status in ("finished", "stopped", "failed") and not self._ended(run)):
                 return run
         if not room:
             return None

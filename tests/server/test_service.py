@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterator
+from contextlib import closing
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from confide.privacy.audit import records as audit
 from confide.protocol.manifest import Manifest
 from confide.server.coordinator import Released
 from confide.server.federation import FederationFolder
+from confide.server.runs import RunStore
 from confide.server.service import AT_ONCE, MOST_AT_ONCE, Service, ServiceConfig, run_store
 from tests.integration.staged import COORDINATOR, SITES, Staged
 from tests.server.served import Served, copied, served
@@ -230,3 +232,16 @@ def test_what_is_no_error_of_ours_is_said_and_ends_the_service(federation: Serve
     assert federation.status(run) == "finished"
     federation.start()
     assert federation.result(run)["status"] == "finished", "the control: what was durable was kept"
+
+
+@pytest.mark.parametrize("status", ["stopped", "failed"])
+def test_a_run_whose_end_an_earlier_process_did_not_write_down_has_a_result(federation: Served, status: str) -> None:
+    run = federation.submit("ended")
+    with closing(RunStore(run_store(federation.fed))) as store:
+        assert store.mark(run, status, only=("waiting",))
+    federation.start()
+    found = federation.result(run)
+    assert (found["status"], "killed" in found["reason"]) == (status, status == "failed")
+    federation.stop()
+    assert federation.status(run) == status
+    assert federation.entries(COORDINATOR, audit.RunEnded, run) == [], "nobody was ever asked"
