@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from confide.privacy.audit.chart import Series, line_chart
 from confide.simulations.sweeps.frontier import WATERMARK
@@ -46,7 +47,8 @@ def curves(sweep: Sweep) -> list[Curve]:
         return []
     found = []
     for number, group in enumerate(sweep.groups, 1):
-        rounds = list(zip(*([point[quality] for point in cell.result.curve] for cell in group), strict=False))
+        known = ([p[quality] for p in takewhile(lambda p: quality in p, cell.result.curve)] for cell in group)
+        rounds = list(zip(*known, strict=False))
         if not rounds:
             continue
         values = without_seed(group[0].values)

@@ -84,6 +84,7 @@ def test_another_number_of_runs_is_no_service(federation: Served, at_once: int) 
         Service(config, WORDS)
 
 
+@pytest.mark.long
 def test_a_run_whose_sites_are_away_and_one_that_nobody_wants_hold_up_no_other(federation: Served) -> None:
     waits = federation.submit("waits", sites={"min_sites": 4})
     nobody = federation.submit("nobody", run={"rounds": 2, "purpose": "marketing"}, **FEWER)
@@ -121,6 +122,7 @@ def test_a_stop_takes_effect_while_replies_are_waited_for_and_ends_that_run_alon
     verified(federation, stopped, other)
 
 
+@pytest.mark.long
 def test_a_site_that_was_away_is_told_of_an_end_when_it_comes_though_another_run_is_under_way(
     federation: Served,
 ) -> None:

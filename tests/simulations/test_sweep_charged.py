@@ -72,10 +72,11 @@ def test_what_is_shown_is_what_was_released_and_what_all_of_it_cost(charged: con
     assert all(cell.result.metrics is None for cell in charged.cells)
     assert charged.cost is not None
     assert not charged.exact
-    assert charged.quality == "auc"
-    assert [s.median for s in charged.settings] == [
-        (c.result.released_metrics or {})["auc"] for c in charged.cells
-    ]  # fmt: skip
+    released = [cell.result.released_metrics or {} for cell in charged.cells]
+    # From noise an AUC cannot always be read.
+    common = [name for name in ("auc", "accuracy") if all(found.get(name) is not None for found in released)]
+    assert charged.quality == (common[0] if common else None)
+    assert [s.median for s in charged.settings] == [found[name] for name in common[:1] for found in released]
     tree = json.loads((charged.out / "sweep.json").read_text())
     assert tree["metrics"] == "released"
     assert tree["cost"]["epsilon"] == charged.cost.epsilon
