@@ -71,6 +71,8 @@ def simulate(
     started = time.perf_counter()
     if workers is not None and workers < 1:
         raise ConfigError(f"{workers} is no number of processes", where="--workers", hint="1 or more")
+    if workers not in (None, 1) and engine not in (None, LOCAL):
+        raise ConfigError("is for --engine local", where="--workers", hint="name one of the two")
     if resume:
         with GroupCommit(), resumed_place(experiment, list(overrides), out, ledger) as place, _one_thread():
             place.workers = workers

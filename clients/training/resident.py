@@ -1,8 +1,9 @@
-"""The model objects of a process: one for all sites of a simulation where none of them leaves anything in it."""
+"""The model objects of a process: one for all sites that a thread answers for, where none leaves anything in it."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from threading import get_ident
 
 from torch import nn
 
@@ -16,21 +17,21 @@ __all__ = ["resident_model"]
 
 
 def resident_model(config: ModelConfig, inputs: int, outputs: int) -> tuple[nn.Module, Layout]:
-    """An admitted model and the layout of its parameters. Of a built-in kind that is a chain there is one object, into
-    which whoever uses it loads weights of its own; any other is made anew.
+    """An admitted model and the layout of its parameters. Of a built-in kind that is a chain there is one object a
+    thread, into which whoever uses it loads weights of its own; any other is made anew.
 
     Raises:
         ConfigError: It cannot be made, or not be trained privately.
     """
     if config.kind in ("logistic", "mlp"):
-        found = _shared(config.kind, config.hidden, inputs, outputs)
+        found = _shared(get_ident(), config.kind, config.hidden, inputs, outputs)
         if Chain.of(found[0]) is not None:  # what is trained otherwise gets hooks of its own
             return found
     return _made(config, inputs, outputs)
 
 
-@lru_cache(maxsize=4)
-def _shared(kind: str, hidden: tuple[int, ...], inputs: int, outputs: int) -> tuple[nn.Module, Layout]:
+@lru_cache(maxsize=8)
+def _shared(_thread: int, kind: str, hidden: tuple[int, ...], inputs: int, outputs: int) -> tuple[nn.Module, Layout]:
     return _made(ModelConfig(kind=kind, hidden=hidden), inputs, outputs)
 
 

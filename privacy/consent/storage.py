@@ -16,11 +16,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, text, update
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, SQLAlchemyError
-from sqlalchemy.util import LRUCache
 
 from confide.errors import ConfideError, ConsentError
 from confide.privacy.consent import projection, triggers
@@ -37,8 +35,6 @@ _PATIENCE = 30.0
 _WRITES = "confide_writes"
 #: Any number; it names the lock under which a PostgreSQL schema is changed.
 _MIGRATING = 0x636F6E66
-#: Statements in SQLite's dialect, compiled once for all registries of a process.
-_COMPILED: LRUCache[Any, Any] = LRUCache(500)
 _NOT_ONE = "check the path, or restore the registry from the site's backup"
 
 
@@ -261,9 +257,7 @@ def _engine(url: URL, where: str) -> Engine:
         except ImportError:
             raise ConsentError("PostgreSQL needs a driver that is not installed", where=where,
                                hint="pip install 'confide[postgres]'") from None  # fmt: skip
-    shared = {"compiled_cache": _COMPILED}
-    engine = create_engine(url, connect_args={"timeout": _PATIENCE}, execution_options=shared)
-    mode = durability(url.database or "")
+    engine, mode = create_engine(url, connect_args={"timeout": _PATIENCE}), durability(url.database or "")
 
     @event.listens_for(engine, "connect")
     def _durable(connection: sqlite3.Connection, _record: object) -> None:

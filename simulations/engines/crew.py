@@ -196,8 +196,8 @@ def _tried(call: Callable[..., Any], given: tuple[Any, ...]) -> tuple[bool, Any]
     except (ConfideError, OSError) as error:
         error.__traceback__ = error.__cause__ = error.__context__ = None
         return False, error
-    except Exception as error:  # whatever it is, the parent is not kept waiting
-        return False, RuntimeError(f"a process of this simulation met {type(error).__name__}: {error}")
+    except Exception as error:  # whatever it is, the parent is not kept waiting; its text may hold data
+        return False, RuntimeError(f"a process of this simulation met {type(error).__name__}")
 
 
 class _Sites:
@@ -230,6 +230,7 @@ class _Sites:
         self._world.export_sites()
         spent = self._world.spent()
         self._world.close_sites()
+        flush_commits()  # before anything of it is shown
         return spent
 
     def lost(self) -> StorageError | None:

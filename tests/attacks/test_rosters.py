@@ -77,7 +77,8 @@ def test_a_fork_that_all_the_others_have_signed_is_refused_by_who_accepted_the_o
     fresh = Cast(*NAMES)
     fresh.keys, fresh.coordinator = cast.keys, cast.coordinator
     fresh.sites = {n: Membership(None, Standing(federation=FEDERATION, me=cast.member(n))) for n in NAMES}
-    fresh.sites["ash"].accept((*chain, fork))  # the control: who remembers nothing is deceived
+    fresh.sites["ash"].accept((*chain, fork))
+    assert fresh.sites["ash"].standing.roster == fork.roster, "the control: who remembers nothing is deceived"
 
 
 def test_a_proposal_that_was_given_up_is_never_accepted() -> None:

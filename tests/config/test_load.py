@@ -386,7 +386,7 @@ def test_no_line_of_an_assigned_value_is_dropped() -> None:
 
 @pytest.mark.parametrize("value", MONSTERS.values(), ids=MONSTERS)
 def test_a_value_that_python_cannot_hold_is_refused_or_taken_as_text(value: str) -> None:
-    refusal(f"run.rounds={value}")
+    assert refusal(f"run.rounds={value}").exit_code == 2
 
 
 @given(text=st.text(max_size=60) | st.from_regex(r"[a-z]{1,4}(\.[a-z]{1,4}){0,2}=.{0,20}", fullmatch=True))

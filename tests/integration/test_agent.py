@@ -62,6 +62,7 @@ def test_a_killed_agent_takes_its_processes_with_it(tmp_path: Path) -> None:
         made.processes[name].kill()
         made.processes[name].wait()
         wait_until(lambda: not any(running(id_) for id_ in ids), "its processes end", patience=30)
+        assert not any(running(id_) for id_ in ids)
 
 
 def running(id_: int) -> bool:

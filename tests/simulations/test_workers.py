@@ -141,6 +141,8 @@ def running(pid: int) -> bool:
 def test_a_number_that_is_none_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no number of processes"):
         simulate(tree(tmp_path), out=tmp_path / "out", workers=0)
+    with pytest.raises(ConfigError, match="is for --engine local"):
+        simulate(tree(tmp_path), out=tmp_path / "out", workers=2, engine="deployment")
     assert not (tmp_path / "out").exists()
 
 

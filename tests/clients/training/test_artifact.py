@@ -178,14 +178,14 @@ def test_a_card_that_does_not_fit_its_weights_is_refused(changes: dict[str, Any]
 def test_a_card_of_a_later_format_is_refused(file: Path) -> None:
     save(file)
     edited(file, format=2)
-    refusal(file)
+    assert refusal(file).exit_code == 2
 
 
 def test_weights_that_are_not_those_of_the_cards_digest_are_refused(file: Path) -> None:
     save(file)
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    refusal(file)
+    assert refusal(file).exit_code == 2
 
 
 @given(data=st.data())

@@ -107,7 +107,9 @@ def test_a_coordinators_log_that_cannot_be_read_from_its_start(run: Run, damage:
 def test_a_folder_in_place_of_the_coordinators_log(run: Run, command: str) -> None:
     run.log(COORDINATOR).unlink()
     run.log(COORDINATOR).mkdir()
-    is_clear(confide("audit", command, run.folder), 7, "there is no coordinator's log")
+    answer = confide("audit", command, run.folder)
+    is_clear(answer, 7, "there is no coordinator's log")
+    assert answer.code == 7
 
 
 @pytest.mark.parametrize("name", ["ash.log", "ash.checkpoint", "coordinator.checkpoint"])
@@ -162,7 +164,9 @@ def test_a_file_that_may_not_be_read_is_a_finding(
 def test_a_link_that_leads_nowhere_is_a_missing_log(run: Run) -> None:
     run.log("ash").unlink()
     run.log("ash").symlink_to(run.folder / "gone.log")
-    is_clear(confide("audit", "verify", run.folder), 7, "log of ash: the log is missing")
+    answer = confide("audit", "verify", run.folder)
+    is_clear(answer, 7, "log of ash: the log is missing")
+    assert answer.code == 7
 
 
 def test_a_site_log_of_another_run_is_a_finding_of_the_command(run: Run, another: Run) -> None:
