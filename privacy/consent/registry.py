@@ -336,9 +336,6 @@ class Registry:
 
     def _put_forward(self, at: int) -> None:
         """Note durably that a snapshot was taken as of this instant."""
-        with self._storage.reading() as connection:
-            if heads(connection).recorded >= at:
-                return
         with self._storage.writing() as connection:
             connection.execute(update(CLOCK).where(CLOCK.c.latest < at).values(latest=at))
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, text, update
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, SQLAlchemyError
@@ -33,8 +34,26 @@ _REVISIONS = {1: "0001", 2: "0002"}
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _PATIENCE = 30.0
 _WRITES = "confide_writes"
+_MOST_COMPILED = 500
 #: Any number; it names the lock under which a PostgreSQL schema is changed.
 _MIGRATING = 0x636F6E66
+
+
+class _Compiled(dict[Any, Any]):
+    """What SQLAlchemy compiles, whichever engine asks. Its own key names the engine's dialect object first; those of
+    all SQLite registries of a process are made in one way, and a simulation opens thousands."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return super().get(key[1:], default)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if len(self) >= _MOST_COMPILED:  # lists of changing length are part of a statement
+            self.clear()
+        super().__setitem__(key[1:], value)
+
+
+#: Statements of all SQLite registries of this process, compiled once.
+_COMPILED = _Compiled()
 _NOT_ONE = "check the path, or restore the registry from the site's backup"
 
 
@@ -257,7 +276,11 @@ def _engine(url: URL, where: str) -> Engine:
         except ImportError:
             raise ConsentError("PostgreSQL needs a driver that is not installed", where=where,
                                hint="pip install 'confide[postgres]'") from None  # fmt: skip
-    engine, mode = create_engine(url, connect_args={"timeout": _PATIENCE}), durability(url.database or "")
+    compiled = {"compiled_cache": _COMPILED}
+    engine, mode = (
+        create_engine(url, connect_args={"timeout": _PATIENCE}, execution_options=compiled),
+        durability(url.database or ""),
+    )
 
     @event.listens_for(engine, "connect")
     def _durable(connection: sqlite3.Connection, _record: object) -> None:

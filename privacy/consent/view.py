@@ -68,7 +68,8 @@ class View:
 
     def move_on(self, connection: Connection, at: int, sequence: int) -> None:
         """To a later instant and sequence number; only persons for whom something changed are looked at."""
-        changed = set(self._learnt(connection, sequence)) | set(self._fallen_due(at))
+        learnt = self._learnt(connection, sequence) if sequence > self.sequence else ()
+        changed = set(learnt) | set(self._fallen_due(at))
         self.at, self.sequence = at, sequence
         self._look_at(connection, changed)
 

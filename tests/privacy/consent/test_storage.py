@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from confide.errors import ConsentError
-from confide.privacy.consent import ConsentEvent, EventType, Registry, Standing, Status
+from confide.privacy.consent import ConsentEvent, EventType, Registry, Standing, Status, storage
 from tests.privacy import postgres
 from tests.privacy.consent.conftest import KEY, REFUSED, raw
 
@@ -414,3 +414,29 @@ def test_a_missing_server_fails_in_ci_and_is_said_in_one_line_elsewhere(monkeypa
         monkeypatch.setenv("CONFIDE_CI", variable)
         with pytest.raises(kind, match=r"^PostgreSQL is not installed: apt-get install postgresql$"), postgres.server():
             pass
+
+
+def test_registries_of_one_process_share_compiled_statements_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = storage._Compiled()
+    monkeypatch.setattr(storage, "_COMPILED", compiled)
+
+    def who(name: str, persons: list[str], at: int) -> set[bytes]:
+        with closing(Registry(tmp_path / name, KEY)) as registry:
+            names = registry.enrol(persons)
+            registry.append([make(person, names[person]) for person in persons])
+            assert set(registry.snapshot(PURPOSE, at).participants) == set(names.values())
+            return set(names.values())
+
+    for name in ("a.db", "b.db"):
+        Registry(tmp_path / name, KEY).close()  # what a migration says is its own
+    first, statements = who("a.db", ["ann", "bob"], 100), len(compiled)
+    assert statements > 3
+    second = who("b.db", ["cid"], 200)
+    assert len(compiled) == statements, "the second one compiled nothing"
+    assert len(second) == 1
+    assert not first & second
+    for _ in range(storage._MOST_COMPILED + 10):
+        compiled["dialect", object()] = None
+    assert len(compiled) <= storage._MOST_COMPILED
