@@ -6,10 +6,12 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -55,7 +57,7 @@ def confide(*arguments: str | Path) -> Answer:
 
 
 def spawn(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
-    """Start the installed script."""
+    """Start the installed script; Ctrl-C reaches it also where the tests themselves run in the background."""
     return subprocess.Popen(
         [SCRIPT, *map(str, arguments)],
         cwd=cwd,
@@ -63,6 +65,7 @@ def spawn(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "80"},
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
