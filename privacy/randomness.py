@@ -51,7 +51,7 @@ class SecureRandom:
 
     def words(self, count: int) -> NDArray[np.uint64]:
         """`count` uniform 64-bit words."""
-        return np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8").astype(np.uint64)
+        return np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8").astype(np.uint64, copy=False)
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """`count` uniforms in the open interval (0, 1): midpoints of 2⁵³ equal cells."""

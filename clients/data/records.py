@@ -70,6 +70,8 @@ class SiteRecords:
         self._x, self._y = torch.from_numpy(x), torch.from_numpy(y)
         self._starts = np.searchsorted(unit_of, np.arange(len(person_of) + 1))
         self._one_each = len(unit_of) == len(person_of)
+        if self._one_each:  # of any batch: who its records belong to, and how many each has
+            self._places, self._ones = torch.arange(len(person_of)), torch.ones(len(person_of))
         self.person_of, self.persons = person_of, persons
 
     @classmethod
@@ -163,10 +165,10 @@ class SiteRecords:
     def gather(self, units: Ints) -> Batch:
         """The records of these units."""
         if self._one_each:
-            rows = torch.from_numpy(units)
+            rows, many = torch.from_numpy(units), len(units)
             return Batch(
-                x=self._x.index_select(0, rows), y=self._y.index_select(0, rows), owner=torch.arange(len(units)),
-                records_of=torch.ones(len(units)), units=units,
+                x=self._x.index_select(0, rows), y=self._y.index_select(0, rows), owner=self._places[:many],
+                records_of=self._ones[:many], units=units,
             )  # fmt: skip
         starts, ends = self._starts[units], self._starts[units + 1]
         counts = ends - starts

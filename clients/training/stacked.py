@@ -12,8 +12,9 @@ same order: each client's from its own stream. Another model is trained by itsel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -85,6 +86,7 @@ class Work:
     correction: Floats | None = None
 
 
+@torch.inference_mode()
 def train_stacked(chain: Chain, works: Sequence[Work], device: torch.device) -> list[Floats]:
     """Run everybody's local steps; those whose steps are of one kind at once.
 
@@ -113,6 +115,8 @@ class _Stack:
         #: What clipped sums are divided by, [clients, 1].
         self._expected = torch.tensor(expected, dtype=torch.float32, device=device)[:, None]
         training, plan = self._plan.training, self._plan
+        #: What a clipped sum is multiplied by where that is the whole step, [clients, 1].
+        self._multiple = -training.learning_rate / self._expected
         self._scale = plan.noise_multiplier * plan.max_grad_norm
         self._correction = self._start = None
         if any(work.correction is not None for work in works):
@@ -154,18 +158,14 @@ class _Stack:
 
     def _clipped_sums(self, batches: Sequence[Batch]) -> None:
         """Every client's sum over its persons of their clipped gradients."""
-        longest = max(len(batch.y) for batch in batches)
-        x = torch.zeros(len(batches), longest, self._chain.layers[0][1])
-        y, weight = torch.zeros(len(batches), longest), torch.zeros(len(batches), longest)
-        for i, batch in enumerate(batches):
-            here = len(batch.y)
-            x[i, :here], y[i, :here] = batch.x, batch.y
-            weight[i, :here] = (1.0 / batch.records_of)[batch.owner]
+        single = all(batch.y.shape[0] == len(batch.units) for batch in batches)
+        x, y, weight = _rows(batches, single)
         inputs = self._forward(x.to(self._device))
-        # Rows past a client's last record weigh nothing: zeros, all the way back.
-        error = _output_error(inputs.pop(), y.to(self._device), self._plan.task) * weight.to(self._device)[..., None]
+        error = _output_error(inputs.pop(), y.to(self._device), self._plan.task)
+        if weight is not None:
+            error *= weight.to(self._device)[..., None]
         errors = self._backward(inputs, error)
-        if all(len(batch.y) == len(batch.units) for batch in batches):
+        if single:
             self._sum_single(inputs, errors)
         else:
             self._sum_several(inputs, errors, batches)
@@ -188,16 +188,16 @@ class _Stack:
 
     def _sum_single(self, inputs: Sequence[torch.Tensor], errors: Sequence[torch.Tensor]) -> None:
         """A record a person: her layers' norms are products of norms."""
-        squares = torch.zeros(errors[0].shape[:2], dtype=torch.float64, device=self._device)
-        for (_, _, bias), a, b in zip(self._chain.layers, inputs, errors, strict=True):
-            squares += _squares(b) * (_squares(a) + float(bias))
-        factors = _factors(squares.sqrt(), self._plan.max_grad_norm)[..., None]
+        layers = zip(self._chain.layers, inputs, errors, strict=True)
+        squares = _sum(_squares(b) * (_squares(a) + float(bias)) for (_, _, bias), a, b in layers)
+        finite = torch.isfinite(squares)
         # Clipping does not bound what is not a number; such a person contributes nothing, whoever else is there.
-        bad = ~torch.isfinite(squares)[..., None]
-        if bool(bad.any()):
+        if not bool(finite.all()):
+            bad = ~finite[..., None]
             inputs, errors = ([part.masked_fill(bad, 0.0) for part in parts] for parts in (inputs, errors))
+        factors = _factors(squares, self._plan.max_grad_norm)[..., None]
         if self._direct:  # the step itself
-            factors *= -self._plan.training.learning_rate / self._expected[..., None]
+            factors *= self._multiple[..., None]
         targets = iter(self._parameters if self._direct else self._gradients)
         for (_, _, bias), a, b in zip(self._chain.layers, inputs, errors, strict=True):
             scaled = (b * factors).transpose(1, 2)
@@ -221,11 +221,11 @@ class _Stack:
                 if bias:
                     made.append(torch.zeros(persons, b.shape[1], device=self._device).index_add_(0, owner, b))
             flat = [part.flatten(1) for part in made]
-            squares = sum((_squares(part) for part in flat), torch.zeros(persons, dtype=torch.float64))
-            factors = _factors(squares.sqrt(), self._plan.max_grad_norm)
-            if self._direct:
-                factors *= -self._plan.training.learning_rate / self._expected[i]
+            squares = _sum(_squares(part) for part in flat)
             bad = ~torch.isfinite(squares)
+            factors = _factors(squares, self._plan.max_grad_norm)
+            if self._direct:
+                factors *= self._multiple[i]
             for part, target in zip(flat, self._parameters if self._direct else self._gradients, strict=True):
                 clean = part.masked_fill(bad[:, None], 0.0) if bool(bad.any()) else part
                 target[i].add_((factors @ clean).reshape(target[i].shape))
@@ -261,15 +261,40 @@ class _Stack:
         return [piece.view(len(piece), *shape) for piece, shape in pieces]
 
 
+def _rows(batches: Sequence[Batch], single: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The records of several clients, [clients, records, …], their labels, and what each record weighs; None: all
+    one."""
+    if len(batches) == 1 and single:
+        return batches[0].x[None], batches[0].y[None], None
+    longest = max(batch.y.shape[0] for batch in batches)
+    x = torch.zeros(len(batches), longest, batches[0].x.shape[1])
+    # Rows past a client's last record weigh nothing: zeros, all the way back.
+    y, weight = torch.zeros(len(batches), longest), torch.zeros(len(batches), longest)
+    for i, batch in enumerate(batches):
+        here = batch.y.shape[0]
+        x[i, :here], y[i, :here] = batch.x, batch.y
+        weight[i, :here] = 1.0 if single else (1.0 / batch.records_of)[batch.owner]
+    return x, y, weight
+
+
+def _sum(parts: Iterator[torch.Tensor]) -> torch.Tensor:
+    return reduce(torch.Tensor.add_, parts)
+
+
 def _squares(rows: torch.Tensor) -> torch.Tensor:
     """Squared length of each row, float64."""
     norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
-    return norms.square()
+    return norms.square_()
 
 
-def _factors(norms: torch.Tensor, clip: float) -> torch.Tensor:
-    """What each person's gradient is multiplied by, float32; 0 where the norm is no number."""
-    factors: torch.Tensor = (clip / (norms + _TINY)).clamp(max=1.0)
+def _factors(squares: torch.Tensor, clip: float) -> torch.Tensor:
+    """What each person's gradient is multiplied by, float32; 0 where the norm is no number.
+
+    Args:
+        squares: Of the norms, float64; the memory is used up.
+        clip: The largest norm that is left as it is.
+    """
+    factors = squares.sqrt_().add_(_TINY).reciprocal_().mul_(clip).clamp_(max=1.0)
     return torch.nan_to_num(factors, nan=0.0).float()
 
 
