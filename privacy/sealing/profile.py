@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from confide.errors import SealingError
 from confide.privacy.randomness import SecureRandom
 from confide.privacy.sealing.exposure import Exposure
 
@@ -142,8 +143,13 @@ class Session(ABC):
         """
 
     def unlock(self, agreement: Agreement) -> bytes:
-        """The seed of this site's own mask under an agreement: hand it out for one attempt a round, ever."""
-        raise NotImplementedError
+        """The seed of this site's own mask under an agreement: hand it out for one attempt a round, ever.
+
+        Raises:
+            SealingError: This profile has no mask of a site's own, so no attempt can be repeated.
+        """
+        raise SealingError("has no mask of a site's own to unlock", where="profile",
+                           hint="a run with retries uses `sealed` or `masked`")  # fmt: skip
 
     @abstractmethod
     def destroy(self) -> None:

@@ -206,7 +206,7 @@ def test_there_are_no_masks_one_key_opens_one_sites_payload() -> None:
 
 def test_no_attempt_can_be_repeated() -> None:
     cohort = Cohort.make(3, profile="ckks")
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(SealingError, match="no mask of a site's own"):
         cohort.sessions["site-0000"].unlock(dataclasses.replace(cohort.agreement(), self_masked=True))
 
 
