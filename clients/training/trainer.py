@@ -14,13 +14,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextvars import ContextVar
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus import GradSampleModule
-from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from confide.clients.data.records import Batch, SiteRecords
@@ -68,43 +67,11 @@ def require_device(name: str, where: str) -> torch.device:
     return chosen
 
 
-class _PersonOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
-    """Opacus's optimiser with noise from our stream: its own generator is torch's global, seedable one."""
+def through_opacus() -> ModuleType:
+    """What other models than chains need. To import Opacus takes a second: nobody else waits for it."""
+    from confide.clients.training import opacus_steps
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        rng: SecureRandom,
-        plan: TrainingPlan,
-        correction: list[torch.Tensor] | None,
-    ) -> None:
-        super().__init__(
-            optimizer,
-            noise_multiplier=plan.noise_multiplier,
-            max_grad_norm=plan.max_grad_norm,
-            expected_batch_size=plan.sample_rate * plan.population,
-            loss_reduction="mean",
-        )
-        self._rng, self._proximal, self._correction = rng, plan.proximal, correction
-        self._start = [p.detach().clone() for p in self.params] if plan.proximal else []
-
-    def scale_grad(self) -> None:
-        """Divide by the public batch size; then add what reads no record."""
-        super().scale_grad()
-        for p, start in zip(self.params, self._start, strict=False):  # empty without a proximal term
-            p.grad += self._proximal * (p.detach() - start)
-        for p, part in zip(self.params, self._correction or (), strict=False):
-            p.grad += part
-
-    def add_noise(self) -> None:
-        scale = self.noise_multiplier * self.max_grad_norm
-        for p in self.params:
-            grad = p.summed_grad
-            if scale:
-                noise = torch.from_numpy(self._rng.normal(p.numel()) * scale).reshape(p.shape)
-                # Added in float64 and rounded once, so that small noise is not lost in a large float32.
-                grad = (grad.double() + noise.to(grad.device)).to(grad.dtype)
-            p.grad = grad.view_as(p)
+    return opacus_steps
 
 
 class LocalTrainer:
@@ -131,7 +98,7 @@ class LocalTrainer:
         self._chain = Chain.of(model)
         self._model: nn.Module = model.to(device)
         if self._chain is None:
-            self._model = GradSampleModule(self._model, batch_first=True, loss_reduction="sum")
+            self._model = through_opacus().per_record(self._model)
         self._parameters: list[Any] = [p for p in self._model.parameters() if p.requires_grad]
 
     def train(self, weights: Vector, eligible: NDArray[np.int64], correction: Floats | None = None) -> Floats:
@@ -151,7 +118,7 @@ class LocalTrainer:
         load_flat(self._model, weights)
         self._model.train()
         parts = None if correction is None else self._pieces(correction)
-        optimizer = _PersonOptimizer(self._make_optimizer(), self._rng, self._plan, parts)
+        optimizer = through_opacus().PersonOptimizer(self._make_optimizer(), self._rng, self._plan, parts)
         for _ in range(self._plan.training.local_steps):
             drawn = self._rng.poisson_sample(eligible, self._plan.sample_rate)
             optimizer.zero_grad()

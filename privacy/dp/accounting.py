@@ -10,13 +10,15 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
-from opacus.accountants.analysis import rdp as _rdp
 from scipy.optimize import brentq
 from scipy.stats import norm
 
@@ -53,6 +55,23 @@ ORDERS: tuple[float, ...] = (
 )  # fmt: skip
 #: Enough of them to say roughly how large an ε is; whole, because at those the divergence is quickly computed.
 _FEW_ORDERS: tuple[float, ...] = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 80, 128, 256, 512)
+
+
+def _opacus_rdp() -> ModuleType:
+    """Opacus's module `opacus.accountants.analysis.rdp`, which needs numpy and scipy only: the package around it would
+    import `torch.distributed` and more, which takes most of a second whenever a command starts."""
+    package = importlib.util.find_spec("opacus")
+    folder = next(iter((package and package.submodule_search_locations) or ()), "")
+    file = Path(folder, "accountants", "analysis", "rdp.py")
+    spec = importlib.util.spec_from_file_location("confide.privacy.dp._opacus_rdp", file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is not there")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_rdp = _opacus_rdp()
 
 
 @functools.lru_cache(maxsize=4096)

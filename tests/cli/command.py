@@ -11,12 +11,18 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import typer.main
+
 from confide.cli.main import main
+
+#: A command is made of its functions at every call, and each of its hundreds of options asks `gettext` for a catalogue
+#: that is not there: once in a process is enough, as it is for whoever has typed it.
+typer.main.get_command = cache(typer.main.get_command)
 
 #: The installed console script, beside this interpreter.
 SCRIPT = str(Path(sys.executable).with_name("confide"))

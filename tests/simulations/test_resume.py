@@ -6,9 +6,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +19,33 @@ from confide.privacy.dp import Ledger
 from confide.simulations import simulate
 from confide.simulations.keeping import KEPT, Keeping
 from tests.cli.command import confide, to_toml
+from tests.clients.conftest import MEMORY, Stage
 from tests.simulations.test_learned_bounds import tree as tree_with_learned_bounds
 
 MakeExperiment = Callable[..., dict[str, Any]]
 SEEDED = {"epsilon": 2.0, "unsafe_noise_seed": 7}
-#: Kills itself when an action comes by for the n-th time; then the command runs as ever.
-_KILLER = """
-import os, signal, sys
-from confide.server.journal import Journal
-from confide.simulations import keeping, runner
-from confide.clients.run import SiteRun
-from confide.cli.main import main
-name, nth = sys.argv.pop(1), int(sys.argv.pop(1))
-owner, _, what = name.rpartition(".")
-owner = {"Journal": Journal, "SiteRun": SiteRun, "Keeping": keeping.Keeping, "runner": runner}[owner]
-real, count = getattr(owner, what), [0]
-def around(*args, **kwargs):
-    done = real(*args, **kwargs)
-    count[0] += 1
-    if count[0] == nth:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return done
-setattr(owner, what, around)
-main()
-"""
+#: Runs `confide simulate` up to the n-th time that an action comes by.
+Killed = Callable[..., None]
 
 
-def killed(at: str, nth: int, *args: object) -> None:
-    """Run `confide simulate` up to a point."""
-    command = [sys.executable, "-c", _KILLER, at, str(nth), "simulate", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ), check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+@pytest.fixture(scope="module")
+def program() -> Iterator[Stage]:
+    """A kill loses nothing that was written: memory will do where there is such a folder."""
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        stage = Stage(Path(folder), "tests.simulations.killing")
+        yield stage
+        stage.close()
+
+
+@pytest.fixture
+def killed(program: Stage) -> Killed:
+    """Run it in a process of its own, which dies there."""
+
+    def play(at: str, nth: int, *arguments: object) -> None:
+        (folder,) = program.play({"at": at, "nth": nth, "arguments": ["simulate", *map(str, arguments)]})
+        assert int((folder / "ended").read_text()) == -signal.SIGKILL, (folder / "errors.txt").read_text()[-2000:]
+
+    return play
 
 
 def model(folder: Path) -> bytes:
@@ -93,7 +88,7 @@ POINTS = [
 
 @pytest.mark.parametrize("profile", ["sealed", *(["open", "masked"] if CHAOS else [])])
 def test_with_a_seed_the_resumed_run_ends_as_the_unbroken_one(
-    write: Callable[..., Path], tmp_path: Path, profile: str
+    write: Callable[..., Path], killed: Killed, tmp_path: Path, profile: str
 ) -> None:
     """The very same model, curve and charges, wherever it was killed; and it was killed twice."""
     experiment = write(privacy=SEEDED, sealing={"profile": profile})
@@ -115,7 +110,7 @@ def test_with_a_seed_the_resumed_run_ends_as_the_unbroken_one(
 
 
 def test_without_a_seed_at_most_the_round_under_way_is_lost_and_nothing_is_charged_twice(
-    write: Callable[..., Path], tmp_path: Path
+    write: Callable[..., Path], killed: Killed, tmp_path: Path
 ) -> None:
     experiment, ledger = write(privacy={"epsilon": 2.0}), tmp_path / "ledger"
     killed("SiteRun.compute", 6, experiment, "--out", tmp_path / "a", "--ledger", ledger)
@@ -137,7 +132,9 @@ def test_without_a_seed_at_most_the_round_under_way_is_lost_and_nothing_is_charg
     ("at", "nth"),
     [("Journal.end_round", 1), ("runner.learn_bounds", 1), ("Journal.end_round", 4)][None if CHAOS else 1 :],
 )
-def test_a_run_that_learns_bounds_first_goes_on_from_either_of_its_two_parts(tmp_path: Path, at: str, nth: int) -> None:
+def test_a_run_that_learns_bounds_first_goes_on_from_either_of_its_two_parts(
+    killed: Killed, tmp_path: Path, at: str, nth: int
+) -> None:
     experiment, out = tmp_path / "experiment.toml", tmp_path / "out"
     experiment.write_text(to_toml(tree_with_learned_bounds(tmp_path)))
     killed(at, nth, experiment, "--out", out)
@@ -174,7 +171,9 @@ def test_one_that_was_killed_after_its_end_is_finished_and_tidied_up(
 
 
 @pytest.mark.parametrize("kind", ["nothing", "an empty folder", "somebody's files", "a run without its keys"])
-def test_a_folder_that_holds_no_run_is_said_so(write: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+def test_a_folder_that_holds_no_run_is_said_so(
+    write: Callable[..., Path], killed: Killed, tmp_path: Path, kind: str
+) -> None:
     out = tmp_path / "out"
     if kind != "nothing":
         out.mkdir()
@@ -198,7 +197,7 @@ def test_without_a_folder_or_with_a_plan_it_is_a_usage_error(write: Callable[...
 
 
 def test_another_experiment_other_data_or_other_ledgers_are_refused(
-    write: Callable[..., Path], people: Path, tmp_path: Path
+    write: Callable[..., Path], people: Path, killed: Killed, tmp_path: Path
 ) -> None:
     experiment, out = write(), tmp_path / "out"
     killed("Journal.end_round", 1, experiment, "--out", out)
@@ -223,7 +222,9 @@ def test_another_experiment_other_data_or_other_ledgers_are_refused(
     assert confide("simulate", experiment, "--resume", "--out", out).code == 0
 
 
-def test_what_is_kept_of_a_run_is_for_its_owner_only(write: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_is_kept_of_a_run_is_for_its_owner_only(
+    write: Callable[..., Path], killed: Killed, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     killed("Journal.end_round", 1, write(), "--out", out)
     assert (out / KEPT).stat().st_mode & 0o777 == 0o700

@@ -243,7 +243,7 @@ def test_opacus_own_generator_would_have_repeated_itself(monkeypatch: pytest.Mon
     """The control for the test above: take our noise away and the seed decides everything. Without a chain, too."""
     from opacus.optimizers import DPOptimizer
 
-    from confide.clients.training import trainer
+    from confide.clients.training import opacus_steps
 
     records, weights, plan = make_records("binary"), weights_for(MLP, "binary"), make_plan(noise_multiplier=1.0)
 
@@ -258,7 +258,7 @@ def test_opacus_own_generator_would_have_repeated_itself(monkeypatch: pytest.Mon
     ours = drawn(NoChain)
     assert np.all(ours[0] != ours[1])
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._PersonOptimizer, "add_noise", DPOptimizer.add_noise)
+        patch.setattr(opacus_steps.PersonOptimizer, "add_noise", DPOptimizer.add_noise)
         theirs = drawn(NoChain)
     assert np.all(theirs[0] == theirs[1])
     monkeypatch.setattr(SecureRandom, "normal", lambda _self, count: torch.randn(count).double().numpy())

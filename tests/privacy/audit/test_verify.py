@@ -874,8 +874,8 @@ def _with(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
     return changed
 
 
-def _write_manifest(run: Run, manifest: str) -> None:
-    book = Logbook(run)
+def _write_manifest(run: Run, manifest: str, book: Logbook | None = None) -> None:
+    book = book or Logbook(run)
     book.change(COORDINATOR, 0, manifest=manifest)
     book.write(COORDINATOR)
 
@@ -889,9 +889,9 @@ def _manifest(run: Run) -> dict[str, Any]:
 @pytest.mark.parametrize("value", HOSTILE, ids=str)
 def test_a_manifest_of_nonsense_is_a_finding_and_no_crash(run: Run, value: str) -> None:
     """Signed by the coordinator's own key; each value of the manifest in turn."""
-    manifest, crashed, unnoticed = _manifest(run), [], []
+    manifest, book, crashed, unnoticed = _manifest(run), Logbook(run), [], []
     for path in _paths(manifest):
-        _write_manifest(run, json.dumps(_with(manifest, path, HOSTILE[value])))
+        _write_manifest(run, json.dumps(_with(manifest, path, HOSTILE[value])), book)
         try:
             if not findings(run):
                 unnoticed.append(path)
@@ -929,21 +929,22 @@ def test_a_manifest_cannot_make_the_verifier_read_elsewhere(run: Run, tmp_path: 
 @pytest.mark.parametrize("party", [COORDINATOR, "ash"])
 def test_entries_of_nonsense_are_findings_and_no_crash(run: Run, party: str) -> None:
     """Each text field of each entry in turn, signed by the party's own key."""
-    crashed, unnoticed, seen = [], [], _seen(run, party)
-    for number, line in enumerate(Logbook(run).logs[party]):
-        for field, value in ((f.name, getattr(line.record, f.name)) for f in fields(line.record)):
+    crashed, unnoticed, seen, book = [], [], _seen(run, party), Logbook(run)
+    for number, line in enumerate(book.logs[party]):
+        honest = line.record
+        for field, value in ((f.name, getattr(honest, f.name)) for f in fields(honest)):
             for wrong in _nonsense(value):
-                book = Logbook(run)
+                line.record = honest
                 book.change(party, number, **{field: wrong})
                 book.write(party)
                 try:
                     found = findings(run)
                 except Exception as error:
-                    crashed.append((line.record.KIND, field, wrong, type(error).__name__))
+                    crashed.append((honest.KIND, field, wrong, type(error).__name__))
                 else:
                     if not found and number < seen:
-                        unnoticed.append((line.record.KIND, field, wrong))
-                book.restore(party)
+                        unnoticed.append((honest.KIND, field, wrong))
+        line.record = honest
     assert crashed == []
     assert unnoticed == []
 

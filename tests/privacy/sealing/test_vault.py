@@ -20,10 +20,19 @@ from confide.privacy.sealing.vault import Vault, close_vault_file, open_vault_fi
 
 PASSPHRASE = "correct horse battery"
 NAME = "run-7"
+#: Read before any test runs, and so before `cheap_passphrases` in the tests' own `conftest.py` has changed it.
+REAL = {name: getattr(vault, name) for name in ("_MEMORY", "_ITERATIONS", "_LANES")}
+
+
+@pytest.fixture(autouse=True)
+def what_it_costs_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a test asks for less."""
+    for name, value in REAL.items():
+        monkeypatch.setattr(vault, name, value)
 
 
 @pytest.fixture
-def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+def cheap(what_it_costs_an_operator: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The least that Argon2id takes: these tests are about everything else."""
     monkeypatch.setattr(vault, "_MEMORY", 16)
     monkeypatch.setattr(vault, "_ITERATIONS", 1)
