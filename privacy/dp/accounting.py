@@ -20,7 +20,7 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.special import log_ndtr, ndtr
 
 from confide.privacy.dp.events import PrivacyEvent, Role
 from confide.privacy.dp.loss_distribution import Releases, composed_loss_epsilon
@@ -106,8 +106,8 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     """Exact ε of the Gaussian mechanism with sensitivity/σ = `mu`."""
 
     def excess(epsilon: float) -> float:
-        upper: float = norm.cdf(mu / 2 - epsilon / mu)
-        lower: float = math.exp(epsilon + float(norm.logcdf(-mu / 2 - epsilon / mu)))
+        upper = float(ndtr(mu / 2 - epsilon / mu))
+        lower: float = math.exp(epsilon + float(log_ndtr(-mu / 2 - epsilon / mu)))
         return upper - lower - delta
 
     if excess(0.0) <= 0:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.stats import binom
 
 __all__ = ["CONFIDENCE", "MOST", "epsilon_shown"]
 
@@ -56,6 +55,8 @@ def epsilon_shown(canaries: int, guesses: int, correct: int, delta: float, confi
 
 def _probability(canaries: int, guesses: int, correct: int, delta: float, epsilon: float) -> float:
     """The theorem's bound on P[at least `correct` right guesses]."""
+    from scipy.stats import binom  # slow to import, and seldom needed
+
     right = 1 / (1 + math.exp(-epsilon))
     bound = float(binom.sf(correct - 1, guesses, right))
     if correct:

@@ -27,8 +27,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
-from scipy.special import logsumexp, ndtr
-from scipy.stats import norm
+from scipy.special import logsumexp, ndtr, ndtri
 
 __all__ = ["SMALLEST_DELTA", "Releases", "composed_loss_epsilon", "loss_epsilon"]
 
@@ -72,7 +71,7 @@ def composed_loss_epsilon(run: Sequence[Releases], delta: float, about: float) -
     if delta < SMALLEST_DELTA or not 0 < about <= _LARGEST_LOSS:
         raise ValueError("outside what the grid resolves")
     # With a near-Gaussian loss of variance s² = 2μ, ε = μ + z s; the grid then adds k h²/12 (1 + z/s) to it.
-    z = float(norm.isf(delta))
+    z = -float(ndtri(delta))
     spread = math.sqrt(z * z + 2 * about) - z
     steps = sum(count for _, _, count in run)
     width = min(_WIDEST_CELL, math.sqrt(12 * _ERROR * about / (steps * (1 + z / spread))))
@@ -90,7 +89,7 @@ def _one_release(sigma: float, rate: float, width: float, cut: float, removed: b
     P is the mixture (1−q) N(0, σ²) + q N(1, σ²) and Q is N(0, σ²) where the unit is removed; the other way round where
     it is added. At most `cut` of P lies above the grid.
     """
-    z = float(norm.isf(cut))
+    z = -float(ndtri(cut))
     ends = [_loss_at(x, sigma, rate) for x in (-z * sigma, 1 + z * sigma)]
     low, high = (ends[0], ends[1]) if removed else (-ends[1], -ends[0])
     first, last = math.floor(low / width), math.ceil(high / width) + 1
