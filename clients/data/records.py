@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -70,8 +71,6 @@ class SiteRecords:
         self._x, self._y = torch.from_numpy(x), torch.from_numpy(y)
         self._starts = np.searchsorted(unit_of, np.arange(len(person_of) + 1))
         self._one_each = len(unit_of) == len(person_of)
-        if self._one_each:  # of any batch: who its records belong to, and how many each has
-            self._places, self._ones = torch.arange(len(person_of)), torch.ones(len(person_of))
         self.person_of, self.persons = person_of, persons
 
     @classmethod
@@ -165,10 +164,10 @@ class SiteRecords:
     def gather(self, units: Ints) -> Batch:
         """The records of these units."""
         if self._one_each:
-            rows, many = torch.from_numpy(units), len(units)
+            rows, (belongs, ones) = torch.from_numpy(units), _one_each(len(units))
             return Batch(
-                x=self._x.index_select(0, rows), y=self._y.index_select(0, rows), owner=self._places[:many],
-                records_of=self._ones[:many], units=units,
+                x=self._x.index_select(0, rows), y=self._y.index_select(0, rows), owner=belongs, records_of=ones,
+                units=units,
             )  # fmt: skip
         starts, ends = self._starts[units], self._starts[units + 1]
         counts = ends - starts
@@ -182,3 +181,10 @@ class SiteRecords:
             records_of=torch.from_numpy(counts.astype(np.float32)),
             units=units,
         )
+
+
+@lru_cache(maxsize=256)
+def _one_each(units: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whose a batch's records are, and how many each unit has, where that is one."""
+    with torch.inference_mode(False):  # whoever asks first, others use them where gradients are kept
+        return torch.arange(units), torch.ones(units)
