@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from confide.errors import StorageError
-from confide.privacy.flushing import durability, template_for
+from confide.privacy.flushing import begins_as_copy, durability
 
 __all__ = ["copy_database", "full_disk", "open_durable", "open_read_only"]
 
@@ -27,15 +27,14 @@ def open_durable(path: Path, schema: str) -> sqlite3.Connection:
     Raises:
         sqlite3.Error: It cannot be opened, or is no database.
     """
-    copied, made = template_for(schema, path)
-    # A copy of one that was just made so has its tables; what a connection is told stands in PRAGMA lines.
+    copied = begins_as_copy(schema, path, lambda place: open_durable(place, schema).close())
+    # A copy has its tables; what a connection is told stands in PRAGMA lines.
     wanted = "".join(line for line in schema.splitlines() if line.startswith("PRAGMA")) if copied else schema
     db = sqlite3.connect(path, isolation_level=None, timeout=_PATIENCE)
     deadline = time.monotonic() + _PATIENCE
     while True:
         try:
             db.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous={durability(path)}; {wanted}")
-            made()
         except sqlite3.OperationalError as error:
             # Where several processes make the file at once SQLite does not wait for the change of the journal's mode.
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:

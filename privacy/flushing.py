@@ -8,15 +8,18 @@ simulation, where many sites are one process and nothing leaves it between two f
 from __future__ import annotations
 
 import os
+import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from contextvars import ContextVar, Token
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-__all__ = ["GroupCommit", "durability", "flush_commits", "flushed_later", "template_for"]
+from confide.errors import ConfideError
+
+__all__ = ["GroupCommit", "begins_as_copy", "durability", "flush_commits", "flushed_later"]
 
 _FLUSHING = 32
 _SETTLED = 100_000_000  # nanoseconds
@@ -28,7 +31,7 @@ class GroupCommit:
     def __init__(self) -> None:
         #: What was last seen of each file's write-ahead log, and is on the disk: (changed at, bytes).
         self._seen: dict[Path, tuple[int, int] | None] = {}
-        #: Files of a new database by what was made in it, and those that were copied from them and are not flushed yet.
+        #: New databases by their kind, and files that are not flushed yet.
         self._templates: dict[str, bytes] = {}
         self._written: set[Path] = set()
         self._entered: Token[GroupCommit | None] | None = None
@@ -50,23 +53,17 @@ class GroupCommit:
         """A file that was just written is flushed with the databases, once."""
         self._written.add(path.absolute())
 
-    def copy_template(self, schema: str, path: Path) -> bool:
-        """Where a database of this schema was made before, let a new one begin as a copy of it; was there one?"""
-        data = self._templates.get(schema)
-        if data is not None:
-            # What was made for its owner only stays so.
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb") as stream:
-                stream.write(data)
-            self.add_file(path)
-        return data is not None
-
-    def keep_template(self, schema: str, path: Path) -> None:
-        """A database that was made just now, and holds its schema only, is what others of its kind begin as."""
-        if schema not in self._templates:
-            with closing(sqlite3.connect(path, isolation_level=None)) as db:
-                busy, _, _ = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-                if not busy:
-                    self._templates[schema] = path.read_bytes()
+    def template(self, kind: str, make: Callable[[Path], None]) -> bytes:
+        """A new database of a kind, and nothing else in it: made once, apart from everybody's."""
+        if kind not in self._templates:
+            alone = _GROUP.set(None)
+            try:
+                with TemporaryDirectory(prefix="confide-") as folder:
+                    make(Path(folder) / "new.db")
+                    self._templates[kind] = (Path(folder) / "new.db").read_bytes()
+            finally:
+                _GROUP.reset(alone)
+        return self._templates[kind]
 
     def flush(self) -> None:
         """Everything that was committed is on the disk.
@@ -85,22 +82,35 @@ class GroupCommit:
 _GROUP: ContextVar[GroupCommit | None] = ContextVar("confide_group_commit", default=None)
 
 
-def template_for(schema: str, path: Path) -> tuple[bool, Callable[[], None]]:
-    """Before a database is opened: inside a `GroupCommit` a new one begins as a copy, where there is one to copy.
+def begins_as_copy(kind: str, path: Path, make: Callable[[Path], None]) -> bool:
+    """Before a database is opened: inside a `GroupCommit` a new one begins as a copy of one that was made apart.
+
+    What lies there is left alone, also what another process has put there this instant: two of them may begin with one
+    ledger, and what the first one charges must not be written over.
 
     Args:
-        schema: Names what is made in it; databases of one name begin alike.
-        path: Its file.
+        kind: Databases of one kind begin alike.
+        path: The database's file.
+        make: Makes one, holding what every new one holds, at another place, and closes it.
 
     Returns:
-        Is it such a copy? And what is to be called once its schema, and nothing else, has been made in it.
+        Is it such a copy now?
     """
     group = _GROUP.get()
-    if group is None or (path.exists() and path.stat().st_size):
-        return False, lambda: None
-    if group.copy_template(schema, path):
-        return True, lambda: None
-    return False, lambda: group.keep_template(schema, path)
+    if group is None or path.exists():
+        return False
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        data = group.template(kind, make)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as stream:
+            stream.write(data)
+        os.link(temporary, path)  # as a whole, and only where there is nothing yet
+    except (OSError, sqlite3.Error, ConfideError):
+        return False  # somebody was faster, or whoever opens it will say what is wrong
+    finally:
+        temporary.unlink(missing_ok=True)
+    group.add_file(path)
+    return True
 
 
 def flush_commits() -> None:

@@ -25,7 +25,7 @@ from confide.errors import ConfideError, ConsentError
 from confide.privacy.consent import projection, triggers
 from confide.privacy.consent.tables import PROJECTION, SCHEMA
 from confide.privacy.database import full_disk
-from confide.privacy.flushing import durability, template_for
+from confide.privacy.flushing import begins_as_copy, durability
 
 __all__ = ["SCHEMA_VERSION", "Storage", "holds_registry", "is_url", "shown_address"]
 
@@ -80,12 +80,8 @@ class Storage:
         self._open: Connection | None = None
         self._owner = 0
         try:
-            if self.is_sqlite:
-                copied, made = template_for(f"consent {SCHEMA_VERSION}", Path(url.database or ""))
-                if not copied:
-                    self._prepare()
-                made()
-            else:
+            file = Path(url.database or "") if self.is_sqlite else None
+            if file is None or not begins_as_copy(f"consent {SCHEMA_VERSION}", file, lambda at: Storage(at).close()):
                 self._prepare()
         except BaseException:
             self._engine.dispose()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from contextlib import closing
 from pathlib import Path
 
@@ -56,19 +57,82 @@ def test_a_flush_puts_every_log_that_changed_on_the_disk(tmp_path: Path, synced:
         second.close()
 
 
+def values(db: sqlite3.Connection) -> list[str]:
+    return [value for (value,) in db.execute("SELECT value FROM kept")]
+
+
 def test_a_new_database_begins_as_a_copy_and_shares_nothing(tmp_path: Path) -> None:
     with GroupCommit() as group:
         first = open_durable(tmp_path / "first.db", SCHEMA)
         first.execute("INSERT INTO kept VALUES ('mine')")
-        os.close(os.open(tmp_path / "second.db", os.O_CREAT, 0o600))
         second = open_durable(tmp_path / "second.db", SCHEMA)
         assert list(group._templates) == [SCHEMA]
-        assert second.execute("SELECT value FROM kept").fetchall() == []
+        assert values(second) == []
         second.execute("INSERT INTO kept VALUES ('yours')")
-        assert first.execute("SELECT value FROM kept").fetchall() == [("mine",)]
-        assert (tmp_path / "second.db").stat().st_mode & 0o777 == 0o600
+        assert values(first) == ["mine"]
         first.close()
         second.close()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["first.db", "second.db"]
+
+
+def test_what_was_made_for_its_owner_only_stays_so(tmp_path: Path) -> None:
+    with GroupCommit():
+        os.close(os.open(tmp_path / "a.db", os.O_CREAT, 0o600))
+        open_durable(tmp_path / "a.db", SCHEMA).close()
+        assert (tmp_path / "a.db").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["the first of its kind", "a later one"])
+def test_a_database_that_another_process_makes_this_instant_is_not_written_over(
+    first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes begin with one ledger; the one is about to put a new one there, the other has just charged it."""
+    path, link = tmp_path / "ledger.db", os.link
+
+    def late(source: Path, target: Path) -> None:
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.executescript(f"PRAGMA journal_mode=WAL; {SCHEMA}")
+            other.execute("INSERT INTO kept VALUES ('charged')")
+        monkeypatch.undo()
+        link(source, target)
+
+    with GroupCommit():
+        if not first:
+            open_durable(tmp_path / "before.db", SCHEMA).close()
+        monkeypatch.setattr(os, "link", late)
+        with closing(open_durable(path, SCHEMA)) as db:
+            assert values(db) == ["charged"]
+        with closing(open_durable(tmp_path / "later.db", SCHEMA)) as db:
+            assert values(db) == [], "nor is what it holds copied"
+
+
+def test_where_it_would_be_replaced_the_charge_would_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control."""
+    path = tmp_path / "ledger.db"
+
+    def late(source: Path, target: Path) -> None:
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.executescript(SCHEMA)
+            other.execute("INSERT INTO kept VALUES ('charged')")
+        os.replace(source, target)
+
+    with GroupCommit():
+        monkeypatch.setattr(os, "link", late)
+        with closing(open_durable(path, SCHEMA)) as db:
+            assert values(db) == []
+
+
+def test_without_links_databases_are_made_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_source: Path, _target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with GroupCommit():
+        for name in ("a.db", "b.db"):
+            with closing(open_durable(tmp_path / name, SCHEMA)) as db:
+                db.execute("INSERT INTO kept VALUES ('x')")
+                assert values(db) == ["x"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.db", "b.db"]
 
 
 def test_what_the_disk_does_not_take_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
