@@ -8,6 +8,9 @@ batches of ten by SGD; ours draws each batch (Poisson), clips each record and ru
 
 All have one thread and one process first; then, under `all_cores`, ours has as many processes as there are cores, and
 Flower's engine what it takes.
+
+`population` is ours once more, with as many clients and with ten times as many, whose records have eight features only:
+what a client costs who is never drawn, the data aside.
 """
 
 from __future__ import annotations
@@ -44,20 +47,22 @@ _HERE = Path(__file__).resolve().parent
 _PEERS = {"flower_ray": ("flower", "flower_ray.py"), "pfl": ("pfl", "pfl_fedavg.py")}
 #: Those that can have several processes.
 _ALL_CORES = ("confide", "confide_vectorised", "flower_ray")
+#: Features where the data are not the point, and rounds that are enough then.
+_FEW, _ENOUGH = 8, 8
 #: Rounds before the engine is warm.
 _WARM = 2
 
 
-def write_data(folder: Path, clients: int, samples: int) -> Path:
+def write_data(folder: Path, clients: int, samples: int, features: int = FEATURES) -> Path:
     """The clients' records: `.npz` for all, single arrays to be mapped, and the table that we read."""
     rng = np.random.default_rng(0)
-    x = rng.uniform(-1, 1, (clients, samples, FEATURES)).astype(np.float32)
-    teacher = rng.normal(size=(FEATURES, CLASSES)).astype(np.float32)
+    x = rng.uniform(-1, 1, (clients, samples, features)).astype(np.float32)
+    teacher = rng.normal(size=(features, CLASSES)).astype(np.float32)
     y = (x @ teacher).argmax(axis=2)
     np.savez(folder / "data.npz", x=x, y=y)
     np.save(folder / "data.x.npy", x)
     np.save(folder / "data.y.npy", y)
-    table = pd.DataFrame(x.reshape(-1, FEATURES), columns=[f"x{i}" for i in range(FEATURES)])
+    table = pd.DataFrame(x.reshape(-1, features), columns=[f"x{i}" for i in range(features)])
     table["y"], table["subject"] = y.reshape(-1), np.arange(clients * samples)
     table["site"] = np.repeat([f"client{i:05d}" for i in range(clients)], samples)
     table.to_parquet(folder / "data.parquet")
@@ -213,10 +218,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         one = _figures({n: contend(n, folder, args, 1) for n in alone})
         all_ = _figures({n: contend(n, folder, args, None) for n in cores})
     seconds, faster = one["seconds_per_round"], all_["seconds_per_round"]
+    population = {} if "confide" in args.without else population_of(args)
     return {
         "clients": args.clients, "samples": args.samples, "cohort": args.cohort, "rounds": args.rounds,
         "cores": os.cpu_count(), "load": load, **one, "all_cores": all_,
-        "training_only": training_only(args.cohort, args.samples),
+        "training_only": training_only(args.cohort, args.samples), "population": population,
         "ratios": {
             "confide_over_pfl": _over(seconds, "confide", "pfl"),
             "confide_vectorised_over_pfl": _over(seconds, "confide_vectorised", "pfl"),
@@ -224,6 +230,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "flower_over_confide_whole": _over(all_["whole_seconds"], "flower_ray", "confide_vectorised"),
         },
     }  # fmt: skip
+
+
+def population_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The same cohort out of as many clients, and out of ten times as many, with hardly any data."""
+    found = dict[str, dict[str, Any] | None]()
+    for clients in (args.clients, 10 * args.clients):
+        with tempfile.TemporaryDirectory() as scratch:
+            write_data(Path(scratch), clients, args.samples, _FEW)
+            few = argparse.Namespace(**{**vars(args), "rounds": min(args.rounds, _ENOUGH)})
+            found[str(clients)] = contend("confide", Path(scratch), few, 1)
+    figures, (less, more) = _figures(found), tuple(found)
+    return {
+        key: figures[key] for key in ("seconds_per_round", "cpu_seconds_per_round", "startup_seconds", "peak_mib")
+    } | {
+        "peak_ratio": _over(figures["peak_mib"], more, less),
+        "round_ratio": _over(figures["cpu_seconds_per_round"], more, less),
+    }
 
 
 def _figures(runs: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, float | None]]:
