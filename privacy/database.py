@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
@@ -21,13 +23,26 @@ _FULL = frozenset({
 })  # fmt: skip
 
 
-def open_durable(path: Path, schema: str) -> sqlite3.Connection:
+def open_durable(
+    path: Path, schema: str, *, private: bool = False, look: Callable[[Path], None] = lambda _: None
+) -> sqlite3.Connection:
     """A connection whose every commit is on the disk; the file and its tables are made where they are missing.
+
+    Args:
+        path: The file.
+        schema: Makes what is missing.
+        private: A new file is its owner's only.
+        look: Told the path where tables may be made in a file that was there before; raises if they must not be.
 
     Raises:
         sqlite3.Error: It cannot be opened, or is no database.
+        OSError: A private file cannot be opened.
     """
-    copied = begins_as_copy(schema, path, lambda place: open_durable(place, schema).close())
+    copied = begins_as_copy(schema, path, lambda at: open_durable(at, schema).close(), 0o600 if private else 0o644)
+    if not copied:
+        if private:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        look(path)
     # A copy has its tables; what a connection is told stands in PRAGMA lines.
     wanted = "".join(line for line in schema.splitlines() if line.startswith("PRAGMA")) if copied else schema
     db = sqlite3.connect(path, isolation_level=None, timeout=_PATIENCE)

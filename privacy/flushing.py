@@ -82,7 +82,7 @@ class GroupCommit:
 _GROUP: ContextVar[GroupCommit | None] = ContextVar("confide_group_commit", default=None)
 
 
-def begins_as_copy(kind: str, path: Path, make: Callable[[Path], None]) -> bool:
+def begins_as_copy(kind: str, path: Path, make: Callable[[Path], None], mode: int = 0o644) -> bool:
     """Before a database is opened: inside a `GroupCommit` a new one begins as a copy of one that was made apart.
 
     What lies there is left alone, also what another process has put there this instant: two of them may begin with one
@@ -92,6 +92,7 @@ def begins_as_copy(kind: str, path: Path, make: Callable[[Path], None]) -> bool:
         kind: Databases of one kind begin alike.
         path: The database's file.
         make: Makes one, holding what every new one holds, at another place, and closes it.
+        mode: Who may read and write it.
 
     Returns:
         Is it such a copy now?
@@ -102,7 +103,7 @@ def begins_as_copy(kind: str, path: Path, make: Callable[[Path], None]) -> bool:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         data = group.template(kind, make)
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as stream:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:
             stream.write(data)
         os.link(temporary, path)  # as a whole, and only where there is nothing yet
     except (OSError, sqlite3.Error, ConfideError):

@@ -14,7 +14,6 @@ The random salt keeps a leaf hash from telling what an entry says. `export` writ
 
 from __future__ import annotations
 
-import os
 import secrets
 import sqlite3
 import time
@@ -87,9 +86,7 @@ class Log:
         self._name, self._public_key, self._sign = name, public_key, sign
         self._tree, self._latest = Tree(), 0
         try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            _refuse_another_database(path)
-            self._db = open_durable(path, _SCHEMA)
+            self._db = open_durable(path, _SCHEMA, private=True, look=_refuse_another_database)
         except OSError as error:
             raise StorageError(f"cannot be opened: {error.strerror}", where=str(path)) from None
         except (sqlite3.Error, UnicodeDecodeError) as error:  # SQLite's own message may quote what is no text

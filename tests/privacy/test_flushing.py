@@ -80,6 +80,19 @@ def test_what_was_made_for_its_owner_only_stays_so(tmp_path: Path) -> None:
         os.close(os.open(tmp_path / "a.db", os.O_CREAT, 0o600))
         open_durable(tmp_path / "a.db", SCHEMA).close()
         assert (tmp_path / "a.db").stat().st_mode & 0o777 == 0o600
+        for name in ("b.db", "c.db"):
+            open_durable(tmp_path / name, SCHEMA, private=True).close()
+            assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
+    open_durable(tmp_path / "d.db", SCHEMA, private=True).close()
+    assert (tmp_path / "d.db").stat().st_mode & 0o777 == 0o600
+
+
+def test_only_what_was_there_before_is_looked_at(tmp_path: Path) -> None:
+    seen = list[str]()
+    with GroupCommit():
+        for name in ("a.db", "a.db", "b.db"):
+            open_durable(tmp_path / name, SCHEMA, look=lambda path: seen.append(path.name)).close()
+    assert seen == ["a.db"]
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["the first of its kind", "a later one"])
