@@ -10,7 +10,6 @@ import importlib.util
 import logging
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import threading
@@ -25,10 +24,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from confide.config import Experiment
 from confide.environment import switches
-from confide.errors import ConfigError, PeerError
+from confide.errors import ConfideError, ConfigError, PeerError
 from confide.server.coordinator import Released
 from confide.server.process import log_file
-from confide.simulations.engines.apart import forget_seen
+from confide.simulations.engines.apart import forget_seen, wait_until_closed
 from confide.simulations.engines.engine import Drive, run_over
 from confide.simulations.keeping import Keeping
 from confide.simulations.sources import Sources
@@ -40,7 +39,7 @@ _log = logging.getLogger(__name__)
 _BEGIN_SECONDS, _END_SECONDS = 120.0, 90.0
 #: Variables of the environment that are put back when the run is over; Flower sets one of them, too.
 _CHANGED = ("PYTHONPATH", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
-_LOOK_AGAIN, _CONNECT_SECONDS = 0.05, 10.0
+_LOOK_AGAIN, _KNOCK_SECONDS = 0.05, 10.0
 
 
 class RayEngine:
@@ -65,12 +64,19 @@ class RayEngine:
         """Whatever runs in one process runs here, if the cluster answers at all.
 
         Raises:
-            ConfigError: It does not.
+            ConfigError: It does not, or it is not for this machine.
         """
-        self._knock()
+        if self._address is not None:
+            _knock(self._address)
 
     def prepare(self, keeping: Keeping, sources: Sources) -> None:
-        """The world makes its own parties."""
+        """The world makes its own parties. A run that is resumed waits for the processes of the one before: when that
+        was killed, a cluster ends them a moment later.
+
+        Raises:
+            StorageError: They do not end.
+        """
+        wait_until_closed(keeping.folder.parent / "sites")
 
     def drive(self, drive: Drive) -> Released:
         """Run to the end; see `Engine`."""
@@ -81,6 +87,7 @@ class RayEngine:
                 released = run_over(grid, drive.start)
         finally:
             world.log.close()
+            wait_until_closed(world.folder)
             world.take_back()
         forget_seen(world.folder, world.sites)
         return released
@@ -106,29 +113,16 @@ class RayEngine:
                 os.environ.pop(name, None)
                 os.environ.update({name: before[name]} if name in before else {})
 
-    def _knock(self) -> None:
-        """Ray would try for minutes."""
-        if self._address in (None, "auto"):
-            return
-        host, _, port = self._address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-        except (OSError, ValueError, OverflowError) as error:
-            raise ConfigError(f"no Ray cluster answers there ({type(error).__name__})",
-                              where=f"--ray-address {self._address[:200]}",
-                              hint="name the head's HOST:PORT, as ray start has printed it") from None  # fmt: skip
-
     def _connect(self, scratch: str) -> None:
         import ray
 
-        self._knock()
         if self._address is None:
             # Its processes find this package where this one has found it.
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
             place: dict[str, Any] = {"address": "local", "include_dashboard": False, "_temp_dir": scratch,
                                      "_node_ip_address": "127.0.0.1"}  # fmt: skip
         else:
-            place = {"address": self._address, "runtime_env": {"env_vars": switches()}}
+            place = {"address": _knock(self._address), "runtime_env": {"env_vars": switches()}}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Ray's own, about its own
@@ -140,6 +134,40 @@ class RayEngine:
                               "this installation's") from error  # fmt: skip
 
 
+def _knock(address: str) -> str:
+    """A cluster's HOST:PORT, if it answers: Ray would try for minutes, and say so on the terminal.
+
+    Raises:
+        ConfigError: Nothing answers, or not as a cluster of this Ray, or this machine is none of its.
+    """
+    import grpc  # type: ignore[import-untyped]  # it has no stubs
+    import ray
+    from ray._private import services
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    where = f"--ray-address {address[:200]}"
+    rpc: Any = gcs_service_pb2_grpc
+    wire: Any = gcs_service_pb2
+    here: Any = services
+    try:
+        found = str(here.canonicalize_bootstrap_address(address))
+        with init_grpc_channel(found) as channel:
+            asked = rpc.NodeInfoGcsServiceStub(channel).CheckAlive
+            version = asked(wire.CheckAliveRequest(), timeout=_KNOCK_SECONDS).ray_version
+    except (grpc.RpcError, OSError, ValueError) as error:
+        why = error.code().name if isinstance(error, grpc.Call) else type(error).__name__
+        raise ConfigError(f"no Ray cluster answers there ({why})", where=where,
+                          hint="name the head's HOST:PORT, as ray start has printed it") from None  # fmt: skip
+    if version != ray.__version__:
+        raise ConfigError(f"the cluster's Ray is {version[:40]}, this installation's {ray.__version__}", where=where,
+                          hint=f"pip install ray=={ray.__version__} on every machine of the cluster")  # fmt: skip
+    if not here.find_node_ids():
+        raise ConfigError("no Ray runs on this machine", where=where,
+                          hint=f"make it one of the cluster's: ray start --address {found}")  # fmt: skip
+    return found
+
+
 @contextmanager
 def _engine(drive: Drive) -> Iterator[Grid]:
     """Flower's engine in a thread of its own, for as long as its grid is used."""
@@ -147,8 +175,7 @@ def _engine(drive: Drive) -> Iterator[Grid]:
 
     from confide.simulations.engines.ray_backend import PlacedGrid, SitesApp, sites_stay
 
-    names, over, grids = tuple(drive.world.sites), threading.Event(), list[Grid]()
-    server, failed = ServerApp(), list[BaseException]()
+    names, over, grids, server = tuple(drive.world.sites), threading.Event(), list[Grid](), ServerApp()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
@@ -158,21 +185,23 @@ def _engine(drive: Drive) -> Iterator[Grid]:
     def run() -> None:
         try:
             run_simulation(server, SitesApp(str(folder)), len(names), backend_config=_BACKEND)  # type: ignore[arg-type]
-        except BaseException as error:  # told to whoever waits for the grid
-            failed.append(error)
+        except BaseException as error:  # told to whoever waits
+            stay.failed = stay.failed or error
 
     folder = drive.folder.absolute()
-    with sites_stay(folder, names, drive.unreachable) as places:
+    with sites_stay(folder, names, drive.unreachable) as stay:
         thread = threading.Thread(target=run, name="flower", daemon=True)
         thread.start()
         try:
             deadline = time.monotonic() + _BEGIN_SECONDS
-            while not (grids and len(places) == len(names)):
-                if failed or not thread.is_alive() or time.monotonic() > deadline:
+            while not (grids and stay.begun.is_set()):
+                if isinstance(stay.failed, ConfideError):
+                    raise stay.failed
+                if stay.failed is not None or not thread.is_alive() or time.monotonic() > deadline:
                     raise PeerError("did not begin", where="Flower's simulation engine",
-                                    hint=f"see {drive.folder / 'ray.log'}") from next(iter(failed), None)  # fmt: skip
+                                    hint=f"see {drive.folder / 'ray.log'}") from stay.failed  # fmt: skip
                 time.sleep(_LOOK_AGAIN)
-            yield PlacedGrid(grids[0], places)
+            yield PlacedGrid(grids[0], stay)
         finally:
             over.set()
             thread.join(_END_SECONDS)
