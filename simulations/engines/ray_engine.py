@@ -96,6 +96,7 @@ class RayEngine:
     def _ray(self) -> Iterator[None]:
         """Connected to Ray: a cluster's, or one that is started here and ends with the run."""
         import ray
+        from ray._private import worker as driver
 
         if ray.is_initialized():
             raise ConfigError("Ray is in use in this process already", where="--engine ray",
@@ -103,11 +104,13 @@ class RayEngine:
         before = dict(os.environ)
         os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # no warning about a default that will change
         scratch = tempfile.mkdtemp(prefix="confide-ray-")  # short: sockets lie in it
+        says, driver._worker_logs_enabled = driver._worker_logs_enabled, False  # to stdout, of what has died
         try:
             self._connect(scratch)
             yield
         finally:
             ray.shutdown()
+            driver._worker_logs_enabled = says
             shutil.rmtree(scratch, ignore_errors=True)
             for name in _CHANGED:
                 os.environ.pop(name, None)

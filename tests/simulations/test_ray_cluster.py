@@ -159,7 +159,9 @@ def _logged(out: Path, site: str) -> list[audit.Record]:
 
 
 @pytest.mark.long
-def test_a_process_that_dies_between_rounds_costs_its_sites_one_round(tmp_path: Path) -> None:
+def test_a_process_that_dies_between_rounds_costs_its_sites_one_round(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     with ray_cluster(1, 1) as cluster, never_hangs():
 
@@ -170,6 +172,8 @@ def test_a_process_that_dies_between_rounds_costs_its_sites_one_round(tmp_path: 
         simulate(six_sites(tmp_path), out=out, engine="ray", ray_address=cluster.address, progress=kill)
         assert len(cluster.actors("DEAD")) == 3, "another one took its place"
     check_after(out, {3: 3})
+    assert "its sites are in a new one" in (out / "ray.log").read_text()
+    assert "raylet" not in capfd.readouterr().out, "stdout is the command's"
 
 
 @pytest.mark.long
@@ -207,7 +211,7 @@ def test_a_process_that_dies_while_its_sites_train_costs_them_that_round(tmp_pat
 
 
 @pytest.mark.long
-def test_a_process_that_dies_again_and_again_leaves_the_others_to_go_on(tmp_path: Path) -> None:
+def test_processes_that_do_not_live_to_take_sites_leave_them_to_the_others(tmp_path: Path) -> None:
     out, over = tmp_path / "out", threading.Event()
     with ray_cluster(1, 1) as cluster, never_hangs():
 
@@ -221,6 +225,7 @@ def test_a_process_that_dies_again_and_again_leaves_the_others_to_go_on(tmp_path
 
         def begin(progress: Progress) -> None:
             if progress.round == 1:
+                cluster.kill_actor()
                 killer.start()
 
         try:
@@ -228,11 +233,23 @@ def test_a_process_that_dies_again_and_again_leaves_the_others_to_go_on(tmp_path
         finally:
             over.set()
             killer.join()
-    cohorts = {e.round: e.cohort for e in entries(out, audit.Cohort)}
-    assert set(cohorts) == set(range(1, ROUNDS + 2))
-    assert [len(cohorts[n]) for n in (1, 2)] == [6, 6]
-    assert all(len(cohorts[n]) >= 3 for n in cohorts)
-    assert confide("audit", "verify", out).code == 0
+        dead = [actor for actor in cluster.actors("DEAD") if actor["Address"]["IPAddress"] != "127.0.0.2"]
+        assert len(dead) == 2, "one with sites, and another one before it had any"
+    check_after(out, {3: 3})
+
+
+@pytest.mark.long
+def test_a_process_that_dies_in_every_round_costs_its_sites_each_of_them(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with ray_cluster(1, 1) as cluster, never_hangs():
+
+        def kill(progress: Progress) -> None:
+            if progress.round < 3:
+                cluster.kill_actor()
+
+        simulate(six_sites(tmp_path), out=out, engine="ray", ray_address=cluster.address, progress=kill)
+        assert len(cluster.actors("DEAD")) == 2 + 3
+    check_after(out, {2: 3, 3: 3, 4: 3})
 
 
 @pytest.mark.long
