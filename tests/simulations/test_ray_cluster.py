@@ -126,6 +126,25 @@ def test_an_address_where_something_else_listens_is_refused_before_anything_is_w
     assert not (tmp_path / "out").exists()
 
 
+def test_as_many_messages_are_under_way_as_there_are_sites(tmp_path: Path) -> None:
+    """Whatever cores this machine has: a cluster has others."""
+    import flwr.server.superlink.fleet.vce.vce_api as engine
+
+    from confide.simulations.engines.ray_backend import sites_stay
+
+    many = 40  # Flower's own threads are 32 at most
+
+    def together(patience: float) -> None:
+        meeting = threading.Barrier(many, timeout=patience)
+        with engine.ThreadPoolExecutor() as pool:
+            list(pool.map(lambda _: meeting.wait(), range(many)))
+
+    with sites_stay(tmp_path, [f"site-{n}" for n in range(many)], lambda _message, _site: False):
+        together(PATIENCE)
+    with pytest.raises(threading.BrokenBarrierError):  # the control
+        together(0.5)
+
+
 # --- what dies -------------------------------------------------------------------------------------------------------
 
 
