@@ -34,6 +34,7 @@ from confide.simulations.engines.ray_actors import Actors, Fitness
 __all__ = ["PlacedGrid", "SitesApp", "Stay", "sites_stay"]
 
 _UNAVAILABLE = 5  # Flower's own code for a node that does not answer
+_LOOK_AGAIN = 2.0
 #: Threads that wait for an answer each.
 _MOST_WAITING = 256
 #: The sites that this process has open, by the run's folder.
@@ -78,6 +79,8 @@ class Stay:
         self.begun = threading.Event()
         #: Nobody answers any more: from here on there is nothing to wait for.
         self.failed: BaseException | None = None
+        #: Whoever could end processes does not answer.
+        self.headless = False
 
 
 class PlacedGrid(Grid):
@@ -227,7 +230,11 @@ class _Backend(flower.RayBackend):
             raise PeerError("has no processes", where="Ray")
         actor = self._actors.of(at)
         try:
-            _, reply, left = ray.get(actor.run.remote(self._sites, message, str(at), context))
+            reference = actor.run.remote(self._sites, message, str(at), context)
+            while not ray.wait([reference], timeout=_LOOK_AGAIN)[0]:
+                if self._stay.headless:
+                    raise PeerError("has lost its head", where="Ray")
+            _, reply, left = ray.get(reference)
         except ray.exceptions.RayActorError:
             # The message is not sent again: what the site did with it nobody knows, and it has lost its update.
             self._actors.lost(actor)
@@ -238,6 +245,6 @@ class _Backend(flower.RayBackend):
     def terminate(self) -> None:
         """End the actors, and the engine; before the run's end that is the run's end."""
         self._stay.failed = self._stay.failed or PeerError("has ended before the run", where="Flower's engine")
-        if self._actors is not None:
+        if self._actors is not None and not self._stay.headless:
             self._actors.close(_let_go)
         super().terminate()

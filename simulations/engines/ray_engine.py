@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -32,6 +32,9 @@ from confide.simulations.engines.engine import Drive, run_over
 from confide.simulations.keeping import Keeping
 from confide.simulations.sources import Sources
 
+if TYPE_CHECKING:
+    from confide.simulations.engines.ray_backend import Stay
+
 __all__ = ["RayEngine"]
 
 _log = logging.getLogger(__name__)
@@ -40,6 +43,9 @@ _BEGIN_SECONDS, _END_SECONDS = 120.0, 90.0
 #: Variables of the environment that are put back when the run is over; Flower sets one of them, too.
 _CHANGED = ("PYTHONPATH", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
 _LOOK_AGAIN, _KNOCK_SECONDS = 0.05, 10.0
+#: Every so many seconds a cluster's head is asked whether it is there; so often without an answer, and it is not. Ray
+#: would end this whole process after 60 seconds.
+_WATCH_SECONDS, _MISSES, _LEAVE_SECONDS = 3.0, 4, 15.0
 
 
 class RayEngine:
@@ -83,7 +89,7 @@ class RayEngine:
         world = drive.world
         world.sites.close()
         try:
-            with log_file(drive.folder / "ray.log"), self._ray(), _engine(drive) as grid:
+            with log_file(drive.folder / "ray.log"), self._ray() as head, _engine(drive, head) as grid:
                 released = run_over(grid, drive.start)
         finally:
             world.log.close()
@@ -93,8 +99,9 @@ class RayEngine:
         return released
 
     @contextmanager
-    def _ray(self) -> Iterator[None]:
-        """Connected to Ray: a cluster's, or one that is started here and ends with the run."""
+    def _ray(self) -> Iterator[str | None]:
+        """Connected to Ray: a cluster's, whose head's HOST:PORT it is, or one that is started here and ends with the
+        run."""
         import ray
         from ray._private import worker as driver
 
@@ -106,8 +113,7 @@ class RayEngine:
         scratch = tempfile.mkdtemp(prefix="confide-ray-")  # short: sockets lie in it
         says, driver._worker_logs_enabled = driver._worker_logs_enabled, False  # to stdout, of what has died
         try:
-            self._connect(scratch)
-            yield
+            yield self._connect(scratch)
         finally:
             ray.shutdown()
             driver._worker_logs_enabled = says
@@ -116,16 +122,17 @@ class RayEngine:
                 os.environ.pop(name, None)
                 os.environ.update({name: before[name]} if name in before else {})
 
-    def _connect(self, scratch: str) -> None:
+    def _connect(self, scratch: str) -> str | None:
         import ray
 
+        head = None if self._address is None else _knock(self._address)
         if self._address is None:
             # Its processes find this package where this one has found it.
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
             place: dict[str, Any] = {"address": "local", "include_dashboard": False, "_temp_dir": scratch,
                                      "_node_ip_address": "127.0.0.1"}  # fmt: skip
         else:
-            place = {"address": _knock(self._address), "runtime_env": {"env_vars": switches()}}
+            place = {"address": head, "runtime_env": {"env_vars": switches()}}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Ray's own, about its own
@@ -135,6 +142,7 @@ class RayEngine:
             raise ConfigError(f"Ray cannot be reached or started ({type(error).__name__})", where=where,
                               hint="ray status on a machine of the cluster says whether it runs; its version must be "
                               "this installation's") from error  # fmt: skip
+        return head
 
 
 def _knock(address: str) -> str:
@@ -172,7 +180,7 @@ def _knock(address: str) -> str:
 
 
 @contextmanager
-def _engine(drive: Drive) -> Iterator[Grid]:
+def _engine(drive: Drive, head: str | None) -> Iterator[Grid]:
     """Flower's engine in a thread of its own, for as long as its grid is used."""
     from flwr.simulation import run_simulation
 
@@ -195,6 +203,8 @@ def _engine(drive: Drive) -> Iterator[Grid]:
     with sites_stay(folder, names, drive.unreachable) as stay:
         thread = threading.Thread(target=run, name="flower", daemon=True)
         thread.start()
+        if head is not None:
+            threading.Thread(target=_watch, args=(head, stay, over), name="head", daemon=True).start()
         try:
             deadline = time.monotonic() + _BEGIN_SECONDS
             while not (grids and stay.begun.is_set()):
@@ -207,7 +217,25 @@ def _engine(drive: Drive) -> Iterator[Grid]:
             yield PlacedGrid(grids[0], stay)
         finally:
             over.set()
-            thread.join(_END_SECONDS)
+            thread.join(_LEAVE_SECONDS if stay.headless else _END_SECONDS)
+
+
+def _watch(head: str, stay: Stay, over: threading.Event) -> None:
+    """Have the run end when the head of its cluster does."""
+    misses = 0
+    while not over.wait(_WATCH_SECONDS):
+        try:
+            _knock(head)
+        except ConfigError:
+            misses += 1
+        else:
+            misses = 0
+        if misses == _MISSES:
+            stay.headless = True
+            stay.failed = PeerError("the head of the cluster does not answer any more", where=f"Ray at {head}",
+                                    hint="confide simulate --resume --out FOLDER goes on with this run, on another "
+                                    "cluster with --ray-address, or on this machine without")  # fmt: skip
+            return
 
 
 #: One core a process of Ray's, so that there are as many as cores; each keeps its share of the sites open.
