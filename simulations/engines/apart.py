@@ -37,7 +37,7 @@ from confide.simulations.making import FEDERATION, SiteMaker
 from confide.simulations.place import attached_place
 from confide.simulations.statistics import STATISTICS, read_learned
 
-__all__ = ["Seen", "SiteApart", "SitesApart", "forget_seen", "open_site", "read_seen"]
+__all__ = ["Seen", "SiteApart", "SitesApart", "forget_seen", "open_site", "read_seen", "wait_until_closed"]
 
 _SHOWN, _LOCK = "shown.npz", "open.lock"
 #: Seconds that a process waits for another one to let a site go.
@@ -216,6 +216,19 @@ def forget_seen(sites: Path, names: Iterable[str]) -> None:
     for name in names:
         (sites / name / _SHOWN).unlink(missing_ok=True)
         (sites / name / _LOCK).unlink(missing_ok=True)
+
+
+def wait_until_closed(sites: Path) -> None:
+    """Until no other process has any of the run's sites open: whoever had one may be ending just now.
+
+    Args:
+        sites: The folder of the run's sites.
+
+    Raises:
+        StorageError: Another process has one open, and does not let it go.
+    """
+    for path in sorted(sites.glob(f"*/{_LOCK}")):
+        os.close(_taken(path))
 
 
 def _taken(path: Path) -> int:

@@ -3,14 +3,15 @@
 Flower hands every message to any actor that is free. A site's update lives in memory between two messages and must not
 be anywhere else, so here each site has its actor for as long as the run lasts, and the actor keeps the site open.
 
-This module and `ray_engine` are all of the simulator that uses Flower's private interfaces; they are those of the
-pinned version.
+This module, `ray_actors` and `ray_engine` are all of the simulator that uses private interfaces of Flower and Ray; they
+are those of the pinned versions.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,19 +24,19 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import PARTITION_ID_KEY
 from flwr.serverapp import Grid
-from flwr.simulation.ray_transport.ray_actor import ClientAppActor
 from flwr.supercore.run import Run
 
 from confide.clients.app import make_client_app
+from confide.errors import ConfideError, ConfigError, PeerError
 from confide.simulations.engines.apart import SitesApart
+from confide.simulations.engines.ray_actors import Actors, Fitness
 
-__all__ = ["PlacedGrid", "SitesApp", "sites_stay"]
+__all__ = ["PlacedGrid", "SitesApp", "Stay", "sites_stay"]
 
-_log = logging.getLogger(__name__)
 _UNAVAILABLE = 5  # Flower's own code for a node that does not answer
-_CLOSING_SECONDS = 60.0
-#: Flower's actor, which Ray has made another kind of thing of than its type says.
-_ACTOR: Any = ClientAppActor
+_LOOK_AGAIN = 2.0
+#: Threads that wait for an answer each.
+_MOST_WAITING = 256
 #: The sites that this process has open, by the run's folder.
 _here: dict[str, SitesApart] = {}
 
@@ -68,20 +69,35 @@ def _let_go() -> Callable[..., None]:
     return lambda **_: None
 
 
+class Stay:
+    """What the thread of Flower's engine tells the one that drives the run."""
+
+    def __init__(self) -> None:
+        #: The node of each site.
+        self.node_of: dict[str, int] = {}
+        #: The sites' processes are there.
+        self.begun = threading.Event()
+        #: Nobody answers any more: from here on there is nothing to wait for.
+        self.failed: BaseException | None = None
+        #: Whoever could end processes does not answer.
+        self.headless = False
+
+
 class PlacedGrid(Grid):
-    """Flower's grid, which knows besides where sites live: rounds that are drawn need not ask everybody.
+    """Flower's grid, which knows besides where sites live (rounds that are drawn need not ask everybody), and when
+    there is nothing to wait for any more.
 
     Args:
         grid: Flower's.
-        node_of: The node of a site.
+        stay: From `sites_stay`.
     """
 
-    def __init__(self, grid: Grid, node_of: Mapping[str, int]) -> None:
-        self._grid, self._node_of = grid, node_of
+    def __init__(self, grid: Grid, stay: Stay) -> None:
+        self._grid, self._stay = grid, stay
 
     def node_of(self, site: str) -> int | None:
         """Where a site lives."""
-        return self._node_of.get(site)
+        return self._stay.node_of.get(site)
 
     def set_run(self, run: Run) -> None:
         """Flower's interface."""
@@ -107,7 +123,13 @@ class PlacedGrid(Grid):
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Flower's interface."""
+        """Flower's interface.
+
+        Raises:
+            ConfideError: There is nobody left who could answer.
+        """
+        if self._stay.failed is not None:
+            raise _as_ours(self._stay.failed)
         return self._grid.pull_messages(message_ids)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
@@ -116,88 +138,113 @@ class PlacedGrid(Grid):
 
 
 @contextmanager
-def sites_stay(folder: Path, names: Sequence[str], drop: Callable[[Message, str], bool]) -> Iterator[Mapping[str, int]]:
+def sites_stay(folder: Path, names: Sequence[str], drop: Callable[[Message, str], bool]) -> Iterator[Stay]:
     """Within it Flower's engine has each site's messages answered by that site's actor.
 
     Args:
         folder: The run's.
         names: The sites, in the order of Flower's partitions.
         drop: Says of a message that its site cannot be reached.
-
-    Yields:
-        The node of each site, once the engine has begun.
     """
-    places: dict[str, int] = {}
+    stay = Stay()
 
     def register(*arguments: Any, **options: Any) -> dict[int, int]:
-        made: dict[int, int] = register_nodes(*arguments, **options)
-        places.update({names[partition]: node for node, partition in made.items()})
+        made: dict[int, int] = changed["_register_nodes"](*arguments, **options)
+        stay.node_of.update({names[partition]: node for node, partition in made.items()})
         return made
 
-    backend, register_nodes = flower.RayBackend, engine._register_nodes
-    changed = partial(_Backend, str(folder), tuple(names), drop)
-    setattr(flower, "RayBackend", changed)  # noqa: B010  # to type checkers a module's names are constants
+    # Flower's own pool has four threads more than this machine has cores, however many the cluster has.
+    threads = partial(ThreadPoolExecutor, max_workers=min(len(names), _MOST_WAITING))
+    backend = flower.RayBackend
+    changed = {name: getattr(engine, name) for name in ("_register_nodes", "ThreadPoolExecutor")}
+    ours = partial(_Backend, str(folder), tuple(names), drop, stay)
+    setattr(flower, "RayBackend", ours)  # noqa: B010  # to type checkers a module's names are constants
     setattr(engine, "_register_nodes", register)  # noqa: B010
+    setattr(engine, "ThreadPoolExecutor", threads)  # noqa: B010
     try:
-        yield places
+        yield stay
     finally:
         setattr(flower, "RayBackend", backend)  # noqa: B010
-        setattr(engine, "_register_nodes", register_nodes)  # noqa: B010
+        for name, before in changed.items():
+            setattr(engine, name, before)
+
+
+def _as_ours(error: BaseException) -> ConfideError:
+    if isinstance(error, ConfideError):
+        return error
+    ours = PeerError(f"has ended ({type(error).__name__})", where="Flower's simulation engine",
+                     hint="see ray.log; confide simulate --resume --out FOLDER goes on with this run")  # fmt: skip
+    ours.__cause__ = error
+    return ours
 
 
 class _Backend(flower.RayBackend):
     """See the module."""
 
     def __init__(
-        self, folder: str, names: tuple[str, ...], drop: Callable[[Message, str], bool], config: dict[str, Any]
+        self,
+        folder: str,
+        names: tuple[str, ...],
+        drop: Callable[[Message, str], bool],
+        stay: Stay,
+        config: dict[str, Any],
     ) -> None:
         super().__init__(config)
-        self._names, self._drop, self._sites = names, drop, partial(SitesApp, folder)
-        self._actors: list[Any] = []
+        self._names, self._drop, self._stay = names, drop, stay
+        self._sites, self._fitness = partial(SitesApp, folder), Fitness(folder)
+        self._actors: Actors | None = None
 
     @property
     def num_workers(self) -> int:
         """Threads that wait for an answer each: one a site, or all that there are might wait for one actor."""
-        return len(self._names)
+        return min(len(self._names), _MOST_WAITING)
 
     def build(self, app_fn: Callable[[], ClientApp]) -> None:
         """Start the actors: no more than there are sites."""
-        super().build(app_fn)
-        pool: Any = self.pool
-        self._actors, spare = pool.pool[: len(self._names)], pool.pool[len(self._names) :]
-        pool.pool, pool.num_actors = self._actors, len(self._actors)
-        for actor in spare:
-            ray.kill(actor)
+        try:
+            self._start(app_fn)
+            pool: Any = self.pool
+            kept, spare = pool.pool[: len(self._names)], pool.pool[len(self._names) :]
+            pool.pool.clear()
+            for actor in spare:
+                ray.kill(actor)
+            self._actors = Actors(kept, self.client_resources, self._fitness)
+        except BaseException as error:
+            self._stay.failed = error
+            raise
+        self._stay.begun.set()
+
+    def _start(self, app_fn: Callable[[], ClientApp]) -> None:
+        try:
+            super().build(app_fn)
+        except ValueError as error:  # Flower's word for a cluster without a core
+            raise ConfigError("has no core for a site", where="Ray",
+                              hint="start its nodes with --num-cpus of 1 at least") from error  # fmt: skip
 
     def process_message(self, message: Message, context: Context) -> tuple[Message, Context]:
         """One message to the actor of its site; there it waits for its turn."""
         at = int(context.node_config[PARTITION_ID_KEY])
         if self._drop(message, self._names[at]):
             return Message(Error(code=_UNAVAILABLE, reason="node unavailable"), reply_to=message), context
-        place = at % len(self._actors)
-        actor = self._actors[place]
+        if self._actors is None:
+            raise PeerError("has no processes", where="Ray")
+        actor = self._actors.of(at)
         try:
-            _, reply, left = ray.get(actor.run.remote(self._sites, message, str(at), context))
+            reference = actor.run.remote(self._sites, message, str(at), context)
+            while not ray.wait([reference], timeout=_LOOK_AGAIN)[0]:
+                if self._stay.headless:
+                    raise PeerError("has lost its head", where="Ray")
+            _, reply, left = ray.get(reference)
         except ray.exceptions.RayActorError:
-            # Whatever is in its place opens its sites again from their disks, as a restarted executor does.
-            _log.warning("the process of some sites has ended, and is started again")
-            if self._actors[place] is actor:
-                self._actors[place] = _ACTOR.options(**self.client_resources).remote()
+            # The message is not sent again: what the site did with it nobody knows, and it has lost its update.
+            self._actors.lost(actor)
+            self._stay.failed = self._stay.failed or self._actors.failed
             raise
         return reply, left
 
-    def _ask_all(self) -> None:
-        asked = [actor.run.remote(_let_go, None, "", None) for actor in self._actors]
-        if asked:
-            ray.wait(asked, num_returns=len(asked), timeout=_CLOSING_SECONDS)
-
     def terminate(self) -> None:
-        """Have the sites closed, then their processes ended, and wait for it: Ray would let them end later."""
-        self._ask_all()
-        for actor in self._actors:
-            ray.kill(actor)
-        self._ask_all()  # answered with an error, once they have ended
-        self._actors.clear()
-        if self.pool is not None:
-            self.pool.pool.clear()
+        """End the actors, and the engine; before the run's end that is the run's end."""
+        self._stay.failed = self._stay.failed or PeerError("has ended before the run", where="Flower's engine")
+        if self._actors is not None and not self._stay.headless:
+            self._actors.close(_let_go)
         super().terminate()
