@@ -6,7 +6,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -41,7 +41,9 @@ def open_durable(
     copied = begins_as_copy(schema, path, lambda at: open_durable(at, schema).close(), 0o600 if private else 0o644)
     if not copied:
         if private:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            # Only a file that is new: to close one that this process has open would drop its locks on it.
+            with suppress(FileExistsError):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         look(path)
     # A copy has its tables; what a connection is told stands in PRAGMA lines.
     wanted = "".join(line for line in schema.splitlines() if line.startswith("PRAGMA")) if copied else schema

@@ -7,15 +7,18 @@ simulation, where many sites are one process and nothing leaves it between two f
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import ContextVar, Token
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 from confide.errors import ConfideError
 
@@ -31,8 +34,9 @@ class GroupCommit:
     def __init__(self) -> None:
         #: What was last seen of each file's write-ahead log, and is on the disk: (changed at, bytes).
         self._seen: dict[Path, tuple[int, int] | None] = {}
-        #: New databases by their kind, and files that are not flushed yet.
+        #: New databases by their kind; databases that began as copies of them, and files, that are not flushed yet.
         self._templates: dict[str, bytes] = {}
+        self._copied: set[Path] = set()
         self._written: set[Path] = set()
         self._entered: Token[GroupCommit | None] | None = None
 
@@ -52,6 +56,10 @@ class GroupCommit:
     def add_file(self, path: Path) -> None:
         """A file that was just written is flushed with the databases, once."""
         self._written.add(path.absolute())
+
+    def add_copy(self, path: Path) -> None:
+        """A database that was just put in its place is flushed with the others."""
+        self._copied.add(path.absolute())
 
     def template(self, kind: str, make: Callable[[Path], None]) -> bytes:
         """A new database of a kind, and nothing else in it: made once, apart from everybody's."""
@@ -74,7 +82,10 @@ class GroupCommit:
         settled = time.time_ns() - _SETTLED
         changed = {path: state for path, seen in self._seen.items() if (state := _log_state(path)) not in (None, seen)}
         _sync_all([*(Path(f"{path}-wal") for path in changed), *self._written])
+        # And databases that began as copies, our own and those that another process has put where we write to them.
+        _sync_file_systems({path.parent for path in (*changed, *self._copied)})
         self._written.clear()
+        self._copied.clear()
         # What changed just now may change once more within one tick of the file system's clock.
         self._seen |= {path: state if state and state[0] < settled else None for path, state in changed.items()}
 
@@ -98,7 +109,9 @@ def begins_as_copy(kind: str, path: Path, make: Callable[[Path], None], mode: in
         Is it such a copy now?
     """
     group = _GROUP.get()
-    if group is None or path.exists():
+    # To flush them one by one they would have to be opened and closed, and with that a process loses all of SQLite's
+    # locks on them. A log without its database is what somebody has left: SQLite removes it when it makes the database.
+    if group is None or _SYNCFS is None or path.exists() or Path(f"{path}-wal").exists():
         return False
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -109,8 +122,9 @@ def begins_as_copy(kind: str, path: Path, make: Callable[[Path], None], mode: in
     except (OSError, sqlite3.Error, ConfideError):
         return False  # somebody was faster, or whoever opens it will say what is wrong
     finally:
-        temporary.unlink(missing_ok=True)
-    group.add_file(path)
+        with suppress(OSError):
+            temporary.unlink()
+    group.add_copy(path)
     return True
 
 
@@ -150,6 +164,7 @@ def _sync_all(paths: Sequence[Path]) -> None:
 
 
 def _sync(path: Path) -> None:
+    """A file that no database of this process is: closing it drops every lock of the process on it (fcntl)."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:  # a log that was closed meanwhile, and so is in the database
@@ -158,6 +173,36 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _find_syncfs() -> Callable[[int], int] | None:
+    """Linux's syncfs; None on other systems."""
+    try:
+        found = ctypes.CDLL(None, use_errno=True).syncfs
+    except (OSError, AttributeError):
+        return None
+    found.argtypes, found.restype = [ctypes.c_int], ctypes.c_int
+    return cast("Callable[[int], int]", found)
+
+
+_SYNCFS = _find_syncfs()
+
+
+def _sync_file_systems(folders: Iterable[Path]) -> None:
+    """All that was written to the file systems of these folders; each of them once."""
+    done = set[int]()
+    for folder in folders:
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # it was removed meanwhile
+            continue
+        try:
+            device = os.fstat(handle).st_dev
+            if _SYNCFS is not None and device not in done and _SYNCFS(handle):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+            done.add(device)
+        finally:
+            os.close(handle)
 
 
 def flushed_later(path: Path) -> bool:

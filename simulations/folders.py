@@ -13,11 +13,12 @@ from typing import Any
 
 from confide.config import Experiment
 from confide.errors import ConfigError
+from confide.privacy.database import copy_database
 from confide.privacy.dp.statement import LEDGER
 from confide.privacy.files import write_atomically
 from confide.simulations.keeping import KEPT
 
-__all__ = ["fresh_folder", "run_folders", "write_json"]
+__all__ = ["copy_ledgers", "fresh_folder", "run_folders", "write_json"]
 
 
 @contextmanager
@@ -93,3 +94,24 @@ def fresh_folder(parent: Path, name: str) -> Path:
 def write_json(path: Path, tree: Any) -> None:
     """Write atomically; infinities are an error, because JSON has none."""
     write_atomically(path, (json.dumps(tree, indent=2, allow_nan=False, default=str) + "\n").encode())
+
+
+def copy_ledgers(source: Path, target: Path) -> None:
+    """A folder of ledgers as they are now, also while a run charges them.
+
+    A database that this process has open must not be copied as a file: to close it would drop SQLite's locks on it.
+    """
+    target.mkdir(parents=True)
+    for path in sorted(source.rglob("*")):
+        place = target / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir()
+        elif path.suffix != ".db":
+            if not path.name.endswith(("-wal", "-shm")):
+                shutil.copy2(path, place)
+        else:
+            try:
+                copy_database(path, place)
+            except sqlite3.Error:  # it is none: whoever opens the copy says so
+                place.unlink(missing_ok=True)
+                shutil.copy2(path, place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from confide.config import Experiment, load_experiment
 from confide.privacy.dp import PrivacyEvent, Role, person_epsilon
 from confide.privacy.dp.events import merge_events
 from confide.privacy.sealing import make_profile
+from confide.simulations.folders import copy_ledgers
 from confide.simulations.result import NEIGHBOURS, Plan, SitePlan
 from confide.simulations.sources import builtin_example, experiment_file, load_sources
 from confide.simulations.world import World
@@ -42,7 +42,7 @@ def plan(experiment: Source = None, *, overrides: Iterable[str] = (), ledger: st
     with tempfile.TemporaryDirectory() as scratch:
         ledgers = Path(scratch) / "ledgers"
         if ledger is not None and Path(ledger).is_dir():
-            shutil.copytree(ledger, ledgers)
+            copy_ledgers(Path(ledger), ledgers)
         world = World(sources, Path(scratch) / "sites", ledgers, Path(scratch) / "logs")
         try:
             for name in world.manifest.drawn(1):

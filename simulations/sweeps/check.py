@@ -17,6 +17,7 @@ from confide.privacy.dp import person_epsilon
 from confide.privacy.dp.events import merge_events
 from confide.privacy.sealing import make_profile
 from confide.protocol.manifest import Manifest
+from confide.simulations.folders import copy_ledgers
 from confide.simulations.planning import any_bounds
 from confide.simulations.result import json_number
 from confide.simulations.sources import load_sources
@@ -110,7 +111,7 @@ def refuse_uncharged(found: SweepPlan) -> None:
 
 def _check_all(found: SweepPlan, scratch: Path, told: Callable[[Job], None]) -> list[_Checked]:
     if found.ledgers is not None and found.ledgers.is_dir():
-        shutil.copytree(found.ledgers, scratch / "ledgers")
+        copy_ledgers(found.ledgers, scratch / "ledgers")
     checked = list[_Checked]()
     for job in found.jobs:
         told(job)

@@ -135,6 +135,25 @@ def test_where_it_would_be_replaced_the_charge_would_be_lost(tmp_path: Path, mon
             assert values(db) == []
 
 
+def test_a_log_that_somebody_left_is_not_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.executescript(f"PRAGMA journal_mode=WAL; {SCHEMA}; PRAGMA wal_checkpoint(TRUNCATE)")
+        db.execute("INSERT INTO kept VALUES ('old')")
+        log = Path(f"{path}-wal").read_bytes()
+    path.unlink()
+    Path(f"{path}-wal").write_bytes(log)
+    with GroupCommit(), closing(open_durable(path, SCHEMA)) as db:
+        assert values(db) == []
+
+
+@pytest.mark.parametrize("place", ["file/a.db", "nowhere/a.db"])
+def test_what_cannot_be_made_is_sqlites_to_say(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with GroupCommit(), pytest.raises(sqlite3.OperationalError):
+        open_durable(tmp_path / place, SCHEMA)
+
+
 def test_without_links_databases_are_made_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_source: Path, _target: Path) -> None:
         raise PermissionError(1, "Operation not permitted")
