@@ -75,8 +75,11 @@ def simulate(
         raise ConfigError("is for --engine local", where="--workers", hint="name one of the two")
     if resume:
         with GroupCommit(), resumed_place(experiment, list(overrides), out, ledger) as place, _one_thread():
-            place.workers = workers
-            return _execute(place, engine_of(place, engine, ray_address), progress, ending, started)
+            place.workers, apart = workers, engine_of(place, engine, ray_address)
+            if apart is not None and workers not in (None, 1):
+                raise ConfigError("is for --engine local, and this run was begun with another", where="--workers",
+                                  hint="leave it out")  # fmt: skip
+            return _execute(place, apart, progress, ending, started)
     apart = find_engine(engine or LOCAL, ray_address)
     earlier = Path(retrain_after) if retrain_after is not None else None
     if earlier is not None:

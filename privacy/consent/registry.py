@@ -55,6 +55,8 @@ from confide.privacy.consent.view import Snapshot, View, participants_of_events,
 __all__ = ["Registry", "Snapshot"]
 
 _BATCH = 50_000
+#: Microseconds: an instant so long ago is asked about, not lived in.
+_PAST = 60_000_000
 
 
 class Registry:
@@ -244,7 +246,7 @@ class Registry:
             ConsentError: The registry cannot be read. The site then abstains.
         """
         if sequence is None:
-            self._put_forward(min(as_of, now_micros()))
+            self._put_forward(as_of)
         with self._one_view, self._storage.reading() as connection:
             latest = heads(connection)
             head = latest.sequence if sequence is None else sequence
@@ -335,7 +337,13 @@ class Registry:
         self._storage.close()
 
     def _put_forward(self, at: int) -> None:
-        """Note durably that a snapshot was taken as of this instant."""
+        """Note durably that a snapshot was taken as of this instant, or of the present where it is still to come."""
+        now = now_micros()
+        if at < now - _PAST:  # whoever asks about what is on record already need not be able to write
+            with self._storage.reading() as connection:
+                if heads(connection).recorded >= at:
+                    return
+        at = min(at, now)
         with self._storage.writing() as connection:
             connection.execute(update(CLOCK).where(CLOCK.c.latest < at).values(latest=at))
 

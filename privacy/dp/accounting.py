@@ -61,7 +61,9 @@ def _opacus_rdp() -> ModuleType:
     """Opacus's module `opacus.accountants.analysis.rdp`, which needs numpy and scipy only: the package around it would
     import `torch.distributed` and more, which takes most of a second whenever a command starts."""
     package = importlib.util.find_spec("opacus")
-    folder = next(iter((package and package.submodule_search_locations) or ()), "")
+    folder = next(iter((package and package.submodule_search_locations) or ()), None)
+    if folder is None:
+        raise ImportError("Opacus is not installed")
     file = Path(folder, "accountants", "analysis", "rdp.py")
     spec = importlib.util.spec_from_file_location("confide.privacy.dp._opacus_rdp", file)
     if spec is None or spec.loader is None:

@@ -168,7 +168,7 @@ class SitesApart:
     def _opened(self, name: str) -> SiteApart:
         folder = self._folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _taken(folder / _LOCK)
+        lock = _taken(folder / _LOCK, time.monotonic() + _PATIENCE)
         try:
             site = self._maker.make(name)
         except BaseException:
@@ -218,22 +218,24 @@ def forget_seen(sites: Path, names: Iterable[str]) -> None:
         (sites / name / _LOCK).unlink(missing_ok=True)
 
 
-def wait_until_closed(sites: Path) -> None:
+def wait_until_closed(sites: Path, patience: float = _PATIENCE) -> None:
     """Until no other process has any of the run's sites open: whoever had one may be ending just now.
 
     Args:
         sites: The folder of the run's sites.
+        patience: Seconds for all of them.
 
     Raises:
         StorageError: Another process has one open, and does not let it go.
     """
+    deadline = time.monotonic() + patience
     for path in sorted(sites.glob(f"*/{_LOCK}")):
-        os.close(_taken(path))
+        os.close(_taken(path, deadline))
 
 
-def _taken(path: Path) -> int:
+def _taken(path: Path, deadline: float) -> int:
     """The lock, once another process has let it go: with its end, however it ends."""
-    lock, deadline = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), time.monotonic() + _PATIENCE
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,7 +16,9 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -197,6 +199,7 @@ def _tried(call: Callable[..., Any], given: tuple[Any, ...]) -> tuple[bool, Any]
         error.__traceback__ = error.__cause__ = error.__context__ = None
         return False, error
     except Exception as error:  # whatever it is, the parent is not kept waiting; its text may hold data
+        sys.stderr.write("".join(traceback.format_tb(error.__traceback__)))
         return False, RuntimeError(f"a process of this simulation met {type(error).__name__}")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 _ACTOR: Any = ClientAppActor
 #: Seconds for processes to start (each imports torch), and for one to let go of its sites.
 _START_SECONDS, _CLOSING_SECONDS = 60.0, 60.0
+#: Seconds for which a process that did not come is the last that was asked for, where there are others.
+_IN_VAIN_SECONDS = 300.0
 _ADVICE = "confide simulate --resume --out FOLDER goes on once the cluster has free cores; its log and ray.log say more"
 
 
@@ -70,11 +73,10 @@ class Actors:
         self._actors = self._fit(list(actors))
         #: Why nobody answers for the sites any more.
         self.failed: ConfideError | None = None
+        #: Until when no replacement is asked for, where one has not come.
+        self._in_vain = 0.0
         if not self._actors:
             raise PeerError("none of its cores is free", where="Ray", hint=_ADVICE)
-
-    def __len__(self) -> int:
-        return len({id(actor) for actor in self._actors})
 
     def of(self, at: int) -> Any:
         """The process of the site with this number."""
@@ -91,7 +93,7 @@ class Actors:
                 return  # somebody else has seen to it
             _end(gone)
             others = [actor for actor in self._actors if actor is not gone]
-            new = self._replacement()
+            new = self._replacement() if not others or time.monotonic() >= self._in_vain else None
             if new is None and not others:
                 self.failed = PeerError("the last process of its sites has ended, and no other one could be started",
                                         where="Ray", hint=_ADVICE)  # fmt: skip
@@ -106,19 +108,23 @@ class Actors:
         Args:
             let_go: Has a process close what it has open; travels there as an app does.
         """
-        actors, self._actors = list({id(actor): actor for actor in self._actors}.values()), []
+        with self._lock:  # nobody puts another one in the place of one that has just ended
+            actors, self._actors = list({id(actor): actor for actor in self._actors}.values()), []
         _ask(actors, let_go)
         for actor in actors:
             _end(actor)
         _ask(actors, let_go)  # answered with an error, once they have ended
 
     def _replacement(self) -> Any:
-        """A new process that is fit; None where none comes."""
+        """A new process that is fit; None where none comes. A node takes many processes with it when it dies, and what
+        each of them waited for in vain would add up."""
         try:
-            return next(iter(self._fit([_ACTOR.options(**self._resources).remote()])), None)
+            if (new := next(iter(self._fit([_ACTOR.options(**self._resources).remote()])), None)) is not None:
+                return new
         except (ConfideError, ray.exceptions.RayError) as error:
             _log.warning("a new process is of no use: %s", type(error).__name__)
-            return None
+        self._in_vain = time.monotonic() + _IN_VAIN_SECONDS
+        return None
 
     def _fit(self, actors: list[Any]) -> list[Any]:
         """Those that come in time; the others' cores are somebody else's, and they are told not to wait for them.
@@ -156,7 +162,7 @@ class Actors:
                 f"a machine of the cluster has another {differs} than this one", where="Ray",
                 hint="install the same confide, Python and Ray on every machine of the cluster",
             )  # fmt: skip
-        if run != mine:
+        if not run or run != mine:
             raise ConfigError("a machine of the cluster does not find the run", where="Ray",
                               hint="the run's folder, its ledgers and the data have to lie at the same path on every "
                               "machine: name one on a shared file system with --out")  # fmt: skip

@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context
@@ -24,7 +24,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from confide.config import Experiment
 from confide.environment import switches
-from confide.errors import ConfideError, ConfigError, PeerError
+from confide.errors import ConfideError, ConfigError, PeerError, StorageError
 from confide.server.coordinator import Released
 from confide.server.process import log_file
 from confide.simulations.engines.apart import forget_seen, wait_until_closed
@@ -91,10 +91,15 @@ class RayEngine:
         try:
             with log_file(drive.folder / "ray.log"), self._ray() as head, _engine(drive, head) as grid:
                 released = run_over(grid, drive.start)
-        finally:
+        except BaseException:
             world.log.close()
-            wait_until_closed(world.folder)
-            world.take_back()
+            with suppress(StorageError):  # said already why the run ends; processes of other nodes may never let go
+                wait_until_closed(world.folder, _LEAVE_SECONDS)
+                world.take_back()
+            raise
+        world.log.close()
+        wait_until_closed(world.folder)
+        world.take_back()
         forget_seen(world.folder, world.sites)
         return released
 
@@ -145,7 +150,7 @@ class RayEngine:
         return head
 
 
-def _knock(address: str) -> str:
+def _knock(address: str, patience: float = _KNOCK_SECONDS) -> str:
     """A cluster's HOST:PORT, if it answers: Ray would try for minutes, and say so on the terminal.
 
     Raises:
@@ -165,7 +170,7 @@ def _knock(address: str) -> str:
         found = str(here.canonicalize_bootstrap_address(address))
         with init_grpc_channel(found) as channel:
             asked = rpc.NodeInfoGcsServiceStub(channel).CheckAlive
-            version = asked(wire.CheckAliveRequest(), timeout=_KNOCK_SECONDS).ray_version
+            version = asked(wire.CheckAliveRequest(), timeout=patience).ray_version
     except (grpc.RpcError, OSError, ValueError) as error:
         why = error.code().name if isinstance(error, grpc.Call) else type(error).__name__
         raise ConfigError(f"no Ray cluster answers there ({why})", where=where,
@@ -225,7 +230,7 @@ def _watch(head: str, stay: Stay, over: threading.Event) -> None:
     misses = 0
     while not over.wait(_WATCH_SECONDS):
         try:
-            _knock(head)
+            _knock(head, _WATCH_SECONDS)
         except ConfigError:
             misses += 1
         else:

@@ -150,7 +150,7 @@ def test_a_round_that_is_computed_again_leaves_when_it_would_have_left_otherwise
                 clock.now += took + more
             left.append(clock.now)
     spans_ = 2 * took / every
-    at_an_edge = abs(spans_ - round(spans_)) < 1e-6 * max(1.0, spans_)  # there, rounding decides between two spans
+    at_an_edge = abs(spans_ - round(spans_)) < 1e-9 * max(1.0, spans_)  # there, rounding decides between two spans
     assert left[1] == pytest.approx(left[0], abs=every * 1e-3) or at_an_edge
 
 

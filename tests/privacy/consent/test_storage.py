@@ -440,3 +440,16 @@ def test_registries_of_one_process_share_compiled_statements_and_nothing_else(
     for _ in range(storage._MOST_COMPILED + 10):
         compiled["dialect", object()] = None
     assert len(compiled) <= storage._MOST_COMPILED
+
+
+def test_the_past_is_answered_while_somebody_else_writes(
+    registry: Registry, address: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The present is put on record before it is told, so that one waits; the past is on record already."""
+    ann = fill(registry)
+    registry.snapshot(PURPOSE, registry.now())
+    monkeypatch.setattr(storage, "_PATIENCE", 1.0)
+    with closing(Registry(address, KEY)) as reader, registry._storage.writing():
+        assert ann in reader.snapshot(PURPOSE, 15).participants
+        with pytest.raises(ConsentError, match="cannot be written"):
+            reader.snapshot(PURPOSE, reader.now())
