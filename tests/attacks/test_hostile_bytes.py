@@ -89,7 +89,7 @@ def test_two_megabytes_of_wrong_json_cost_a_quarter_of_the_bound(
     result = said["coordinator", "sealed", "parsing"][number]
     assert result["what"] == WRONG_JSON[number]
     assert result["outcome"] == "refused"
-    assert result["above"] <= MOST_MIB / 4 + 16
+    assert result["above"] <= MOST_MIB / 4 + 24, "the allocator's own share varies by some MiB"
 
 
 @pytest.mark.parametrize("profile", PROFILES)

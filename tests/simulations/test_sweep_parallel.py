@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import confide
 from confide.errors import ConfigError, DataError, PeerError, PolicyError
+from confide.simulations.place import finished_result
 from confide.simulations.sweeps.memory import available_bytes, peak_bytes, workers_within
 from tests.simulations.test_sweep import SHORT
 from tests.support import experiment_tree, write_people
@@ -59,7 +60,7 @@ def test_a_killed_worker_is_named_the_others_stop_and_what_finished_is_as_it_wou
     assert lost.value.where in {f"cell run.seed={number}" for number in folders}
     assert "--resume" in lost.value.hint
     assert multiprocessing.active_children() == []
-    ended = {number for number, folder in folders.items() if (folder / "cell.json").exists()}
+    ended = {number for number, folder in folders.items() if finished_result(folder) is not None}
     assert 1 <= len(ended) < 3
     assert (state_of(out)["status"], state_of(out)["finished"]) == ("failed", len(ended))
     killed = int(lost.value.where[-1])
