@@ -298,8 +298,9 @@ def _fail_writes(monkeypatch: pytest.MonkeyPatch, which: Callable[[str], bool], 
     """Entries of logs that `which` picks cannot be written, once `armed` holds something."""
     make = open_durable
 
-    def opened(path: Path, schema: str) -> Any:
-        return _Disk(make(path, schema), armed) if which(str(path)) else make(path, schema)
+    def opened(path: Path, schema: str, **options: Any) -> Any:
+        found = make(path, schema, **options)
+        return _Disk(found, armed) if which(str(path)) else found
 
     monkeypatch.setattr(audit_log, "open_durable", opened)
 
