@@ -106,12 +106,13 @@ def copy_ledgers(source: Path, target: Path) -> None:
         place = target / path.relative_to(source)
         if path.is_dir():
             place.mkdir()
-        elif path.suffix != ".db":
-            if not path.name.endswith(("-wal", "-shm")):
-                shutil.copy2(path, place)
-        else:
+        elif path.suffix == ".db":
             try:
                 copy_database(path, place)
-            except sqlite3.Error:  # it is none: whoever opens the copy says so
-                place.unlink(missing_ok=True)
-                shutil.copy2(path, place)
+            except sqlite3.Error:  # it is none, or its log cannot be read where it lies: whoever opens the copy sees
+                for end in ("", "-wal"):
+                    place.with_name(place.name + end).unlink(missing_ok=True)
+                    if (part := path.with_name(path.name + end)).exists():
+                        shutil.copy2(part, place.with_name(part.name))
+        elif not path.name.endswith(("-wal", "-shm")) and not path.name.startswith("."):  # what is half written
+            shutil.copy2(path, place)

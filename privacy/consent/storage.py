@@ -272,11 +272,9 @@ def _engine(url: URL, where: str) -> Engine:
         except ImportError:
             raise ConsentError("PostgreSQL needs a driver that is not installed", where=where,
                                hint="pip install 'confide[postgres]'") from None  # fmt: skip
-    compiled = {"compiled_cache": _COMPILED}
-    engine, mode = (
-        create_engine(url, connect_args={"timeout": _PATIENCE}, execution_options=compiled),
-        durability(url.database or ""),
-    )
+    shared = {"compiled_cache": _COMPILED}
+    engine = create_engine(url, connect_args={"timeout": _PATIENCE}, execution_options=shared)
+    mode = durability(url.database or "")
 
     @event.listens_for(engine, "connect")
     def _durable(connection: sqlite3.Connection, _record: object) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,19 @@ class Stage:
             program.stdin.close()
 
 
-@pytest.fixture(scope="session")
-def program() -> Iterator[Stage]:
+@contextmanager
+def staged(program: str = "tests.clients.killing") -> Iterator[Stage]:
     """A kill loses nothing that was written, synced or not: memory will do where there is such a folder."""
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        stage = Stage(Path(folder))
+        stage = Stage(Path(folder), program)
         yield stage
         stage.close()
+
+
+@pytest.fixture(scope="session")
+def program() -> Iterator[Stage]:
+    with staged() as stage:
+        yield stage
 
 
 @pytest.fixture

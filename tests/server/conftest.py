@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.clients.conftest import MEMORY, Stage
+from tests.clients.conftest import Stage, staged
 
 
 @pytest.fixture(scope="session")
 def coordinators() -> Iterator[Stage]:
-    """A kill loses nothing that was written, synced or not: memory will do where there is such a folder."""
-    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        stage = Stage(Path(folder), "tests.server.killing")
+    with staged("tests.server.killing") as stage:
         yield stage
-        stage.close()
 
 
 @pytest.fixture

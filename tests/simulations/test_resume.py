@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from confide.privacy.dp import Ledger
 from confide.simulations import simulate
 from confide.simulations.keeping import KEPT, Keeping
 from tests.cli.command import confide, to_toml
-from tests.clients.conftest import MEMORY, Stage
+from tests.clients.conftest import Stage, staged
 from tests.simulations.test_learned_bounds import tree as tree_with_learned_bounds
 
 MakeExperiment = Callable[..., dict[str, Any]]
@@ -30,11 +29,8 @@ Killed = Callable[..., None]
 
 @pytest.fixture(scope="module")
 def program() -> Iterator[Stage]:
-    """A kill loses nothing that was written: memory will do where there is such a folder."""
-    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        stage = Stage(Path(folder), "tests.simulations.killing")
+    with staged("tests.simulations.killing") as stage:
         yield stage
-        stage.close()
 
 
 @pytest.fixture

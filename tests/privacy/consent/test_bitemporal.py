@@ -155,15 +155,19 @@ def test_the_registry_in_sqlite_answers_as_the_reference_does() -> None:
                 return Path(shutil.copy(template, Path(scratch) / f"{number}.db"))
 
         run_state_machine_as_test(InSQLite, settings=SETTINGS)
+        assert number > 1, "it asked more than one registry"
 
 
 def test_the_registry_in_postgresql_answers_as_the_reference_does(postgres_folder: str) -> None:
+    first = next(_databases)
+
     class InPostgreSQL(Machine):
         def place(self) -> str:
             number = next(_databases)
             return postgres.new_database(postgres_folder, f"machine_{number}")
 
     run_state_machine_as_test(InPostgreSQL, settings=settings(SETTINGS, max_examples=8))
+    assert next(_databases) > first + 1, "it asked at least one registry"
 
 
 _databases = iter(range(1_000_000))
