@@ -225,9 +225,12 @@ def _signers(standing: Standing, chain: Sequence[SignedRoster], keys: Sequence[S
     """Whose signatures this site owes to a version: of its entry there and, where its keys change, of the old one."""
     roster, previous = chain[-1].roster, chain[-2].roster if len(chain) > 1 else None
     mine, population = roster.member(standing.me.site), standing.me.population
-    held = [k for k in keys if k.member(population) in (mine, standing.me)]
-    if mine not in [k.member(population) for k in held]:
+    entries = [(k, k.member(population)) for k in keys]
+    if mine not in [entry for _, entry in entries]:
         raise SealingError("holds keys that this site has no private side of", where=roster.where)
+    held = [k for k, entry in entries if entry in (mine, standing.me)]
+    if standing.me == mine:  # whose entry stays as it is owes this one signature, however many members there are
+        return [k.identity for k in held]
     required = required_keys(roster, previous)
     return [k.identity for k in held if k.identity.public_key.hex() in required]
 

@@ -121,7 +121,7 @@ class SiteStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._db = open_durable(path, _SCHEMA)
+        self._db = open_durable(path, _SCHEMA, bulk=True)
 
     def add_run(self, run: str, manifest: bytes, model: ModelState, key: bytes) -> None:
         """Remember a run that was joined. Joining again changes nothing."""
@@ -323,6 +323,9 @@ class SiteStore:
         except BaseException:
             self._db.execute("ROLLBACK")
             raise
+        finally:
+            # A simulation has many sites open at once: none keeps manifest and model in its cache.
+            self._db.execute("PRAGMA shrink_memory")
 
 
 def _key(place: Address) -> tuple[str, int, int, str, int]:

@@ -255,7 +255,8 @@ def _engine(url: str) -> Engine:
 def _durable(synchronous: str) -> Callable[[Any, object], None]:
     def prepare(connection: Any, _record: object) -> None:
         cursor = connection.cursor()
-        for pragma in ("busy_timeout=30000", "journal_mode=WAL", f"synchronous={synchronous}"):
+        # Replies are whole models: larger pages take fewer calls.
+        for pragma in ("page_size=16384", "busy_timeout=30000", "journal_mode=WAL", f"synchronous={synchronous}"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 

@@ -1,9 +1,10 @@
 """What lets a simulated run go on after its process was killed: one folder beside the run's own files, until it ends.
 
-It holds the manifest, the roster, the parties' signing keys and the sites' run keys (each in a vault), the
-coordinator's run store, and what the run was made from. The vaults' passphrase is random and lies beside them (mode
-0600): whoever can read the folder can read the keys. That is a simulation of sites in one place, not protection of one
-from another; a deployed site has a passphrase of its operator's. With the end of the run the folder goes.
+It holds the manifest, the roster, the sites' run keys (each in a vault), the coordinator's run store, and what the run
+was made from. The vaults' passphrase is random and lies beside them (mode 0600), and the parties' signing keys are
+derived from it: whoever can read the folder can read the keys. That is a simulation of sites in one place, not
+protection of one from another; a deployed site has a passphrase of its operator's. With the end of the run the folder
+goes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from confide.clients.membership import Membership
 from confide.errors import ConfigError, StorageError
 from confide.privacy.files import write_atomically, write_private
+from confide.privacy.sealing.keystream import expand
 from confide.privacy.sealing.vault import Vault
 from confide.protocol.identity import Identity
 from confide.protocol.manifest import Manifest
@@ -34,7 +36,7 @@ __all__ = ["KEPT", "Keeping", "Parties", "digest_of_files"]
 
 #: The folder's name inside a run's.
 KEPT = "resume"
-_IDENTITY, _FACTS, _ROSTER = "identity", "made_from.json", "roster.json"
+_FACTS, _ROSTER = "made_from.json", "roster.json"
 
 
 class Parties(Protocol):
@@ -76,16 +78,12 @@ class Keeping:
         return Vault(self.folder / "keys" / party, self.passphrase, random=True)
 
     def identity(self, party: str) -> Identity:
-        """A party's signing key: the one it had before, or a new one."""
+        """A party's signing key: the same in every process of the run, and gone with its passphrase."""
         if self.parties is not None:
             return self.parties.identity(party)
-        vault = self.vault(party)
-        data = vault.load(_IDENTITY)
-        if data is not None:
-            return Identity(party, Ed25519PrivateKey.from_private_bytes(data))
-        made = Identity.generate(party)
-        vault.save(_IDENTITY, made.key.private_bytes_raw())
-        return made
+        # Derived from the run's one secret: a file for each of thousands would be read by whoever reads the passphrase.
+        seed = expand(bytes.fromhex(self.passphrase), b"simulation/identity", party.encode())
+        return Identity(party, Ed25519PrivateKey.from_private_bytes(seed))
 
     @property
     def manifest(self) -> Manifest | None:

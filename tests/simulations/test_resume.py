@@ -226,5 +226,14 @@ def test_what_is_kept_of_a_run_is_for_its_owner_only(
     assert (out / KEPT).stat().st_mode & 0o777 == 0o700
     assert (out / KEPT / "passphrase").stat().st_mode & 0o777 == 0o600
     vaults = sorted((out / KEPT / "keys").glob("*/*.vault"))
-    assert len(vaults) == 1 + 2 * 4, "a signing key of everybody's, and each site's run keys"
+    assert len(vaults) == 4, "each site's run keys"
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in vaults)
+
+
+def test_a_party_has_one_signing_key_of_its_own_in_every_process_of_a_run(tmp_path: Path) -> None:
+    runs = [Keeping(tmp_path / name) for name in ("one", "other")]
+    again = Keeping(tmp_path / "one", attached=True)
+    assert again.identity("ash").public_key == runs[0].identity("ash").public_key
+    assert len({run.identity(party).public_key for run in runs for party in ("ash", "birch")}) == 4
+    for run in runs:
+        run.close()
