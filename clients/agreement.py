@@ -79,15 +79,15 @@ def agree(
 
 
 def agree_to_release(
-    run: SiteRun, message: ReleaseRequest, *, model: ModelState, min_sites: int, coordinator: str
+    run: SiteRun, message: ReleaseRequest, *, model: ModelState, tag: str, min_sites: int, coordinator: str
 ) -> None:
-    """Have enough sites reached the evaluation round with the model that this site is asked for?
+    """Have enough sites reached the evaluation round with the model that this site is asked for, which has this tag?
 
     Raises:
         SealingError: They have not: this would be a model on the way, which `sealed` promises to keep.
     """
     manifest, where = run.manifest, f"run {run.manifest.run}, release"
-    held = run.model_tag(model), run.state_tag(model)
+    held = tag, run.state_tag(model)
     sites = {statement.site for statement in message.statements}
     if len(sites) < max(manifest.min_sites, min_sites) or len(sites) != len(message.statements):
         raise SealingError("fewer than min_sites sites are at the end of the run", where=where)
@@ -98,8 +98,8 @@ def agree_to_release(
 
 def agree_to_take_over(
     run: SiteRun, message: Handover, chunks: Sequence[bytes], *, model: ModelState, coordinator: str
-) -> ModelState:
-    """The model that all of a round's cohort began it with, for a site that has missed what led there.
+) -> tuple[ModelState, str]:
+    """The model that all of a round's cohort began it with, for a site that has missed what led there, and its tag.
 
     Args:
         run: The run at this site.
@@ -130,7 +130,7 @@ def agree_to_take_over(
     for site, reply, _ in _train_replies(run, message.round, message.statements, coordinator):
         if (reply.model, reply.state) != held:
             raise SealingError(f"{site} began with another model", where=where)
-    return found
+    return found, held[0]
 
 
 def agree_to_unlock(
