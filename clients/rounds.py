@@ -194,9 +194,7 @@ class RoundSteps:
         model, tag = self._apply(run, message.sums, request.chunks, self._model(run), before=header.round)
         self._settle_unsent(run, header.round)
         policy = self._policy()
-        agree_to_release(
-            run, message, model=model, tag=tag, min_sites=policy.min_sites, coordinator=policy.coordinator
-        )
+        agree_to_release(run, message, model=model, tag=tag, min_sites=policy.min_sites, coordinator=policy.coordinator)
         self._continuity.note(run.manifest, message.statements)
         if not policy.release and not run.manifest.statistics:  # there is no trained model in a statistics run
             self.end(run)  # its part is over all the same
