@@ -132,8 +132,7 @@ class Log:
                 rows.append((seq, salt, data))
                 self._tree.append(leaf_hash(salt + data))
             self._db.executemany("INSERT INTO entry VALUES (?, ?, ?)", rows)
-            state = self.checkpoint()
-            note = sign_note(state, self._name, self._public_key, self._sign)
+            state, note = self.checkpoint(), self._signed()
             self._db.execute("INSERT OR REPLACE INTO head VALUES (1, ?)", (note,))
             self._db.execute("COMMIT")
         except BaseException as error:
