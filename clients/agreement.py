@@ -25,7 +25,7 @@ from confide.protocol.messages import (
     TrainReply,
     UnlockRequest,
 )
-from confide.protocol.statements import signed_reply
+from confide.protocol.statements import Replies, signed_replies
 
 __all__ = ["agree", "agree_to_release", "agree_to_take_over", "agree_to_unlock"]
 
@@ -63,17 +63,15 @@ def agree(
     if len(cohort) < max(manifest.min_sites, min_sites):
         raise SealingError(f"a cohort below min_sites = {max(manifest.min_sites, min_sites)}", where=where)
     held = (run.model_tag(model), run.state_tag(model), run.keys.session.secret_digest)
-    digests: dict[str, str] = {}
-    shown: set[str] = set()
     for site, statement in zip(cohort, message.statements, strict=True):
         if statement.site != site:
             raise SealingError(f"the reply of {site} is somebody else's", where=where)
-        reply, name = _train_reply(run, round_, statement, coordinator)
+    replies = _train_replies(run, round_, message.statements, coordinator)
+    for site, reply, _ in replies:
         if (reply.model, reply.state, reply.secret) != held:
             raise SealingError(f"{site} holds another model or run secret than this site", where=where)
-        digests[site] = name
-        shown.add(reply.coordinator)
-    if len(shown) > 1:
+    digests = dict(zip(cohort, replies.names, strict=True))
+    if len({reply.coordinator for reply in replies.messages}) > 1:
         raise SealingError("the cohort's members were shown different states of the coordinator's log", where=where)
     if own_reply is None or digests.get(run.site) != own_reply:
         raise SealingError("the cohort does not hold this site's own reply", where=where)
@@ -81,28 +79,27 @@ def agree(
 
 
 def agree_to_release(
-    run: SiteRun, message: ReleaseRequest, *, model: ModelState, min_sites: int, coordinator: str
+    run: SiteRun, message: ReleaseRequest, *, model: ModelState, tag: str, min_sites: int, coordinator: str
 ) -> None:
-    """Have enough sites reached the evaluation round with the model that this site is asked for?
+    """Have enough sites reached the evaluation round with the model that this site is asked for, which has this tag?
 
     Raises:
         SealingError: They have not: this would be a model on the way, which `sealed` promises to keep.
     """
     manifest, where = run.manifest, f"run {run.manifest.run}, release"
-    held = run.model_tag(model), run.state_tag(model)
+    held = tag, run.state_tag(model)
     sites = {statement.site for statement in message.statements}
     if len(sites) < max(manifest.min_sites, min_sites) or len(sites) != len(message.statements):
         raise SealingError("fewer than min_sites sites are at the end of the run", where=where)
-    for statement in message.statements:
-        reply, _ = _train_reply(run, manifest.rounds + 1, statement, coordinator)
+    for site, reply, _ in _train_replies(run, manifest.rounds + 1, message.statements, coordinator):
         if (reply.model, reply.state) != held:
-            raise SealingError(f"{statement.site} ended with another model than this site", where=where)
+            raise SealingError(f"{site} ended with another model than this site", where=where)
 
 
 def agree_to_take_over(
     run: SiteRun, message: Handover, chunks: Sequence[bytes], *, model: ModelState, coordinator: str
-) -> ModelState:
-    """The model that all of a round's cohort began it with, for a site that has missed what led there.
+) -> tuple[ModelState, str]:
+    """The model that all of a round's cohort began it with, for a site that has missed what led there, and its tag.
 
     Args:
         run: The run at this site.
@@ -130,11 +127,10 @@ def agree_to_take_over(
         raise SealingError("fewer than min_sites sites have begun a round with it", where=where)
     if not sites <= set(manifest.drawn(message.round)):
         raise SealingError("shown by sites that the round was not drawn for", where=where)
-    for statement in message.statements:
-        reply, _ = _train_reply(run, message.round, statement, coordinator)
+    for site, reply, _ in _train_replies(run, message.round, message.statements, coordinator):
         if (reply.model, reply.state) != held:
-            raise SealingError(f"{statement.site} began with another model", where=where)
-    return found
+            raise SealingError(f"{site} began with another model", where=where)
+    return found, held[0]
 
 
 def agree_to_unlock(
@@ -150,14 +146,13 @@ def agree_to_unlock(
     if sealed is None or cohort != sealed.cohort:
         raise SealingError("there is no attempt of this cohort to unlock", where=where)
     place = run.address(round_, "seal", attempt=attempt)
-    for statement in message.statements:
-        reply = signed_reply(run.manifest, statement, statement.site, place, coordinator, SealReply)
+    for site, reply, _ in signed_replies(run.manifest, message.statements, place, coordinator, SealReply):
         if reply.transcript != sealed.transcript:
-            raise SealingError(f"{statement.site} sealed something else than this site", where=where)
+            raise SealingError(f"{site} sealed something else than this site", where=where)
 
 
-def _train_reply(run: SiteRun, round_: int, statement: Statement, coordinator: str) -> tuple[TrainReply, str]:
-    """A roster member's signed `train` reply of a round, verified, and the digest that names it."""
-    place = run.address(round_, "train")
-    reply = signed_reply(run.manifest, statement, statement.site, place, coordinator, TrainReply)
-    return reply, statement.envelope().digest
+def _train_replies(
+    run: SiteRun, round_: int, statements: tuple[Statement, ...], coordinator: str
+) -> Replies[TrainReply]:
+    """Roster members' signed `train` replies of a round, verified."""
+    return signed_replies(run.manifest, statements, run.address(round_, "train"), coordinator, TrainReply)

@@ -94,18 +94,18 @@ class RoundSteps:
         if run.site not in run.manifest.drawn(round_):
             raise SealingError(f"round {round_} was not drawn for this site", where=f"run {run.manifest.run}")
         secret = run.keys.session.secret_digest  # without keys there is nothing to charge for
-        chunks = request.chunks
+        chunks, held = request.chunks, self._model(run)
         if isinstance(message, m.LateTrainRequest):
-            chunks = self._take_over(run, message.handover, chunks, before=round_)
-        model = self._apply(run, message.sums, chunks, before=round_)
+            held, chunks = self._take_over(run, message.handover, chunks, held, before=round_)
+        model, tag = self._apply(run, message.sums, chunks, held, before=round_)
         self._settle_unsent(run, round_)
         charged = self._ledger.stands(f"{run.manifest.run}/{round_}/")
         if charged and not run.reproducible and round_ > run.manifest.rounds:
-            held = m.TrainReply(
-                commitment=m.NO_UPDATE, model=run.model_tag(model), state=run.state_tag(model), secret=secret,
+            nothing = m.TrainReply(
+                commitment=m.NO_UPDATE, model=tag, state=run.state_tag(model), secret=secret,
                 coordinator=header.checkpoint,
             )  # fmt: skip
-            return _with_model(run, round_, held, model)
+            return _with_model(run, round_, nothing, model)
         if charged and not run.reproducible:
             # What was computed under them may have left before this site's state was lost or put back.
             raise SealingError(f"round {round_} was charged before and is not computed again", where=f"site {run.site}")
@@ -121,8 +121,7 @@ class RoundSteps:
         vector = self._compute(run, round_, model)
         commitment = digest("commitment", secrets.token_bytes(32), vector.tobytes()).hex()
         reply = m.TrainReply(
-            commitment=commitment, model=run.model_tag(model), state=run.state_tag(model),
-            secret=secret, coordinator=header.checkpoint,
+            commitment=commitment, model=tag, state=run.state_tag(model), secret=secret, coordinator=header.checkpoint,
         )  # fmt: skip
         self._log.append(
             audit.UpdateCommitted(
@@ -192,10 +191,10 @@ class RoundSteps:
         message = m.decode(m.ReleaseRequest, header.type, request.body)
         if header.round != run.manifest.rounds + 2:
             raise SealingError("a model is released after the last round", where=f"run {run.manifest.run}")
-        model = self._apply(run, message.sums, request.chunks, before=header.round)
+        model, tag = self._apply(run, message.sums, request.chunks, self._model(run), before=header.round)
         self._settle_unsent(run, header.round)
         policy = self._policy()
-        agree_to_release(run, message, model=model, min_sites=policy.min_sites, coordinator=policy.coordinator)
+        agree_to_release(run, message, model=model, tag=tag, min_sites=policy.min_sites, coordinator=policy.coordinator)
         self._continuity.note(run.manifest, message.statements)
         if not policy.release and not run.manifest.statistics:  # there is no trained model in a statistics run
             self.end(run)  # its part is over all the same
@@ -248,22 +247,24 @@ class RoundSteps:
         self._log.append(audit.SnapshotTaken(run=run.manifest.run, round=round_, commitment=root))
 
     def _take_over(
-        self, run: SiteRun, handover: m.Handover, chunks: tuple[bytes, ...], *, before: int
-    ) -> tuple[bytes, ...]:
-        """Take a newer model over; the chunks that are left are those of the sums."""
+        self, run: SiteRun, handover: m.Handover, chunks: tuple[bytes, ...], held: ModelState, *, before: int
+    ) -> tuple[ModelState, tuple[bytes, ...]]:
+        """Take a newer model over; it, and the chunks that are left, which are those of the sums."""
         if handover.round >= before:
             raise SealingError("a model of a round to come", where=f"run {run.manifest.run}")
         own, rest = chunks[: handover.chunks], chunks[handover.chunks :]
         coordinator = self._policy().coordinator
-        model = agree_to_take_over(run, handover, own, model=self._model(run), coordinator=coordinator)
-        self._log.append(audit.TakenOver(run=run.manifest.run, round=handover.round, model=run.model_tag(model)))
+        model, tag = agree_to_take_over(run, handover, own, model=held, coordinator=coordinator)
+        self._log.append(audit.TakenOver(run=run.manifest.run, round=handover.round, model=tag))
         self._store.put_model(run.manifest.run, model, run.keys.storage)
-        return rest
+        return model, rest
 
     def _apply(
-        self, run: SiteRun, sums: tuple[m.SumReference, ...], chunks: tuple[bytes, ...], *, before: int
-    ) -> ModelState:
-        model, offset = self._model(run), 0
+        self, run: SiteRun, sums: tuple[m.SumReference, ...], chunks: tuple[bytes, ...], model: ModelState, *,
+        before: int,
+    ) -> tuple[ModelState, str]:  # fmt: skip
+        """The model with these sums applied, as it is stored then, and its tag."""
+        tag, offset = "", 0
         for reference in sums:
             part = chunks[offset : offset + reference.chunks]
             offset += reference.chunks
@@ -281,10 +282,11 @@ class RoundSteps:
                 self._local_log.append(audit.LocalRefusal(run=run.manifest.run, step="open", reason=str(error)))
                 self._log.append(audit.RunStopped(run=run.manifest.run, reason=NOT_AUTHENTIC))
                 raise SealingError(NOT_AUTHENTIC, where=f"round {reference.round}") from error
+            tag = run.model_tag(model)
             self._log.append(
                 audit.Opened(
                     run=run.manifest.run, round=reference.round, transcript=reference.transcript,
-                    model=run.model_tag(model), saturated=f"{model.saturated:.6f}",
+                    model=tag, saturated=f"{model.saturated:.6f}",
                 )
             )  # fmt: skip
             keep = self._store.put_model
@@ -293,7 +295,7 @@ class RoundSteps:
             keep(run.manifest.run, model, run.keys.storage)
         if offset != len(chunks):
             raise SealingError("chunks that no sum names", where=f"run {run.manifest.run}")
-        return model
+        return model, tag or run.model_tag(model)
 
     def _agreed_to(self, run: SiteRun, reference: m.SumReference) -> bool:
         """Is a sum the one that this site took part in, where it took part? One that counts this site though it has

@@ -182,9 +182,9 @@ class SiteRun:
         Raises:
             SealingError: The cohort or the sum is not acceptable.
         """
-        members = {m.site for m in self.manifest.members}
         cohort = reference.cohort
-        if list(cohort) != sorted(set(cohort)) or not set(cohort) <= members or len(cohort) < self.manifest.min_sites:
+        strangers = any(self.manifest.member(site) is None for site in cohort)
+        if list(cohort) != sorted(set(cohort)) or strangers or len(cohort) < self.manifest.min_sites:
             raise SealingError("a sum over a cohort that this run does not allow", where=f"round {reference.round}")
         # The transcript holds the round: a sum cannot be passed off as that of another one.
         statements = dict(zip(cohort, reference.statements, strict=False))

@@ -135,7 +135,7 @@ class Site:
             ConfideError: The site does not take part; says why, to its operator.
         """
         self._admit(manifest)
-        if self.records.encoded_as not in (None, (manifest.schema_, manifest.label)):
+        if not self.records.fits(manifest.schema_, manifest.label):
             # A label with one class less would fail at the first person of that class, and so tell of her.
             raise PolicyError(
                 "the run's schema or label is not the one that this site's records are encoded with",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 
-from sqlalchemy import Connection, and_, delete, insert, select
+from sqlalchemy import Connection, and_, bindparam, delete, insert, select
 
+from confide.protocol.envelope import chunk_digest
 from confide.server import tables as t
 
 __all__ = ["Bulk", "slices"]
 
 _AT_ONCE = 400
+_IN_RUN = t.blob.c.run == bindparam("of_run")
+_NAMED = and_(_IN_RUN, t.blob.c.digest.in_(bindparam("names", expanding=True)))
+_KNOWN, _GET = select(t.blob.c.digest).where(_NAMED), select(t.blob).where(_NAMED)
+_PUT = insert(t.blob)
 
 
 class Bulk:
@@ -28,14 +32,13 @@ class Bulk:
     def put(self, db: Connection, many: Sequence[tuple[bytes, ...]]) -> list[str]:
         """Names of the chunks of each message, in JSON; what several carry is hashed and stored once."""
         data = {id(chunk): chunk for chunks in many for chunk in chunks}
-        names = {place: hashlib.sha256(chunk).hexdigest() for place, chunk in data.items()}
+        names = {place: chunk_digest(chunk) for place, chunk in data.items()}
         new = {names[place]: chunk for place, chunk in data.items()}
         for part in slices(list(new)):
-            known = select(t.blob.c.digest).where(t.blob.c.run == self._run, t.blob.c.digest.in_(part))
-            for digest in db.scalars(known).all():
+            for digest in db.scalars(_KNOWN, {"of_run": self._run, "names": part}).all():
                 del new[digest]
         for digest, chunk in new.items():
-            db.execute(insert(t.blob).values(run=self._run, digest=digest, data=chunk))
+            db.execute(_PUT, {"run": self._run, "digest": digest, "data": chunk})
         return [json.dumps([names[id(chunk)] for chunk in chunks]) for chunks in many]
 
     def get(self, db: Connection, many: Sequence[str]) -> list[tuple[bytes, ...]]:
@@ -43,8 +46,8 @@ class Bulk:
         lists = [json.loads(text) for text in many]
         found: dict[str, bytes] = {}
         for part in slices(sorted({digest for names in lists for digest in names})):
-            here = and_(t.blob.c.run == self._run, t.blob.c.digest.in_(part))
-            found.update((row.digest, row.data) for row in db.execute(select(t.blob).where(here)))
+            rows = db.execute(_GET, {"of_run": self._run, "names": part})
+            found.update((row.digest, row.data) for row in rows)
         return [tuple(found[digest] for digest in names) for names in lists]
 
     def forget(self, db: Connection) -> None:

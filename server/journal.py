@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, Table, and_, delete, func, insert, select, update
+from sqlalchemy import Connection, Table, and_, bindparam, delete, func, insert, select, update
 
 from confide.errors import LeftError, StorageError
 from confide.privacy.audit import records as audit
@@ -37,6 +37,19 @@ Floats = NDArray[np.float64]
 _ONCE = (
     audit.RunCreated, audit.Cohort, audit.RoundAbandoned, audit.MetricsReleased, audit.ModelReleased, audit.RunEnded,
 )  # fmt: skip
+_PLACE = ("run", "epoch", "round", "step", "attempt")
+
+
+def _here(table: Table) -> Any:
+    return and_(*(table.c[name] == bindparam(f"of_{name}") for name in _PLACE))
+
+
+#: What is asked for every message, made once: making a statement costs more than running it.
+_MINE = and_(t.run.c.run == bindparam("of_run"), t.run.c.owner == bindparam("of_owner"))
+_NOTE_POSITION = update(t.run).where(_MINE).values(position=bindparam("to_position"))
+_IS_CLOSED = select(t.closed.c.round).where(_here(t.closed))
+_MESSAGES = select(t.message).where(_here(t.message), t.message.c.kind == bindparam("of_kind"))
+_PUT_MESSAGE = insert(t.message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +114,9 @@ class Journal:
 
     def asked(self, place: Address) -> tuple[str, ...]:
         """Whom the requests of a step are for; empty where none was stored."""
-        query = select(t.message.c.site).where(_at(t.message, place), t.message.c.kind == "request")
+        query = select(t.message.c.site).where(_here(t.message), t.message.c.kind == "request")
         with self._transaction() as db:
-            return tuple(sorted(db.scalars(query)))
+            return tuple(sorted(db.scalars(query, _at(place))))
 
     def close(self, place: Address) -> None:
         """Nobody is waited for any more."""
@@ -114,7 +127,7 @@ class Journal:
     def closed(self, place: Address) -> bool:
         """Was a step closed?"""
         with self._transaction() as db:
-            return db.scalar(select(t.closed.c.round).where(_at(t.closed, place))) is not None
+            return db.scalar(_IS_CLOSED, _at(place)) is not None
 
     def refuse(self, site: str, refusal: m.Refusal) -> None:
         """Keep why a site did not take part, without what no database takes as text; its latest reason counts."""
@@ -269,10 +282,10 @@ class Journal:
         Raises:
             StorageError: Another process has taken the run over, or the database does not take it.
         """
-        mine = and_(t.run.c.run == self._run, t.run.c.owner == self._owner)
+        note = _NOTE_POSITION.values(**changes) if changes else _NOTE_POSITION
         with self._transaction() as db:
-            values = {"position": self._log.checkpoint().short, **changes}
-            if db.execute(update(t.run).where(mine).values(**values)).rowcount != 1:
+            values = {"of_run": self._run, "of_owner": self._owner, "to_position": self._log.checkpoint().short}
+            if db.execute(note, values).rowcount != 1:
                 raise StorageError("another process has taken this run over", where=f"run {self._run}",
                                    hint="one coordinator drives a run; this one stops")  # fmt: skip
             yield db
@@ -302,12 +315,11 @@ class Journal:
             for (site, e), chunks in zip(messages.items(), bulk, strict=True)
         ]  # fmt: skip
         if rows:
-            db.execute(insert(t.message), rows)
+            db.execute(_PUT_MESSAGE, rows)
 
     def _messages(self, place: Address, kind: str) -> dict[str, Envelope]:
-        query = select(t.message).where(_at(t.message, place), t.message.c.kind == kind)
         with self._transaction() as db:
-            rows = db.execute(query).all()
+            rows = db.execute(_MESSAGES, _at(place) | {"of_kind": kind}).all()
             bulk = self._bulk.get(db, [row.chunks for row in rows])
         return {
             row.site: Envelope(row.header, row.signature, row.body, chunks)
@@ -316,13 +328,12 @@ class Journal:
 
 
 def _columns(place: Address) -> dict[str, Any]:
-    return {
-        "run": place.run, "epoch": place.key_epoch, "round": place.round, "step": place.step, "attempt": place.attempt,
-    }  # fmt: skip
+    found = place.run, place.key_epoch, place.round, place.step, place.attempt
+    return dict(zip(_PLACE, found, strict=True))
 
 
-def _at(table: Table, place: Address) -> Any:
-    return and_(*(table.c[name] == value for name, value in _columns(place).items()))
+def _at(place: Address) -> dict[str, Any]:
+    return {f"of_{name}": value for name, value in _columns(place).items()}
 
 
 def _key(record: audit.Record) -> tuple[str, int, int] | None:

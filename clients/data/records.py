@@ -7,15 +7,18 @@ A *unit* is what differential privacy protects: a subject with all her records, 
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from operator import is_
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from confide.clients.data.preprocess import features, labels, require_columns
 from confide.config import LabelConfig, SchemaConfig
@@ -147,6 +150,10 @@ class SiteRecords:
         """Number of records."""
         return len(self._y)
 
+    def fits(self, schema: SchemaConfig, label: LabelConfig) -> bool:
+        """Are these the schema and label that the records were encoded with, as far as that is known?"""
+        return self.encoded_as is None or _same((*self.encoded_as, schema, label))
+
     def changed(
         self,
         features: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
@@ -188,3 +195,18 @@ def _one_each(units: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Whose a batch's records are, and how many each unit has, where that is one."""
     with torch.inference_mode(False):  # whoever asks first, others use them where gradients are kept
         return torch.arange(units), torch.ones(units)
+
+
+#: Schema and label, twice: pairs that were found to be equal.
+_equal: deque[tuple[BaseModel, ...]] = deque(maxlen=4)
+
+
+def _same(four: tuple[BaseModel, ...]) -> bool:
+    """Are the first two equal to the last two? All sites of a simulation ask about the same four objects: these, which
+    never change, are compared once, and kept, so that no other object can take the place of one of them."""
+    if any(all(map(is_, four, known)) for known in tuple(_equal)):
+        return True
+    if four[:2] != four[2:]:
+        return False
+    _equal.append(four)
+    return True

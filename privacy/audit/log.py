@@ -85,6 +85,8 @@ class Log:
         self.path, self.origin, self._former = path, origin, tuple(former)
         self._name, self._public_key, self._sign = name, public_key, sign
         self._tree, self._latest = Tree(), 0
+        #: The note that this object has verified or signed last, to the letter, and what it says.
+        self._known: tuple[str, Checkpoint] | None = None
         try:
             self._db = open_durable(path, _SCHEMA, private=True, look=_refuse_another_database)
         except OSError as error:
@@ -130,7 +132,8 @@ class Log:
                 rows.append((seq, salt, data))
                 self._tree.append(leaf_hash(salt + data))
             self._db.executemany("INSERT INTO entry VALUES (?, ?, ?)", rows)
-            self._db.execute("INSERT OR REPLACE INTO head VALUES (1, ?)", (self._signed(),))
+            state, note = self.checkpoint(), self._signed()
+            self._db.execute("INSERT OR REPLACE INTO head VALUES (1, ?)", (note,))
             self._db.execute("COMMIT")
         except BaseException as error:
             if self._db.in_transaction:
@@ -139,7 +142,7 @@ class Log:
             if isinstance(error, sqlite3.Error):
                 raise self._unwritable(error) from None
             raise
-        self._latest = at
+        self._latest, self._known = at, (note, state)
 
     def checkpoint(self) -> Checkpoint:
         """The log's state now."""
@@ -259,7 +262,12 @@ class Log:
         found = self._db.execute("SELECT note FROM head").fetchall()
         if len(found) != 1 or type(found[0][0]) is not str:
             raise self._damaged()
-        if parse_note(found[0][0], self.origin, self._name, self._public_key) != self.checkpoint():
+        note = found[0][0]
+        # What was verified once holds as long as it stands there to the letter: this log's name and key never change.
+        # Any other note, another process's too, is verified anew; and each is compared with the entries, always.
+        if self._known is None or self._known[0] != note:
+            self._known = note, parse_note(note, self.origin, self._name, self._public_key)
+        if self._known[1] != self.checkpoint():
             raise self._damaged()
 
     def _damaged(self) -> AuditError:

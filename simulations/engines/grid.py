@@ -10,9 +10,14 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from uuid import uuid4
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.common.serde import (
+    message_from_proto,
+    message_to_proto,
+    recorddict_to_proto,
+)
+from flwr.common.serde_utils import metadata_to_proto
 from flwr.proto.message_pb2 import Message as WireMessage
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -171,8 +176,23 @@ def context_of(node: int, site: str) -> Context:
 
 
 def on_the_wire(message: Message) -> bytes:
-    """A message in Flower's wire form."""
-    return bytes(message_to_proto(message).SerializeToString())
+    """A message in Flower's wire form, byte for byte: `message_to_proto` puts each array into a message of its own,
+    that into another, and so on, and copies it each time; here arrays are put where they belong."""
+    if not message.has_content() or message.has_error():
+        return bytes(message_to_proto(message).SerializeToString())
+    wire = WireMessage(metadata=metadata_to_proto(message.metadata))
+    wire.content.SetInParent()
+    for name, record in message.content.items():
+        if not isinstance(record, ArrayRecord):
+            wire.content.items.extend(recorddict_to_proto(RecordDict({name: record})).items)
+            continue
+        arrays = wire.content.items.add(key=name).array_record
+        arrays.SetInParent()  # where there is no array, too
+        for key, array in record.items():
+            found = arrays.items.add(key=key).value
+            found.dtype, found.stype, found.data = array.dtype, array.stype, array.data
+            found.shape.extend(array.shape)
+    return bytes(wire.SerializeToString())
 
 
 def off_the_wire(data: bytes) -> Message:

@@ -151,22 +151,23 @@ class Manifest(_Part):
         The draw is a public hash of the run's name, the round and the site; where a seed makes the run repeatable, of
         that seed instead of the name.
         """
-        names = [m.site for m in self.members]
-        if self.sites_per_round is None:
-            return tuple(names)
-        return self._draws(round_, names)
+        return self._listed if self.sites_per_round is None else self._draws(round_)
+
+    @cached_property
+    def _listed(self) -> tuple[str, ...]:
+        return tuple(m.site for m in self.members)
 
     @cached_property
     def _drawn_rounds(self) -> dict[int, tuple[str, ...]]:
         return {}
 
-    def _draws(self, round_: int, names: list[str]) -> tuple[str, ...]:
+    def _draws(self, round_: int) -> tuple[str, ...]:
         if (found := self._drawn_rounds.get(round_)) is None:
             seed = self.privacy.unsafe_noise_seed
             start = (self.run if seed is None else f"seed {seed}", str(round_))
             parts = [part.encode() for part in start]
-            ranks = {name: digest("sites of a round", *parts, name.encode()) for name in names}
-            found = tuple(sorted(names, key=ranks.__getitem__)[: self.sites_per_round])
+            ranks = {name: digest("sites of a round", *parts, name.encode()) for name in self._listed}
+            found = tuple(sorted(self._listed, key=ranks.__getitem__)[: self.sites_per_round])
             if len(self._drawn_rounds) > _KEPT_DRAWS:
                 self._drawn_rounds.clear()
             self._drawn_rounds[round_] = found

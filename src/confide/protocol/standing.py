@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Standing"]
 
+#: Rosters and manifests, by their digests, where all members of the run stand in the roster.
+_STAND: dict[tuple[str, str], None] = {}
+_MOST_STAND = 64
+
 
 class Standing(BaseModel):
     """A site's memory.
@@ -119,11 +123,19 @@ class Standing(BaseModel):
             )  # fmt: skip
         if (manifest.federation, manifest.coordinator_key) != (roster.federation, roster.coordinator_key):
             raise PolicyError("the roster is of another federation or coordinator", where=where)
+        # Both digests are of the whole content, so that the answer follows from them: the sites of a simulation, each
+        # of which asks, are answered together. Only that all of them stand there is remembered.
+        both = (roster.digest, manifest.digest)
+        if both in _STAND:
+            return
         for member in manifest.members:
             known = roster.member(member.site)
             if known is None or (known.signing_key, known.population) != (member.public_key, member.population):
                 raise PolicyError(f"{member.site[:64]} does not stand in the roster with this key and population",
                                   where=where)  # fmt: skip
+        _STAND[both] = None
+        if len(_STAND) > _MOST_STAND:
+            _STAND.pop(next(iter(_STAND)))
 
     def _about_me(self, roster: Roster) -> None:
         if roster.federation != self.federation:
