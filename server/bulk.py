@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 
 from sqlalchemy import Connection, and_, bindparam, delete, insert, select
 
-from confide.protocol.envelope import chunk_digest
 from confide.server import tables as t
 
 __all__ = ["Bulk", "slices"]
@@ -32,7 +32,7 @@ class Bulk:
     def put(self, db: Connection, many: Sequence[tuple[bytes, ...]]) -> list[str]:
         """Names of the chunks of each message, in JSON; what several carry is hashed and stored once."""
         data = {id(chunk): chunk for chunks in many for chunk in chunks}
-        names = {place: chunk_digest(chunk) for place, chunk in data.items()}
+        names = {place: hashlib.sha256(chunk).hexdigest() for place, chunk in data.items()}
         new = {names[place]: chunk for place, chunk in data.items()}
         for part in slices(list(new)):
             for digest in db.scalars(_KNOWN, {"of_run": self._run, "names": part}).all():

@@ -24,7 +24,7 @@ from confide.protocol.envelope import (
     Address,
     Envelope,
     Header,
-    chunk_digest,
+    chunk_digests,
     expect,
     seal_envelope,
     verify,
@@ -241,7 +241,8 @@ class Exchange:
     def _digest(self, chunk: bytes) -> str:
         known = self._digests.get(id(chunk))
         if known is None or known[0] is not chunk:
-            known = self._digests[id(chunk)] = (chunk, chunk_digest(chunk))
+            (digest,) = chunk_digests([chunk])
+            known = self._digests[id(chunk)] = (chunk, digest)
         return known[1]
 
     def address(self, step: str, round_: int = 0, *, attempt: int = 0) -> Address:

@@ -3,7 +3,6 @@ comes to count by it, and nothing is taken for something else."""
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from confide.clients.data.records import SiteRecords
 from confide.errors import AuditError, ConfideError, SealingError
@@ -21,11 +18,10 @@ from confide.privacy.audit import log as log_module
 from confide.privacy.audit.checkpoint import sign_note
 from confide.privacy.audit.log import Log
 from confide.privacy.audit.records import RunEnded
-from confide.protocol import envelope as envelope_module
 from confide.protocol import messages as m
 from confide.protocol import standing as standing_module
 from confide.protocol import statements as statements_module
-from confide.protocol.envelope import Address, chunk_digest, chunk_digests, verify
+from confide.protocol.envelope import Address
 from confide.protocol.identity import Identity
 from confide.protocol.statements import signed_replies
 from tests.attacks.federation import Federation, header_of, is_refusal, open_federation, refusal_of, resign
@@ -162,49 +158,6 @@ def refused(federation: Federation, run: Any) -> m.Refusal | None:
     """Why a site does not join; None where it does."""
     answer = federation.join([ASH], run)[ASH]
     return refusal_of(answer) if is_refusal(answer) else None
-
-
-# --- chunks -----------------------------------------------------------------------------------------------------------
-
-
-@given(st.binary(min_size=1, max_size=40), st.integers(0, 2**16), st.integers(0, 255))
-@settings(max_examples=60, deadline=None)
-def test_a_remembered_digest_is_that_of_these_very_bytes(seed: bytes, at: int, value: int) -> None:
-    chunk = (seed * 2**17)[: 2**16 + 1]
-    changed = bytearray(chunk)
-    changed[at] = value
-    for data in (chunk, bytes(changed), bytes(bytearray(chunk)), chunk[:-1]):
-        assert chunk_digest(data) == hashlib.sha256(data).hexdigest()
-
-
-def test_one_chunk_is_hashed_once_and_one_that_can_change_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    chunk = b"x" * 2**16
-    kept = bytearray(chunk)
-    before = chunk_digest(chunk)
-    hashed = counting(monkeypatch, envelope_module.hashlib, "sha256")
-    assert (chunk_digest(bytes(kept)), hashed[0]) == (before, 0)
-    assert chunk_digest(kept) == before  # type: ignore[arg-type]  # what no message holds
-    kept[-1] ^= 1
-    assert chunk_digest(kept) != before  # type: ignore[arg-type]  # as above
-    assert hashed[0] == 2, "the control: it would have been found"
-
-
-def test_what_is_remembered_of_chunks_is_bounded() -> None:
-    for number in range(40):
-        chunk_digests([bytes([number]) * 2**15, bytes([number]) * 10, bytes([number]) * (2**22 + 1)])
-    assert len(envelope_module._hashed) <= 6
-    assert {len(chunk) for chunk, _ in envelope_module._hashed} == {2**15}, "neither what is small nor what is large"
-
-
-def test_a_changed_chunk_of_a_remembered_message_is_refused(federation: Federation) -> None:
-    payload = b"y" * 2**16
-    signed = federation.sign("train", 1, ASH, m.TrainRequest(sums=()), (payload,))
-    key = federation.world.coordinator.public_key
-    verify(signed, key, sender="coordinator")  # the control, and it is remembered
-    for at in (0, 2**15, 2**16 - 1):
-        changed = payload[:at] + b"z" + payload[at + 1 :]
-        with pytest.raises(SealingError, match="chunk"):
-            verify(replace(signed, chunks=(changed,)), key, sender="coordinator")
 
 
 # --- a log's checkpoint -----------------------------------------------------------------------------------------------

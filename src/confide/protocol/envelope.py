@@ -11,7 +11,6 @@ Invariants:
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,7 +33,6 @@ __all__ = [
     "Header",
     "LogState",
     "carries",
-    "chunk_digest",
     "chunk_digests",
     "chunk_root",
     "expect",
@@ -49,8 +47,6 @@ _MAX_HEADER = 4096
 MAX_BODY = 8 * 2**20
 MAX_REPLY_BODY = 4096
 MAX_CHUNKS = 65_536
-#: Chunks whose digests are remembered: of which sizes, and how many.
-_LEAST_KEPT, _MOST_KEPT, _KEPT_CHUNKS = 2**14, 2**22, 6
 #: Recipient of a request that goes to every node before the coordinator knows which site lives where.
 EVERYBODY = "*"
 
@@ -148,25 +144,7 @@ def seal_envelope(
 
 def chunk_digests(chunks: Iterable[bytes]) -> tuple[str, ...]:
     """SHA-256 of each chunk, hex."""
-    return tuple(chunk_digest(chunk) for chunk in chunks)
-
-
-#: Chunks of the last messages with their digests: sums and models go to a whole cohort, and in a simulation everybody
-#: who hashes them is in this process.
-_hashed: deque[tuple[bytes, str]] = deque(maxlen=_KEPT_CHUNKS)
-
-
-def chunk_digest(chunk: bytes) -> str:
-    """SHA-256 of a chunk, hex. A digest is remembered with the bytes that it is of, and found by comparing all of
-    them: no other bytes have it. To compare costs a tenth of hashing; what is small or very large is always hashed."""
-    if not _LEAST_KEPT <= len(chunk) <= _MOST_KEPT or type(chunk) is not bytes:
-        return hashlib.sha256(chunk).hexdigest()
-    for known, found in tuple(_hashed):
-        if known == chunk:
-            return found
-    found = hashlib.sha256(chunk).hexdigest()
-    _hashed.append((chunk, found))
-    return found
+    return tuple(hashlib.sha256(chunk).hexdigest() for chunk in chunks)
 
 
 def chunk_root(digests: Sequence[str]) -> str:
