@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+from sqlalchemy import Connection
+
 from confide.privacy.consent.pseudonyms import SiteKey
+from confide.privacy.consent.queries import keys_of
 
 __all__ = ["Roll"]
 
@@ -27,9 +30,19 @@ class Roll:
         #: (personal key, pseudonym) by identifier.
         self._known: dict[str, tuple[bytes, bytes]] = {}
 
-    def pseudonyms(self) -> dict[str, bytes]:
-        """Pseudonyms of those of them that the registry knows; an unknown person has none."""
-        keys, known, found = self._read(self._by_locator), self._known, dict[str, tuple[bytes, bytes]]()
+    @property
+    def locators(self) -> Mapping[bytes, str]:
+        """The identifiers, by locator, in their order."""
+        return self._by_locator
+
+    def pseudonyms(self, connection: Connection | None = None) -> dict[str, bytes]:
+        """Pseudonyms of those of them that the registry knows; an unknown person has none.
+
+        Args:
+            connection: Reads one state of the registry; None: the latest.
+        """
+        keys = self._read(self._by_locator) if connection is None else keys_of(connection, self._by_locator)
+        known, found = self._known, dict[str, tuple[bytes, bytes]]()
         for locator, subject in self._by_locator.items():
             personal = keys.get(locator)
             if personal is None:
