@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import gc
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from sqlalchemy import Connection, Table
@@ -46,9 +46,20 @@ def rows_with(
     key: str,
     wanted: Iterable[object],
     **equal: object,
-) -> Iterator[Sequence[Any]]:
+) -> Iterator[tuple[Any, ...]]:
     """The rows whose `key` is among the wanted values, in no order; of `equal`, columns hold exactly these values."""
-    remaining, sqlite = iter(wanted), connection.dialect.name == "sqlite"
+    return chain.from_iterable(_portions_with(connection, table, columns, key, iter(wanted), equal))
+
+
+def _portions_with(
+    connection: Connection,
+    table: Table,
+    columns: Sequence[str],
+    key: str,
+    remaining: Iterator[object],
+    equal: Mapping[str, object],
+) -> Iterator[Sequence[tuple[Any, ...]]]:
+    sqlite = driver(connection) is not None
     mark = "?" if sqlite else "%s"
     start = f"SELECT {', '.join(columns)} FROM {table.name} WHERE " + "".join(f"{n} = {mark} AND " for n in equal)  # noqa: S608
     while part := list(islice(remaining, BATCH)):
@@ -56,7 +67,7 @@ def rows_with(
         values = (*equal.values(), *part) if sqlite else (*equal.values(), part)
         raw: Any = connection.connection.cursor()
         try:
-            yield from raw.execute(start + among, values).fetchall()
+            yield raw.execute(start + among, values).fetchall()
         finally:
             raw.close()
 

@@ -102,8 +102,7 @@ def purposes_of(connection: Connection) -> Iterator[str]:
 
 def keys_of(connection: Connection, locators: Iterable[bytes]) -> dict[bytes, bytes]:
     """The personal keys on record, by locator."""
-    rows = rows_with(connection, SUBJECTS, ["locator", "personal_key"], "locator", locators)
-    return {locator: key for locator, key in rows}
+    return dict(rows_with(connection, SUBJECTS, ["locator", "personal_key"], "locator", locators))
 
 
 def erased_among(connection: Connection, locators: Iterable[bytes]) -> set[bytes]:

@@ -15,6 +15,7 @@ import json
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -78,6 +79,14 @@ class Registry:
         self._views: dict[str, View] = {}
         self._noticed: tuple[int, dict[str, Notice]] = (0, {})
         self._one_view = threading.Lock()
+
+    def together(self) -> AbstractContextManager[object]:
+        """What is recorded inside is one transaction: all of it is durable at the end, or nothing. Others wait.
+
+        Raises:
+            ConsentError: It cannot be written.
+        """
+        return self._storage.writing()
 
     # --- persons ---
 

@@ -27,8 +27,8 @@ class Roll:
     ) -> None:
         self._key, self._read = key, read
         self._by_locator = {key.locator(s): s for s in subjects}
-        #: (personal key, pseudonym) by identifier.
-        self._known: dict[str, tuple[bytes, bytes]] = {}
+        #: Personal keys by locator, and the pseudonyms that follow from them by identifier.
+        self._known: tuple[Mapping[bytes, bytes], dict[str, bytes]] = ({}, {})
 
     @property
     def locators(self) -> Mapping[bytes, str]:
@@ -42,13 +42,12 @@ class Roll:
             connection: Reads one state of the registry; None: the latest.
         """
         keys = self._read(self._by_locator) if connection is None else keys_of(connection, self._by_locator)
-        known, found = self._known, dict[str, tuple[bytes, bytes]]()
-        for locator, subject in self._by_locator.items():
-            personal = keys.get(locator)
-            if personal is None:
-                continue
-            before = known.get(subject)
-            same = before is not None and before[0] == personal
-            found[subject] = before if before and same else (personal, self._key.pseudonym(subject, personal))
-        self._known = found
-        return {subject: name for subject, (_, name) in found.items()}
+        before, names = self._known
+        if keys != before:
+            names = {
+                subject: names[subject] if before.get(locator) == personal else self._key.pseudonym(subject, personal)
+                for locator, subject in self._by_locator.items()
+                if (personal := keys.get(locator)) is not None
+            }
+            self._known = keys, names
+        return dict(names)

@@ -24,6 +24,7 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, SQLA
 from confide.errors import ConfideError, ConsentError
 from confide.privacy.consent import projection, triggers
 from confide.privacy.consent.bulk import driver
+from confide.privacy.consent.statements import Query
 from confide.privacy.consent.tables import PROJECTION, SCHEMA
 from confide.privacy.database import full_disk
 from confide.privacy.flushing import begins_as_copy, durability
@@ -31,6 +32,7 @@ from confide.privacy.flushing import begins_as_copy, durability
 __all__ = ["SCHEMA_VERSION", "Storage", "holds_registry", "is_url", "shown_address"]
 
 SCHEMA_VERSION = 3
+_VERSION = Query(select(SCHEMA.c.version))
 _REVISIONS = {1: "0001", 2: "0002"}
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _PATIENCE = 30.0
@@ -227,6 +229,8 @@ class Storage:
 
     def _migrate(self, connection: Connection) -> None:
         version = _version(connection)
+        if not connection.in_transaction():
+            connection.begin()  # SQLAlchemy's note of ours: without it Alembic would begin, and end, one of its own
         if version != SCHEMA_VERSION:
             _to_newest(connection, _REVISIONS.get(version or 0))
             if version is None:
@@ -256,7 +260,7 @@ def holds_registry(address: Path | str) -> bool:
     try:
         with engine.connect() as connection:
             return _version(connection) is not None
-    except (SQLAlchemyError, ValueError) as error:
+    except (SQLAlchemyError, sqlite3.Error, ValueError) as error:
         raise ConsentError(
             f"cannot be read ({type(error).__name__})", where=where,
             hint="check the address, and that the server runs and lets this user in",
@@ -319,9 +323,14 @@ def _is_busy(error: Exception) -> bool:
 
 def _version(connection: Connection) -> int | None:
     """The schema's version; None where there are no tables of ours."""
-    if not inspect(connection).has_table(SCHEMA.name):
+    if (lite := driver(connection)) is not None:
+        there = lite.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (SCHEMA.name,)).fetchone()
+    else:
+        there = inspect(connection).has_table(SCHEMA.name) or None
+    if there is None:
         return None
-    return connection.scalar(select(SCHEMA.c.version))
+    rows = _VERSION.rows(connection)
+    return rows[0][0] if rows else None
 
 
 def _to_newest(connection: Connection, known: str | None) -> None:
