@@ -76,14 +76,14 @@ class ParticipantSource:
         self._held_out: Mask = np.array([key.role_share(p) < held_out for p in records.persons], dtype=np.bool_)
         # Everybody in the table gets a pseudonym, whether or not she was ever asked: so that it can be shown of anybody
         # that she was in no snapshot.
-        erased = registry.erased(records.persons)
-        registry.enrol(set(records.persons) - erased)
-        personal.forget_erased([key.locator(p) for p in erased])  # where the ledger was not at hand, it is now
-        locators = [key.locator(p) for p in records.persons]
+        self._roll = registry.roll(records.persons)
+        erased = registry.enrol_roll(self._roll)
+        locator_of = {person: locator for locator, person in self._roll.locators.items()}
+        personal.forget_erased([locator_of[p] for p in erased])  # where the ledger was not at hand, it is now
+        locators = [locator_of[p] for p in records.persons]
         # New ones in no order: no place tells between whom a person stood in the table, should she be forgotten.
         personal.enrol(random.SystemRandom().sample(locators, len(locators)))
         self._places = personal.enrol(locators)
-        self._roll = registry.roll(records.persons)
 
     def take(self, ledger: Ledger | None, upcoming: Sequence[PrivacyEvent] = ()) -> Participants:
         """The snapshot of this instant.
@@ -97,15 +97,13 @@ class ParticipantSource:
             ConsentError: The registry cannot be read; the site then abstains.
             AuditError: The clock was set back.
         """
-        now = 0
         try:
-            now = self._now()
-            snapshot = self._registry.snapshot(self._purpose, now)
+            snapshot, names = self._registry.take(self._purpose, self._instant, self._roll)
         except ConfideError as error:
-            self._reads.append(Read(now, 0, error.kind))
+            self._reads.append(Read(self._asked_as_of(), 0, error.kind))
             raise
-        self._reads.append(Read(now, snapshot.sequence, "answered"))
-        names = self._names = self._roll.pseudonyms()
+        self._reads.append(Read(snapshot.as_of, snapshot.sequence, "answered"))
+        self._names = names
         consenting = np.array([names.get(p) in snapshot.participants for p in self._persons], dtype=np.bool_)
         if ledger is not None:
             consenting &= self._within_personal_limit(snapshot, names, ledger, upcoming)
@@ -116,10 +114,17 @@ class ParticipantSource:
         found, self._reads = self._reads, []
         return found
 
-    def _now(self) -> int:
-        """Neither before the site's log, nor before the latest decision on record or the latest snapshot: else what has
-        been decided would not count yet."""
-        now, recorded = self._clock(), max(self._registry.latest_recorded(), self._latest)
+    def _asked_as_of(self) -> int:
+        """The instant of a question that was not answered; 0 where not even that can be said."""
+        try:
+            return self._instant(self._registry.latest_recorded())
+        except ConfideError:
+            return 0
+
+    def _instant(self, recorded: int) -> int:
+        """The present, neither before the site's log, nor before the latest decision on record or the latest snapshot:
+        else what has been decided would not count yet."""
+        now, recorded = self._clock(), max(recorded, self._latest)
         if now < recorded - CLOCK_STEP:
             raise AuditError(
                 f"the clock is {(recorded - now) / 1e6:,.0f} s behind the latest event of the consent registry, or the "

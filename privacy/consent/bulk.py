@@ -6,17 +6,24 @@ Table and column names are this package's own; values are always bound.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from sqlalchemy import Connection, Table
 
-__all__ = ["BATCH", "collector_paused", "insert_rows", "rows_of", "rows_with", "upsert_rows"]
+__all__ = ["BATCH", "collector_paused", "driver", "insert_rows", "rows_of", "rows_with", "upsert_rows"]
 
 #: Values looked for, or rows fetched, at once.
 BATCH = 10_000
+
+
+def driver(connection: Connection) -> sqlite3.Connection | None:
+    """SQLite's own connection; None: it is another database."""
+    found = connection.connection.driver_connection
+    return found if isinstance(found, sqlite3.Connection) else None
 
 
 @contextmanager
@@ -39,9 +46,20 @@ def rows_with(
     key: str,
     wanted: Iterable[object],
     **equal: object,
-) -> Iterator[Sequence[Any]]:
+) -> Iterator[tuple[Any, ...]]:
     """The rows whose `key` is among the wanted values, in no order; of `equal`, columns hold exactly these values."""
-    remaining, sqlite = iter(wanted), connection.dialect.name == "sqlite"
+    return chain.from_iterable(_portions_with(connection, table, columns, key, iter(wanted), equal))
+
+
+def _portions_with(
+    connection: Connection,
+    table: Table,
+    columns: Sequence[str],
+    key: str,
+    remaining: Iterator[object],
+    equal: Mapping[str, object],
+) -> Iterator[Sequence[tuple[Any, ...]]]:
+    sqlite = driver(connection) is not None
     mark = "?" if sqlite else "%s"
     start = f"SELECT {', '.join(columns)} FROM {table.name} WHERE " + "".join(f"{n} = {mark} AND " for n in equal)  # noqa: S608
     while part := list(islice(remaining, BATCH)):
@@ -49,7 +67,7 @@ def rows_with(
         values = (*equal.values(), *part) if sqlite else (*equal.values(), part)
         raw: Any = connection.connection.cursor()
         try:
-            yield from raw.execute(start + among, values).fetchall()
+            yield raw.execute(start + among, values).fetchall()
         finally:
             raw.close()
 
@@ -71,9 +89,9 @@ def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple[objec
     if not rows:
         return
     names = ", ".join(table.c.keys())
-    if connection.dialect.name == "sqlite":
+    if (lite := driver(connection)) is not None:
         marks = ", ".join("?" * len(table.c))
-        connection.exec_driver_sql(f"INSERT INTO {table.name} ({names}) VALUES ({marks})", list(rows))  # noqa: S608
+        lite.executemany(f"INSERT INTO {table.name} ({names}) VALUES ({marks})", rows)  # noqa: S608
         return
     raw: Any = connection.connection.cursor()
     with raw, raw.copy(f"COPY {table.name} ({names}) FROM STDIN") as copy:
@@ -86,10 +104,14 @@ def upsert_rows(connection: Connection, table: Table, rows: Sequence[tuple[objec
     if not rows:
         return
     names, keys = table.c.keys(), table.primary_key.columns.keys()
-    marks = ", ".join(["?" if connection.dialect.name == "sqlite" else "%s"] * len(names))
+    lite = driver(connection)
+    marks = ", ".join(["%s" if lite is None else "?"] * len(names))
     change = ", ".join(f"{name} = excluded.{name}" for name in names if name not in keys)
-    connection.exec_driver_sql(
+    upsert = (
         f"INSERT INTO {table.name} ({', '.join(names)}) VALUES ({marks}) "  # noqa: S608
-        f"ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {change}",
-        list(rows),
+        f"ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {change}"
     )
+    if lite is None:
+        connection.exec_driver_sql(upsert, list(rows))
+    else:
+        lite.executemany(upsert, rows)

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
-from sqlalchemy import Connection, delete, func, select, update
+from sqlalchemy import Connection, bindparam, delete, func, select, update
 
 from confide.privacy.consent.bulk import BATCH, rows_of, rows_with, upsert_rows
 from confide.privacy.consent.events import ConsentEvent, EventType
 from confide.privacy.consent.state import Summary
+from confide.privacy.consent.statements import Change
 from confide.privacy.consent.tables import CURRENT, EVENTS, PERSON_INDEX, PROJECTION
 
 __all__ = ["Difference", "apply", "differences", "load", "put_off", "rebuild", "summary_from_row"]
 
+_BROUGHT_UP = Change(update(PROJECTION).values(seq=bindparam("latest")))
 _COLUMNS = [column.name for column in CURRENT.c if column.name != "purpose"]
 _KINDS = {kind.value: kind for kind in EventType}
 Found = dict[str, Summary]
@@ -56,7 +58,7 @@ def apply(connection: Connection, events: Sequence[tuple[int, ConsentEvent]]) ->
             summary.add(event)
         upsert_rows(connection, CURRENT, [_row(purpose, person, known[person]) for person in persons])
     if events:
-        connection.execute(update(PROJECTION).values(seq=events[-1][0]))
+        _BROUGHT_UP.apply(connection, latest=events[-1][0])
 
 
 def put_off(connection: Connection) -> None:

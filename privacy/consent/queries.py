@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, bindparam, func, select
 
 from confide.privacy.consent.bulk import BATCH, rows_with
 from confide.privacy.consent.events import ConsentEvent
 from confide.privacy.consent.notices import EVERYTHING, Notice, spellings
+from confide.privacy.consent.statements import Query
 from confide.privacy.consent.tables import (
     CLOCK,
     CONTENT,
@@ -26,14 +27,18 @@ from confide.privacy.consent.tables import (
 __all__ = ["Heads", "all_events", "erased_among", "events_of", "heads", "keys_of", "notices_at", "purposes_of"]
 
 #: All that says how far a registry is, in one statement.
-_HEADS = select(
-    select(func.max(EVENTS.c.seq)).scalar_subquery(),
-    select(func.max(NOTICES.c.seq)).scalar_subquery(),
-    select(EVENTS.c.recorded_at).order_by(EVENTS.c.seq.desc()).limit(1).scalar_subquery(),
-    select(CLOCK.c.latest).scalar_subquery(),
-    select(PROJECTION.c.seq).scalar_subquery(),
-    select(PROJECTION.c.damaged).scalar_subquery(),
+_HEADS = Query(
+    select(
+        select(func.max(EVENTS.c.seq)).scalar_subquery(),
+        select(func.max(NOTICES.c.seq)).scalar_subquery(),
+        select(EVENTS.c.recorded_at).order_by(EVENTS.c.seq.desc()).limit(1).scalar_subquery(),
+        select(CLOCK.c.latest).scalar_subquery(),
+        select(PROJECTION.c.seq).scalar_subquery(),
+        select(PROJECTION.c.damaged).scalar_subquery(),
+    )
 )
+_NOTICES = select(NOTICES).order_by(NOTICES.c.seq)
+_ALL_NOTICES, _NOTICES_TO = Query(_NOTICES), Query(_NOTICES.where(NOTICES.c.seq <= bindparam("sequence")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +55,19 @@ class Heads:
 
 def heads(connection: Connection) -> Heads:
     """How far the registry is."""
-    event, notice, recorded, taken, projected, damaged = connection.execute(_HEADS).one()
+    event, notice, recorded, taken, projected, damaged = _HEADS.rows(connection)[0]
     event = event or 0
     return Heads(max(event, notice or 0), notice or 0, max(recorded or 0, taken), projected == event, bool(damaged))
 
 
 def notices_at(connection: Connection, sequence: int | None = None) -> dict[str, Notice]:
     """The notices on record, by every spelling of their digest, as of a sequence number; None is the latest."""
-    query = select(NOTICES).order_by(NOTICES.c.seq)
     found: dict[str, Notice] = {}
-    for seq, digest, purposes, beneath, at in connection.execute(
-        query if sequence is None else query.where(NOTICES.c.seq <= sequence)
+    for seq, digest, purposes, beneath, at in (
+        _ALL_NOTICES.rows(connection) if sequence is None else _NOTICES_TO.rows(connection, sequence=sequence)
     ):
         notice = Notice(
-            digest=digest, purposes=frozenset(json.loads(purposes)), covers_beneath=beneath, sequence=seq,
+            digest=digest, purposes=frozenset(json.loads(purposes)), covers_beneath=bool(beneath), sequence=seq,
             registered_at=at,
         )  # fmt: skip
         for spelling in spellings(digest):
@@ -98,8 +102,7 @@ def purposes_of(connection: Connection) -> Iterator[str]:
 
 def keys_of(connection: Connection, locators: Iterable[bytes]) -> dict[bytes, bytes]:
     """The personal keys on record, by locator."""
-    rows = rows_with(connection, SUBJECTS, ["locator", "personal_key"], "locator", locators)
-    return {locator: key for locator, key in rows}
+    return dict(rows_with(connection, SUBJECTS, ["locator", "personal_key"], "locator", locators))
 
 
 def erased_among(connection: Connection, locators: Iterable[bytes]) -> set[bytes]:

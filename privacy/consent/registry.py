@@ -15,11 +15,12 @@ import json
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from sqlalchemy import Connection, update
+from sqlalchemy import Connection, bindparam, update
 
 from confide.errors import ConsentError
 from confide.privacy.consent import projection
@@ -42,6 +43,7 @@ from confide.privacy.consent.queries import (
 )
 from confide.privacy.consent.roll import Roll
 from confide.privacy.consent.state import Standing, Status, decide
+from confide.privacy.consent.statements import Change
 from confide.privacy.consent.storage import Storage
 from confide.privacy.consent.tables import (
     CLOCK,
@@ -55,6 +57,7 @@ from confide.privacy.consent.view import Snapshot, View, participants_of_events,
 __all__ = ["Registry", "Snapshot"]
 
 _BATCH = 50_000
+_TAKEN = Change(update(CLOCK).where(CLOCK.c.latest < bindparam("at")).values(latest=bindparam("at")))
 #: Microseconds: an instant so long ago is asked about, not lived in.
 _PAST = 60_000_000
 
@@ -77,6 +80,14 @@ class Registry:
         self._noticed: tuple[int, dict[str, Notice]] = (0, {})
         self._one_view = threading.Lock()
 
+    def together(self) -> AbstractContextManager[object]:
+        """What is recorded inside is one transaction: all of it is durable at the end, or nothing. Others wait.
+
+        Raises:
+            ConsentError: It cannot be written.
+        """
+        return self._storage.writing()
+
     # --- persons ---
 
     def enrol(self, subjects: Iterable[str]) -> dict[str, bytes]:
@@ -86,7 +97,6 @@ class Registry:
             ConsentError: One of them was erased; nobody was enrolled. `erased` says which.
         """
         locator = self._key.locator
-        # In the order of the table's index, so that fewer of its pages are touched.
         by_locator = dict(sorted((locator(subject), subject) for subject in subjects))
         known = self._personal_keys(by_locator)
         if len(known) < len(by_locator):
@@ -97,12 +107,24 @@ class Registry:
                         "a person who is to be enrolled was erased, and stays so", where=self._storage.where,
                         hint="leave her out (an import: --leave-out-erased); nothing can be recorded of her",
                     )  # fmt: skip
-                known |= keys_of(connection, missing)  # another process may have been faster
-                new = {loc: secrets.token_bytes(KEY_BYTES) for loc in missing if loc not in known}
-                insert_rows(connection, SUBJECTS, list(new.items()))
-                known |= new
+                known |= _keys_made(connection, missing)
         pseudonym = self._key.pseudonym
         return {subject: pseudonym(subject, known[loc]) for loc, subject in by_locator.items()}
+
+    def enrol_roll(self, roll: Roll) -> set[str]:
+        """Make personal keys for whoever of a roll has none; who was erased is left out.
+
+        Returns:
+            Those of them who were erased.
+        """
+        by_locator = roll.locators
+        with self._storage.reading() as connection:
+            known, gone = keys_of(connection, by_locator), erased_among(connection, by_locator)
+        if len(known.keys() | gone) < len(by_locator):
+            with self._storage.writing() as connection:
+                gone = erased_among(connection, by_locator)
+                _keys_made(connection, [loc for loc in by_locator if loc not in known and loc not in gone])
+        return {by_locator[locator] for locator in gone}
 
     def pseudonyms(self, subjects: Iterable[str]) -> dict[str, bytes]:
         """Pseudonyms of those identifiers that the registry knows; an unknown person has none."""
@@ -245,17 +267,27 @@ class Registry:
         Raises:
             ConsentError: The registry cannot be read. The site then abstains.
         """
-        if sequence is None:
-            self._put_forward(as_of)
+        if sequence is None and not self._is_on_record(as_of):
+            self._put_forward(lambda _: as_of)
         with self._one_view, self._storage.reading() as connection:
-            latest = heads(connection)
-            head = latest.sequence if sequence is None else sequence
-            if head < latest.sequence or not latest.projected:
-                notices = notices_at(connection, head)
-                found = participants_of_events(connection, purpose, as_of, head, notices)
-            else:
-                found = self._present(connection, purpose, as_of, latest)
-        return Snapshot(purpose, as_of, head, found)
+            return self._snapshot(connection, purpose, as_of, sequence)
+
+    def take(self, purpose: str, instant: Callable[[int], int], roll: Roll) -> tuple[Snapshot, dict[str, bytes]]:
+        """A snapshot of the present, and the pseudonyms of a roll as of the same state of the registry. That it was
+        taken is on record before it is returned.
+
+        Args:
+            purpose: The run's purpose.
+            instant: Told `latest_recorded`, says as of when (microseconds UTC), or raises: then nothing is taken.
+                Nobody writes meanwhile.
+            roll: Whose pseudonyms.
+
+        Raises:
+            ConsentError: The registry cannot be read, or not be written. The site then abstains.
+        """
+        at = self._put_forward(instant)
+        with self._one_view, self._storage.reading() as connection:
+            return self._snapshot(connection, purpose, at, None), roll.pseudonyms(connection)
 
     def state(self, subject: str, purpose: str, at: int | None = None, sequence: int | None = None) -> Standing:
         """One person's standing for a purpose.
@@ -336,16 +368,30 @@ class Registry:
         """Release the file or the connections."""
         self._storage.close()
 
-    def _put_forward(self, at: int) -> None:
-        """Note durably that a snapshot was taken as of this instant, or of the present where it is still to come."""
-        now = now_micros()
-        if at < now - _PAST:  # whoever asks about what is on record already need not be able to write
-            with self._storage.reading() as connection:
-                if heads(connection).recorded >= at:
-                    return
-        at = min(at, now)
+    def _is_on_record(self, at: int) -> bool:
+        """Is it long past, and on record? Whoever asks about that need not be able to write."""
+        if at >= now_micros() - _PAST:
+            return False
+        with self._storage.reading() as connection:
+            return heads(connection).recorded >= at
+
+    def _put_forward(self, instant: Callable[[int], int]) -> int:
+        """Note durably that a snapshot was taken as of this instant, or of the present where it is still to come. The
+        instant follows from `latest_recorded`."""
         with self._storage.writing() as connection:
-            connection.execute(update(CLOCK).where(CLOCK.c.latest < at).values(latest=at))
+            at = instant(heads(connection).recorded)
+            _TAKEN.apply(connection, at=min(at, now_micros()))
+        return at
+
+    def _snapshot(self, connection: Connection, purpose: str, as_of: int, sequence: int | None) -> Snapshot:
+        latest = heads(connection)
+        head = latest.sequence if sequence is None else sequence
+        if head < latest.sequence or not latest.projected:
+            notices = notices_at(connection, head)
+            found = participants_of_events(connection, purpose, as_of, head, notices)
+        else:
+            found = self._present(connection, purpose, as_of, latest)
+        return Snapshot(purpose, as_of, head, found)
 
     def _present(self, connection: Connection, purpose: str, at: int, latest: Heads) -> dict[bytes, float | None]:
         self._check_projection(latest)
@@ -381,3 +427,13 @@ class Registry:
     def _personal_keys(self, locators: Iterable[bytes]) -> dict[bytes, bytes]:
         with self._storage.reading() as connection:
             return keys_of(connection, locators)
+
+
+def _keys_made(connection: Connection, locators: Iterable[bytes]) -> dict[bytes, bytes]:
+    """Personal keys of persons none of whom was erased, made where there is none; in the transaction of `writing`."""
+    # In the order of the table's index, so that fewer of its pages are touched.
+    wanted = sorted(locators)
+    known = keys_of(connection, wanted)  # another process may have been faster
+    new = {locator: secrets.token_bytes(KEY_BYTES) for locator in wanted if locator not in known}
+    insert_rows(connection, SUBJECTS, list(new.items()))
+    return known | new

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+from sqlalchemy import Connection
+
 from confide.privacy.consent.pseudonyms import SiteKey
+from confide.privacy.consent.queries import keys_of
 
 __all__ = ["Roll"]
 
@@ -24,18 +27,27 @@ class Roll:
     ) -> None:
         self._key, self._read = key, read
         self._by_locator = {key.locator(s): s for s in subjects}
-        #: (personal key, pseudonym) by identifier.
-        self._known: dict[str, tuple[bytes, bytes]] = {}
+        #: Personal keys by locator, and the pseudonyms that follow from them by identifier.
+        self._known: tuple[Mapping[bytes, bytes], dict[str, bytes]] = ({}, {})
 
-    def pseudonyms(self) -> dict[str, bytes]:
-        """Pseudonyms of those of them that the registry knows; an unknown person has none."""
-        keys, known, found = self._read(self._by_locator), self._known, dict[str, tuple[bytes, bytes]]()
-        for locator, subject in self._by_locator.items():
-            personal = keys.get(locator)
-            if personal is None:
-                continue
-            before = known.get(subject)
-            same = before is not None and before[0] == personal
-            found[subject] = before if before and same else (personal, self._key.pseudonym(subject, personal))
-        self._known = found
-        return {subject: name for subject, (_, name) in found.items()}
+    @property
+    def locators(self) -> Mapping[bytes, str]:
+        """The identifiers, by locator, in their order."""
+        return self._by_locator
+
+    def pseudonyms(self, connection: Connection | None = None) -> dict[str, bytes]:
+        """Pseudonyms of those of them that the registry knows; an unknown person has none.
+
+        Args:
+            connection: Reads one state of the registry; None: the latest.
+        """
+        keys = self._read(self._by_locator) if connection is None else keys_of(connection, self._by_locator)
+        before, names = self._known
+        if keys != before:
+            names = {
+                subject: names[subject] if before.get(locator) == personal else self._key.pseudonym(subject, personal)
+                for locator, subject in self._by_locator.items()
+                if (personal := keys.get(locator)) is not None
+            }
+            self._known = keys, names
+        return dict(names)

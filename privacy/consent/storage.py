@@ -23,6 +23,8 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, SQLA
 
 from confide.errors import ConfideError, ConsentError
 from confide.privacy.consent import projection, triggers
+from confide.privacy.consent.bulk import driver
+from confide.privacy.consent.statements import Query
 from confide.privacy.consent.tables import PROJECTION, SCHEMA
 from confide.privacy.database import full_disk
 from confide.privacy.flushing import begins_as_copy, durability
@@ -30,10 +32,10 @@ from confide.privacy.flushing import begins_as_copy, durability
 __all__ = ["SCHEMA_VERSION", "Storage", "holds_registry", "is_url", "shown_address"]
 
 SCHEMA_VERSION = 3
+_VERSION = Query(select(SCHEMA.c.version))
 _REVISIONS = {1: "0001", 2: "0002"}
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _PATIENCE = 30.0
-_WRITES = "confide_writes"
 _MOST_COMPILED = 500
 #: Any number; it names the lock under which a PostgreSQL schema is changed.
 _MIGRATING = 0x636F6E66
@@ -76,6 +78,8 @@ class Storage:
         self._errors = (SQLAlchemyError, self._engine.dialect.loaded_dbapi.Error)
         #: What a row that is there already is refused with.
         self.clashes = (IntegrityError, self._engine.dialect.loaded_dbapi.IntegrityError)
+        #: Connections to an SQLite file that nobody is using: each transaction takes one, and puts it back.
+        self._idle: list[Connection] = []
         self._turn = threading.RLock()
         self._open: Connection | None = None
         self._owner = 0
@@ -95,11 +99,8 @@ class Storage:
             yield self._open
             return
         try:
-            with self._engine.connect() as connection:
-                if not self.is_sqlite:
-                    connection = connection.execution_options(isolation_level="REPEATABLE READ")
-                with connection.begin():
-                    yield connection
+            with self._transaction() as connection:
+                yield connection
         except (*self._errors, ValueError) as error:
             raise ConsentError(
                 f"cannot be read ({type(error).__name__})",
@@ -116,7 +117,7 @@ class Storage:
                 yield self._open
                 return
             try:
-                with self._engine.connect().execution_options(**{_WRITES: True}) as connection, connection.begin():
+                with self._transaction(writes=True) as connection:
                     if not self.is_sqlite:
                         connection.execute(text(f"SET LOCAL lock_timeout = '{int(_PATIENCE)}s'"))
                         connection.execute(text("LOCK TABLE consent_event IN SHARE ROW EXCLUSIVE MODE"))
@@ -158,17 +159,45 @@ class Storage:
 
     def close(self) -> None:
         """Release the file or the connections."""
+        while self._idle:
+            self._idle.pop().close()
         self._engine.dispose()
+
+    @contextmanager
+    def _transaction(self, writes: bool = False) -> Iterator[Connection]:
+        """A connection in a transaction, which is committed at the end; undone whatever comes instead."""
+        if not self.is_sqlite:
+            with self._engine.connect() as connection:
+                if not writes:
+                    connection = connection.execution_options(isolation_level="REPEATABLE READ")
+                with connection.begin():
+                    yield connection
+            return
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._engine.connect()
+        try:
+            raw: Any = driver(connection)
+            raw.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
+            yield connection
+            raw.execute("COMMIT")
+            if connection.in_transaction():  # SQLAlchemy notes one with its own first statement
+                connection.commit()
+        except BaseException:
+            connection.close()  # which undoes what is not committed
+            raise
+        self._idle.append(connection)
 
     def _prepare(self) -> None:
         """Bring it to the newest schema; where it is, nothing is written."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                with self._engine.connect() as connection, connection.begin():
+                with self._transaction() as connection:
                     ready = self._is_ready(connection)
                 if not ready:
-                    with self._engine.connect().execution_options(**{_WRITES: True}) as connection, connection.begin():
+                    with self._transaction(writes=True) as connection:
                         if not self.is_sqlite:
                             connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATING})"))
                         if not self._is_ready(connection):  # whoever was first has done it
@@ -200,6 +229,8 @@ class Storage:
 
     def _migrate(self, connection: Connection) -> None:
         version = _version(connection)
+        if not connection.in_transaction():
+            connection.begin()  # SQLAlchemy's note of ours: without it Alembic would begin, and end, one of its own
         if version != SCHEMA_VERSION:
             _to_newest(connection, _REVISIONS.get(version or 0))
             if version is None:
@@ -229,7 +260,7 @@ def holds_registry(address: Path | str) -> bool:
     try:
         with engine.connect() as connection:
             return _version(connection) is not None
-    except (SQLAlchemyError, ValueError) as error:
+    except (SQLAlchemyError, sqlite3.Error, ValueError) as error:
         raise ConsentError(
             f"cannot be read ({type(error).__name__})", where=where,
             hint="check the address, and that the server runs and lets this user in",
@@ -279,14 +310,8 @@ def _engine(url: URL, where: str) -> Engine:
     @event.listens_for(engine, "connect")
     def _durable(connection: sqlite3.Connection, _record: object) -> None:
         connection.isolation_level = None  # we say ourselves when a transaction begins
-        synchronous = f"synchronous={mode}"
-        for pragma in ("journal_mode=WAL", synchronous, "secure_delete=ON", "cache_size=-131072"):
-            connection.execute(f"PRAGMA {pragma}").close()
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        writes = connection.get_execution_options().get(_WRITES)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        pragmas = ("journal_mode=WAL", f"synchronous={mode}", "secure_delete=ON", "cache_size=-131072")
+        connection.executescript("".join(f"PRAGMA {pragma};" for pragma in pragmas))
 
     return engine
 
@@ -298,9 +323,14 @@ def _is_busy(error: Exception) -> bool:
 
 def _version(connection: Connection) -> int | None:
     """The schema's version; None where there are no tables of ours."""
-    if not inspect(connection).has_table(SCHEMA.name):
+    if (lite := driver(connection)) is not None:
+        there = lite.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (SCHEMA.name,)).fetchone()
+    else:
+        there = inspect(connection).has_table(SCHEMA.name) or None
+    if there is None:
         return None
-    return connection.scalar(select(SCHEMA.c.version))
+    rows = _VERSION.rows(connection)
+    return rows[0][0] if rows else None
 
 
 def _to_newest(connection: Connection, known: str | None) -> None:

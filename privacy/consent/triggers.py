@@ -7,8 +7,11 @@ not enrolled again. Row by row the same rules in SQLite and PostgreSQL.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 from sqlalchemy import Connection, text
+
+from confide.privacy.consent.bulk import driver
 
 __all__ = ["install", "missing"]
 
@@ -49,6 +52,11 @@ def _sqlite() -> Iterator[tuple[str, str, str]]:
     yield refuse("consent_subject", "INSERT", _ERASED, f"WHEN EXISTS ({buried} = NEW.locator)", "return")
     yield refuse("consent_clock", "UPDATE", _CLOCK, "WHEN NEW.one <> OLD.one OR NEW.latest < OLD.latest", "update")
     yield refuse("consent_clock", "DELETE", _CLOCK)
+
+
+@cache
+def _sqlite_wanted() -> tuple[tuple[tuple[str, str, str], str], ...]:
+    return tuple((trigger, _statement(trigger)) for trigger in _sqlite())
 
 
 def _postgresql() -> Iterator[tuple[str, str, str]]:
@@ -96,9 +104,9 @@ _IN_POSTGRESQL = (
 
 def missing(connection: Connection) -> list[tuple[str, str, str]]:
     """The triggers that are not there, or not as they should be."""
-    if connection.dialect.name == "sqlite":
-        there = {name: sql for name, sql in connection.execute(text(_IN_SQLITE))}
-        return [t for t in _sqlite() if there.get(t[0]) != _statement(t)]
+    if (lite := driver(connection)) is not None:
+        there = dict(lite.execute(_IN_SQLITE))
+        return [trigger for trigger, statement in _sqlite_wanted() if there.get(trigger[0]) != statement]
     names = {name for name, _ in connection.execute(text(_IN_POSTGRESQL))}
     return [t for t in _postgresql() if t[0] not in names]
 

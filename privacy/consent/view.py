@@ -10,24 +10,27 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
-from typing import Any
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, false, func, or_, select
+from sqlalchemy import BigInteger, ColumnElement, Connection, and_, bindparam, false, func, not_, or_, select
 
 from confide.privacy.consent.bulk import BATCH
 from confide.privacy.consent.events import ConsentEvent
 from confide.privacy.consent.notices import Notice, lineage
 from confide.privacy.consent.projection import Found, load
 from confide.privacy.consent.state import Standing, Summary, decide, standing
+from confide.privacy.consent.statements import Query
 from confide.privacy.consent.tables import CONTENT, CURRENT, EVENTS, event_from_row
 
 __all__ = ["Snapshot", "View", "participants_of_events", "standing_of"]
 
 _BYTES = 32
+#: Statements differ by how many purposes and notices they name.
+_SHAPES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,37 +79,27 @@ class View:
     def _read_all(self, connection: Connection) -> None:
         """The purpose of the lineage that most persons decided on is read as a whole, by a query that decides; whoever
         decided on another one too is looked at singly."""
-        sizes = select(CURRENT.c.purpose, func.count()).where(CURRENT.c.purpose.in_(self._lineage))
-        found = {name: size for name, size in connection.execute(sizes.group_by(CURRENT.c.purpose))}
+        found = {name: size for name, size in _sizes(len(self._lineage)).rows(connection, **_named(self._lineage))}
         if not found:
             return
         largest = max(found, key=lambda name: found[name])
-        singly = and_(
-            CURRENT.c.purpose == largest, or_(CURRENT.c.settled_at > self.at, CURRENT.c.more_notices.is_not(None))
-        )
-        others = CURRENT.c.purpose.in_([name for name in found if name != largest])
-        query = select(CURRENT.c.pseudonym, CURRENT.c.max_epsilon, CURRENT.c.valid_until).where(
-            CURRENT.c.purpose == largest, *self._stands(largest)
-        )
-        for pseudonym, limit, until in _rows(connection, query):
+        of = {"purpose": largest, "at": self.at}
+        own, notices = largest == self.purpose, self._notices(largest)
+        for pseudonym, limit, until in _standing(own, len(notices)).stream(connection, **of, **_named(notices)):
             self.participants[pseudonym] = limit
             if until is not None:
                 self._ends.append(until)
                 self._ending += pseudonym
         self._sort_ends()
-        self._look_at(connection, [p for (p,) in _rows(connection, select(CURRENT.c.pseudonym).where(singly | others))])
+        others = [name for name in found if name != largest]
+        singly = _singly(len(others)).stream(connection, **of, **_named(others))
+        self._look_at(connection, [pseudonym for (pseudonym,) in singly])
 
-    def _stands(self, name: str) -> Iterator[ColumnElement[bool]]:
-        """`standing`, for persons who decided on one purpose only; tested against it."""
-        c = CURRENT.c
-        yield from (c.settled_at <= self.at, c.more_notices.is_(None), c.erased_at.is_(None), c.restricted.is_(False))
-        yield from (c.granted_at.is_not(None), or_(c.denied_at.is_(None), c.denied_at < c.granted_at))
-        yield or_(c.valid_until.is_(None), c.valid_until > self.at)
+    def _notices(self, name: str) -> list[str]:
+        """Those with which a grant of the run's own purpose does not count, or one of a purpose above it does."""
         if name == self.purpose:
-            yield c.notice.not_in([digest for digest, n in self.notices.items() if not n.covers(name)])
-        else:
-            reaching = [digest for digest, n in self.notices.items() if n.covers_beneath and n.covers(name)]
-            yield c.notice.in_(reaching) if reaching else false()
+            return [digest for digest, n in self.notices.items() if not n.covers(name)]
+        return [digest for digest, n in self.notices.items() if n.covers_beneath and n.covers(name)]
 
     def _sort_ends(self) -> None:
         ends = np.frombuffer(self._ends, dtype=np.int64)
@@ -115,10 +108,9 @@ class View:
         self._ends, self._ending = array("q", ends[order].tobytes()), bytearray(names.tobytes())
 
     def _learnt(self, connection: Connection, sequence: int) -> Iterator[bytes]:
-        query = select(EVENTS.c.pseudonym).where(
-            EVENTS.c.seq > self.sequence, EVENTS.c.seq <= sequence, EVENTS.c.purpose.in_(self._lineage)
-        )
-        return (bytes(pseudonym) for (pseudonym,) in _rows(connection, query))
+        span = {"after": self.sequence, "to": sequence}
+        rows = _learning(len(self._lineage)).stream(connection, **span, **_named(self._lineage))
+        return (bytes(pseudonym) for (pseudonym,) in rows)
 
     def _fallen_due(self, at: int) -> Iterator[bytes]:
         while self._next < len(self._ends) and self._ends[self._next] <= at:
@@ -198,6 +190,52 @@ def _known(
             yield pseudonym, found, events.get(pseudonym)
 
 
-def _rows(connection: Connection, query: Select[*tuple[Any, ...]]) -> Iterator[Row[*tuple[Any, ...]]]:
-    """Rows in portions, so that memory holds one portion at a time."""
-    yield from connection.execute(query.execution_options(stream_results=True, yield_per=BATCH))
+def _named(values: Sequence[str]) -> dict[str, object]:
+    """The values of `_among`, by their names."""
+    return {f"v{number}": value for number, value in enumerate(values)}
+
+
+def _among(column: ColumnElement[str], count: int) -> ColumnElement[bool]:
+    return column.in_([bindparam(f"v{number}") for number in range(count)]) if count else false()
+
+
+@lru_cache(_SHAPES)
+def _sizes(purposes: int) -> Query:
+    """Of each of these purposes how many persons decided on it."""
+    query = select(CURRENT.c.purpose, func.count()).where(_among(CURRENT.c.purpose, purposes))
+    return Query(query.group_by(CURRENT.c.purpose))
+
+
+@lru_cache(_SHAPES)
+def _standing(own: bool, notices: int) -> Query:
+    """`standing`, for persons who decided on one purpose only; tested against it."""
+    c, at = CURRENT.c, bindparam("at", type_=BigInteger)
+    named = _among(c.notice, notices)
+    return Query(
+        select(c.pseudonym, c.max_epsilon, c.valid_until).where(
+            c.purpose == bindparam("purpose"),
+            c.settled_at <= at, c.more_notices.is_(None), c.erased_at.is_(None), c.restricted.is_(False),
+            c.granted_at.is_not(None), or_(c.denied_at.is_(None), c.denied_at < c.granted_at),
+            or_(c.valid_until.is_(None), c.valid_until > at),
+            not_(named) if own else named,
+        )
+    )  # fmt: skip
+
+
+@lru_cache(_SHAPES)
+def _singly(others: int) -> Query:
+    """Whoever decided on one of the other purposes, or is not answered by `_standing`."""
+    c = CURRENT.c
+    odd = and_(c.purpose == bindparam("purpose"), or_(c.settled_at > bindparam("at"), c.more_notices.is_not(None)))
+    return Query(select(c.pseudonym).where(or_(odd, _among(c.purpose, others))))
+
+
+@lru_cache(_SHAPES)
+def _learning(purposes: int) -> Query:
+    """Of whom events of these purposes tell."""
+    seq = EVENTS.c.seq
+    return Query(
+        select(EVENTS.c.pseudonym).where(
+            seq > bindparam("after"), seq <= bindparam("to"), _among(EVENTS.c.purpose, purposes)
+        )
+    )

@@ -274,7 +274,7 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Watch], None]:
     """While `ash` handles a request of round 2, its registry cannot be read."""
     watched: list[Watch] = []
     handling: list[str] = []
-    handle, snapshot = Site.handle, Registry.snapshot
+    handle, take = Site.handle, Registry.take
 
     def seen_handle(self: Site, step: str, request: Envelope) -> Envelope:
         handling.append(self.name)
@@ -286,10 +286,10 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Watch], None]:
     def broken(self: Registry, *args: Any, **kwargs: Any) -> Any:
         if watched and watched[0].round == 2 and handling == ["ash"]:
             raise ConsentError("cannot be read (OperationalError)")
-        return snapshot(self, *args, **kwargs)
+        return take(self, *args, **kwargs)
 
     monkeypatch.setattr(Site, "handle", seen_handle)
-    monkeypatch.setattr(Registry, "snapshot", broken)
+    monkeypatch.setattr(Registry, "take", broken)
     return watched.append
 
 

@@ -198,14 +198,14 @@ def test_a_site_that_abstains_is_told_apart(nobody: Observed, tmp_path: Path) ->
     """The control of the transcripts: where a site does not answer for a person's sake, messages and logs differ."""
 
     def arrange(patch: pytest.MonkeyPatch, watch: Watch) -> None:
-        snapshot = Registry.snapshot
+        take = Registry.take
 
         def abstaining(self: Registry, *args: Any, **kwargs: Any) -> Any:
             if watch.world is not None and watch.round == 2 and self is registry_of(watch, "ash"):
                 raise ConsentError("consent kept changing")
-            return snapshot(self, *args, **kwargs)
+            return take(self, *args, **kwargs)
 
-        patch.setattr(Registry, "snapshot", abstaining)
+        patch.setattr(Registry, "take", abstaining)
         patch.setattr(
             "confide.simulations.execution.Execution._exact", lambda _self, _weights: None
         )  # it asks sites, too
