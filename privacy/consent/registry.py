@@ -29,10 +29,10 @@ from confide.privacy.consent.bulk import collector_paused, insert_rows
 from confide.privacy.consent.erasure import DEFAULT_GROUND, closing_events, destroy_key, forget_bytes
 from confide.privacy.consent.events import ConsentEvent, now_micros
 from confide.privacy.consent.notices import EVERYTHING, Notice
+from confide.privacy.consent.present import Present
 from confide.privacy.consent.projection import Difference
 from confide.privacy.consent.pseudonyms import KEY_BYTES, SiteKey
 from confide.privacy.consent.queries import (
-    Heads,
     all_events,
     erased_among,
     events_of,
@@ -52,7 +52,7 @@ from confide.privacy.consent.tables import (
     SUBJECTS,
     refuse_odd_values,
 )
-from confide.privacy.consent.view import Snapshot, View, participants_of_events, standing_of
+from confide.privacy.consent.view import Snapshot, standing_of
 
 __all__ = ["Registry", "Snapshot"]
 
@@ -76,9 +76,8 @@ class Registry:
     def __init__(self, path: Path | str, key: SiteKey) -> None:
         self._key = key
         self._storage = Storage(path)
-        self._views: dict[str, View] = {}
-        self._noticed: tuple[int, dict[str, Notice]] = (0, {})
-        self._one_view = threading.Lock()
+        self._present = Present(self._storage.where)
+        self._one_asks = threading.Lock()
 
     def together(self) -> AbstractContextManager[object]:
         """What is recorded inside is one transaction: all of it is durable at the end, or nothing. Others wait.
@@ -269,8 +268,8 @@ class Registry:
         """
         if sequence is None and not self._is_on_record(as_of):
             self._put_forward(lambda _: as_of)
-        with self._one_view, self._storage.reading() as connection:
-            return self._snapshot(connection, purpose, as_of, sequence)
+        with self._one_asks, self._storage.reading() as connection:
+            return self._present.snapshot(connection, purpose, as_of, sequence)
 
     def take(self, purpose: str, instant: Callable[[int], int], roll: Roll) -> tuple[Snapshot, dict[str, bytes]]:
         """A snapshot of the present, and the pseudonyms of a roll as of the same state of the registry. That it was
@@ -286,8 +285,8 @@ class Registry:
             ConsentError: The registry cannot be read, or not be written. The site then abstains.
         """
         at = self._put_forward(instant)
-        with self._one_view, self._storage.reading() as connection:
-            return self._snapshot(connection, purpose, at, None), roll.pseudonyms(connection)
+        with self._one_asks, self._storage.reading() as connection:
+            return self._present.snapshot(connection, purpose, at, None), roll.pseudonyms(connection)
 
     def state(self, subject: str, purpose: str, at: int | None = None, sequence: int | None = None) -> Standing:
         """One person's standing for a purpose.
@@ -311,8 +310,8 @@ class Registry:
                 return Standing(Status.REFUSED if gone else Status.UNKNOWN)
             pseudonym = self._key.pseudonym(subject, personal_key)
             if latest.projected and (sequence is None or sequence >= latest.sequence):
-                self._check_projection(latest)
-                return standing_of(connection, pseudonym, purpose, at, self._notices(connection, latest))
+                self._present.check(latest)
+                return standing_of(connection, pseudonym, purpose, at, self._present.notices(connection, latest))
             notices = notices_at(connection, sequence)
             return decide((e for _, e in events_of(connection, pseudonym, sequence)), at, purpose, notices)
 
@@ -340,7 +339,7 @@ class Registry:
     def purposes(self) -> list[str]:
         """Every purpose that an event names, in order."""
         with self._storage.reading() as connection:
-            self._check_projection(heads(connection))
+            self._present.check(heads(connection))
             return list(purposes_of(connection))
 
     # --- the projection ---
@@ -360,8 +359,8 @@ class Registry:
 
     def rebuild(self) -> None:
         """Make what is kept for speed anew from the events."""
-        with self._one_view, self._storage.writing() as connection:
-            self._views.clear()
+        with self._one_asks, self._storage.writing() as connection:
+            self._present.forget()
             projection.rebuild(connection)
 
     def close(self) -> None:
@@ -382,47 +381,6 @@ class Registry:
             at = instant(heads(connection).recorded)
             _TAKEN.apply(connection, at=min(at, now_micros()))
         return at
-
-    def _snapshot(self, connection: Connection, purpose: str, as_of: int, sequence: int | None) -> Snapshot:
-        latest = heads(connection)
-        head = latest.sequence if sequence is None else sequence
-        if head < latest.sequence or not latest.projected:
-            notices = notices_at(connection, head)
-            found = participants_of_events(connection, purpose, as_of, head, notices)
-        else:
-            found = self._present(connection, purpose, as_of, latest)
-        return Snapshot(purpose, as_of, head, found)
-
-    def _present(self, connection: Connection, purpose: str, at: int, latest: Heads) -> dict[bytes, float | None]:
-        self._check_projection(latest)
-        view, notices = self._views.get(purpose), self._notices(connection, latest)
-        if view is not None and view.sequence <= latest.sequence and view.notices == notices:
-            if at < view.at:
-                return participants_of_events(connection, purpose, at, latest.sequence, notices)
-            try:
-                view.move_on(connection, at, latest.sequence)
-            except BaseException:
-                del self._views[purpose]  # half moved, it would answer wrongly
-                raise
-        else:
-            self._views.pop(purpose, None)
-            view = self._views[purpose] = View(connection, purpose, at, latest.sequence, notices)
-        return dict(view.participants)
-
-    def _notices(self, connection: Connection, latest: Heads) -> dict[str, Notice]:
-        """All notices; they never change, so they are read again only where there are new ones."""
-        read_to, notices = self._noticed
-        if read_to != latest.notice:
-            notices = notices_at(connection)
-            self._noticed = latest.notice, notices
-        return notices
-
-    def _check_projection(self, latest: Heads) -> None:
-        if latest.damaged:
-            raise ConsentError(
-                "what is kept for speed does not agree with the events", where=self._storage.where,
-                hint="find out who wrote to the database, then: confide consent check --rebuild",
-            )  # fmt: skip
 
     def _personal_keys(self, locators: Iterable[bytes]) -> dict[bytes, bytes]:
         with self._storage.reading() as connection:
