@@ -347,10 +347,12 @@ class Site:
 
     def _most_body(self, run: str) -> int:
         """A request holds signed replies of the roster, at most for each sum that this site may have missed."""
-        data = self._store.manifest(run)
-        if data is None:
+        if run in self._runs:  # thousands of members make a manifest of megabytes: it is not read for each request
+            manifest = self._runs[run].manifest
+        elif (data := self._store.manifest(run)) is not None:
+            manifest = Manifest.from_bytes(data)
+        else:
             return _REQUEST_BODY
-        manifest = self._runs[run].manifest if run in self._runs else Manifest.from_bytes(data)
         return min(MAX_BODY, _REQUEST_BODY + _STATEMENT * len(manifest.members) * (manifest.rounds + 2))
 
     def _joining(self, header: Header, request: Envelope) -> SiteRun:

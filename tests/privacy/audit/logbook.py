@@ -61,7 +61,7 @@ class KeyRing:
 
         with (
             mock.patch.object(world, "Identity", RingIdentity),
-            mock.patch.object(keeping, "Identity", RingIdentity),
+            mock.patch.object(keeping.Keeping, "identity", lambda _, party: ring.generate(party)),
             mock.patch.object(place, "World", RingWorld),
         ):
             return confide.simulate(tree, out=out, progress=progress)

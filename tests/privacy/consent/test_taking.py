@@ -19,6 +19,7 @@ from sqlalchemy import bindparam, select, update
 from confide.errors import AuditError, ConsentError
 from confide.privacy.consent import ConsentEvent, EventType, Registry, SiteKey, now_micros, storage
 from confide.privacy.consent.bulk import driver
+from confide.privacy.consent.present import Present
 from confide.privacy.consent.roll import Roll
 from confide.privacy.consent.statements import Change, Query
 from confide.privacy.consent.tables import CLOCK
@@ -73,13 +74,13 @@ def test_it_is_on_record_before_anything_is_told(
 ) -> None:
     """Looked at by another program, at the moment at which the answer is made."""
     seen: list[tuple[int, int]] = []
-    real = Registry._snapshot
+    real = Present.snapshot
 
-    def look(self: Registry, connection: Any, purpose: str, as_of: int, sequence: int | None) -> Any:
+    def look(self: Present, connection: Any, purpose: str, as_of: int, sequence: int | None) -> Any:
         seen.append((as_of, taken_at(address)))
         return real(self, connection, purpose, as_of, sequence)
 
-    monkeypatch.setattr(Registry, "_snapshot", look)
+    monkeypatch.setattr(Present, "snapshot", look)
     registry.take(PURPOSE, present, registry.roll(people))
     ((asked, recorded),) = seen
     assert recorded == asked
