@@ -71,6 +71,7 @@ class ParticipantSource:
         clock: Callable[[], int],
     ) -> None:
         self._clock, self._latest, self._reads = clock, 0, list[Read]()
+        self._asked = 0  # the instant of the latest question; 0 where it did not come to one
         self._names: dict[str, bytes] = {}
         self._registry, self._persons, self._purpose, self._personal = registry, records.persons, purpose, personal
         self._held_out: Mask = np.array([key.role_share(p) < held_out for p in records.persons], dtype=np.bool_)
@@ -97,10 +98,11 @@ class ParticipantSource:
             ConsentError: The registry cannot be read; the site then abstains.
             AuditError: The clock was set back.
         """
+        self._asked = 0
         try:
             snapshot, names = self._registry.take(self._purpose, self._instant, self._roll)
         except ConfideError as error:
-            self._reads.append(Read(self._asked_as_of(), 0, error.kind))
+            self._reads.append(Read(self._asked, 0, error.kind))
             raise
         self._reads.append(Read(snapshot.as_of, snapshot.sequence, "answered"))
         self._names = names
@@ -114,13 +116,6 @@ class ParticipantSource:
         found, self._reads = self._reads, []
         return found
 
-    def _asked_as_of(self) -> int:
-        """The instant of a question that was not answered; 0 where not even that can be said."""
-        try:
-            return self._instant(self._registry.latest_recorded())
-        except ConfideError:
-            return 0
-
     def _instant(self, recorded: int) -> int:
         """The present, neither before the site's log, nor before the latest decision on record or the latest snapshot:
         else what has been decided would not count yet."""
@@ -130,7 +125,7 @@ class ParticipantSource:
                 f"the clock is {(recorded - now) / 1e6:,.0f} s behind the latest event of the consent registry, or the "
                 "latest snapshot", where="clock", hint="set the clock right (NTP) and start again",
             )  # fmt: skip
-        self._latest = max(now, recorded)
+        self._latest = self._asked = max(now, recorded)
         return self._latest
 
     def hold(self, used: Participants, charges: Mapping[Role, str]) -> None:

@@ -36,7 +36,7 @@ __all__ = ["KEPT", "Keeping", "Parties", "digest_of_files"]
 
 #: The folder's name inside a run's.
 KEPT = "resume"
-_FACTS, _ROSTER = "made_from.json", "roster.json"
+_IDENTITY, _FACTS, _ROSTER = "identity", "made_from.json", "roster.json"
 
 
 class Parties(Protocol):
@@ -81,6 +81,9 @@ class Keeping:
         """A party's signing key: the same in every process of the run, and gone with its passphrase."""
         if self.parties is not None:
             return self.parties.identity(party)
+        if (self.folder / "keys" / party / f"{_IDENTITY}.vault").is_file():  # of a run that an earlier version began
+            data = self.vault(party).load(_IDENTITY)
+            return Identity(party, Ed25519PrivateKey.from_private_bytes(data or b""))
         # Derived from the run's one secret: a file for each of thousands would be read by whoever reads the passphrase.
         seed = expand(bytes.fromhex(self.passphrase), b"simulation/identity", party.encode())
         return Identity(party, Ed25519PrivateKey.from_private_bytes(seed))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -152,19 +151,17 @@ class SiteMaker:
             here = set(records.persons)
             mine = [e for e in self._sources.consent if e.subject in here]
             asked = {e.subject for e in mine}
-            with nullcontext() if begun else registry.together():
-                names = registry.enrol(asked - registry.erased(asked))  # nobody is erased before a run that begins
-                self.pseudonyms[name] = names
-                if not begun:
-                    registry.append([filed(e, names[e.subject], key) for e in mine])
+            names = registry.enrol(asked - registry.erased(asked))  # nobody is erased before a run that begins
+            self.pseudonyms[name] = names
+            if not begun:
+                registry.append([filed(e, names[e.subject], key) for e in mine])
             return
         fraction = experiment.consent.simulate.fraction if experiment.consent.simulate else 0.0
         seed = experiment.run.seed
         given = [p for p in records.persons if _share(seed, "consent", name, p) < fraction]
-        with nullcontext() if begun else registry.together():
-            self.pseudonyms[name] = registry.enrol(set(given) - registry.erased(given))
-            if not begun:
-                registry.append([self.simulated(name, p, EventType.GIVEN, 0) for p in given])
+        self.pseudonyms[name] = registry.enrol(set(given) - registry.erased(given))
+        if not begun:
+            registry.append([self.simulated(name, p, EventType.GIVEN, 0) for p in given])
 
     def _withdraw(self, name: str, fraction: float, round_: int) -> None:
         registry, seed = self.registries[name], self._experiment.run.seed

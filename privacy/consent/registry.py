@@ -15,7 +15,6 @@ import json
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -78,14 +77,6 @@ class Registry:
         self._storage = Storage(path)
         self._present = Present(self._storage.where)
         self._one_asks = threading.Lock()
-
-    def together(self) -> AbstractContextManager[object]:
-        """What is recorded inside is one transaction: all of it is durable at the end, or nothing. Others wait.
-
-        Raises:
-            ConsentError: It cannot be written.
-        """
-        return self._storage.writing()
 
     # --- persons ---
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, text, update
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from confide.errors import ConfideError, ConsentError
 from confide.privacy.consent import projection, triggers
@@ -80,6 +81,7 @@ class Storage:
         self.clashes = (IntegrityError, self._engine.dialect.loaded_dbapi.IntegrityError)
         #: Connections to an SQLite file that nobody is using: each transaction takes one, and puts it back.
         self._idle: list[Connection] = []
+        self._closed = False
         self._turn = threading.RLock()
         self._open: Connection | None = None
         self._owner = 0
@@ -159,6 +161,7 @@ class Storage:
 
     def close(self) -> None:
         """Release the file or the connections."""
+        self._closed = True
         while self._idle:
             self._idle.pop().close()
         self._engine.dispose()
@@ -187,7 +190,10 @@ class Storage:
         except BaseException:
             connection.close()  # which undoes what is not committed
             raise
-        self._idle.append(connection)
+        if self._closed:
+            connection.close()
+        else:
+            self._idle.append(connection)
 
     def _prepare(self) -> None:
         """Bring it to the newest schema; where it is, nothing is written."""
@@ -304,7 +310,8 @@ def _engine(url: URL, where: str) -> Engine:
             raise ConsentError("PostgreSQL needs a driver that is not installed", where=where,
                                hint="pip install 'confide[postgres]'") from None  # fmt: skip
     shared = {"compiled_cache": _COMPILED}
-    engine = create_engine(url, connect_args={"timeout": _PATIENCE}, execution_options=shared)
+    # Connections are kept by whoever runs transactions: however many there are at once, none waits for another's.
+    engine = create_engine(url, connect_args={"timeout": _PATIENCE}, execution_options=shared, poolclass=NullPool)
     mode = durability(url.database or "")
 
     @event.listens_for(engine, "connect")

@@ -15,6 +15,7 @@ import pytest
 from confide.errors import ConfigError
 from confide.privacy.audit.verify import verify
 from confide.privacy.dp import Ledger
+from confide.protocol.identity import Identity
 from confide.simulations import simulate
 from confide.simulations.keeping import KEPT, Keeping
 from tests.cli.command import confide, to_toml
@@ -237,3 +238,12 @@ def test_a_party_has_one_signing_key_of_its_own_in_every_process_of_a_run(tmp_pa
     assert len({run.identity(party).public_key for run in runs for party in ("ash", "birch")}) == 4
     for run in runs:
         run.close()
+
+
+def test_a_run_that_an_earlier_version_began_keeps_the_keys_that_it_saved(tmp_path: Path) -> None:
+    keeping = Keeping(tmp_path / "run")
+    saved = Identity.generate("ash")
+    keeping.vault("ash").save("identity", saved.key.private_bytes_raw())
+    assert keeping.identity("ash").public_key == saved.public_key
+    assert keeping.identity("birch").public_key != saved.public_key
+    keeping.close()

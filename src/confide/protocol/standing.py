@@ -135,7 +135,7 @@ class Standing(BaseModel):
                                   where=where)  # fmt: skip
         _STAND[both] = None
         if len(_STAND) > _MOST_STAND:
-            _STAND.pop(next(iter(_STAND)))
+            _STAND.pop(next(iter(tuple(_STAND)), both), None)  # another thread may be doing the same
 
     def _about_me(self, roster: Roster) -> None:
         if roster.federation != self.federation:

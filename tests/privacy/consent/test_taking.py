@@ -314,18 +314,31 @@ def test_a_roll_says_of_each_state_what_a_new_one_would(states: list[dict[int, b
         assert roll.pseudonyms() == expected
 
 
-def test_what_is_recorded_together_is_recorded_whole_or_not_at_all(registry: Registry) -> None:
-    def fail() -> None:
-        with registry.together():
-            registry.append([make("a", registry.enrol(["ann"])["ann"])])
-            raise RuntimeError
+def test_however_many_ask_at_once_an_erasure_afterwards_is_finished(tmp_path: Path) -> None:
+    """More than any pool of connections would hold."""
+    registry, many = Registry(tmp_path / "consent.db", KEY), 40
+    registry.append([make("a", registry.enrol(["ann"])["ann"])])
+    all_here = threading.Barrier(many)
+    heads: list[int] = []
 
-    with pytest.raises(RuntimeError):
-        fail()
-    assert registry.head() == 0
-    assert registry.pseudonyms(["ann"]) == {}
-    with registry.together():
-        names = registry.enrol(["ann"])
-        registry.append([make("a", names["ann"])])
-    assert registry.head() == 1
-    assert registry.pseudonyms(["ann"]) == names
+    def ask() -> None:
+        with registry._storage.reading():
+            all_here.wait(60)
+            heads.append(registry.head())
+
+    threads = [threading.Thread(target=ask) for _ in range(many)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert heads == [1] * many
+    assert registry._storage.tidy()
+    registry.close()
+
+
+def test_a_connection_in_use_while_the_registry_is_closed_is_closed_after_it(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "consent.db", KEY)
+    with registry._storage.reading() as connection:
+        registry.close()
+    assert connection.closed
+    assert not (tmp_path / "consent.db-wal").exists()
